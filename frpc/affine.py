@@ -1,0 +1,214 @@
+"""What a rule is: an operator, at one input, written as an affine map of the values it carries.
+
+``z = sum_k M_k a_k + c``. If every carried operand's relevance map sums to the operand, ``V_z = sum_k M_k V_k + c/N`` sums to
+``z``: conservation holds operator by operator (thesis eq. 3.12, extended to all operators).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from frpc.errors import OptionError
+from frpc.maps import LinearMap, LinearOp, Pool, Scale
+
+__all__ = ["TABLE", "Affine", "Call", "Operand", "Rule", "RuleTable", "bind", "elementwise", "linear_op", "rule"]
+
+Operand = str | tuple[str, int]
+"""Names an operand by its schema name, or ``(name, position)`` inside a list argument such as ``cat``'s."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``z = sum_k M_k a_k + c`` for one call.
+
+    Attributes:
+        terms: a linear map for each carried operand.
+        constant: ``c``, broadcastable to the result; None where it is zero.
+    """
+
+    terms: Mapping[Operand, LinearMap]
+    constant: Tensor | float | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator as a rule sees it.
+
+    Attributes:
+        op: the operator.
+        args: its arguments by schema name, defaults filled in; tensors hold values.
+        out: its result; for operators with several results the tuple of them, of which the first carries.
+        carried: the operands that carry relevance.
+    """
+
+    op: OpOverload
+    args: Mapping[str, Any]
+    out: Any
+    carried: frozenset[Operand]
+
+    @property
+    def value(self) -> Tensor:
+        """The result that carries relevance."""
+        return self.out[0] if isinstance(self.out, tuple | list) else self.out
+
+    def carries(self, operand: Operand) -> bool:
+        """Says whether the operand carries relevance in this call."""
+        return operand in self.carried
+
+
+RuleFunction = Callable[..., Affine]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one operator becomes an affine map.
+
+    Attributes:
+        op: the operator.
+        function: ``function(call, *arguments) -> Affine``.
+        carries: names of the arguments that may carry relevance.
+        formula: ``M`` and ``c`` in one line of text, for the rule table.
+        source: paper and equation.
+    """
+
+    op: OpOverload
+    function: RuleFunction
+    carries: tuple[str, ...]
+    formula: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__.strip("_")
+
+    def __call__(self, call: Call) -> Affine:
+        return self.function(call, *call.args.values())
+
+
+@dataclass
+class RuleTable:
+    """Rules by operator. Registering an operator twice is refused unless ``override`` says so."""
+
+    rules: dict[OpOverload, Rule] = field(default_factory=dict)
+
+    def add(self, new: Rule, override: bool = False) -> None:
+        if new.op in self.rules and not override:
+            raise OptionError(f"{new.op} has a rule already ({self.rules[new.op].name}); pass override=True to replace it.")
+        self.rules[new.op] = new
+
+    def get(self, op: Any) -> Rule | None:
+        return self.rules.get(op)
+
+
+TABLE = RuleTable()
+"""The rules of forward relevance propagation, filled by the modules of :mod:`frpc.rules` and by :func:`rule`."""
+
+
+def rule(
+    *ops: OpOverload,
+    carries: str | Sequence[str] | None = None,
+    formula: str = "",
+    source: str = "",
+    override: bool = False,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Registers a function as the rule of one or more operators.
+
+    The function gets the :class:`Call` and the operator's arguments in schema order, as tensors and numbers, and returns
+    an :class:`Affine`. It must be plain tensor code.
+
+    Args:
+        ops: operator overloads, e.g. ``torch.ops.aten.cumsum.default``.
+        carries: names of the arguments that may carry relevance; by default the first tensor argument.
+        formula: ``M`` and ``c`` in words, shown in tables.
+        source: where the rule comes from.
+        override: replace an existing rule.
+
+    Raises:
+        OptionError: for something that is no operator overload, an argument the operator does not have, or a second rule.
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for op in ops:
+            if not isinstance(op, OpOverload):
+                raise OptionError(f"{op} is no operator overload: name one, such as torch.ops.aten.mean.dim, not aten.mean.")
+            names = [a.name for a in op._schema.arguments]
+            chosen = (carries,) if isinstance(carries, str) else tuple(carries or names[:1])
+            unknown = [n for n in chosen if n not in names]
+            if unknown:
+                raise OptionError(f"{op} has no argument {unknown[0]!r}; it has {', '.join(names)}.")
+            TABLE.add(Rule(op, function, chosen, formula, source or "method: affine form"), override)
+        return function
+
+    return register
+
+
+def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by schema name, with the schema's defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def elementwise(
+    op: OpOverload,
+    secant: Callable[..., Tensor | float],
+    at_zero: float | Callable[..., float] = 0.0,
+    *,
+    formula: str,
+) -> None:
+    """Registers ``z = f(a)`` elementwise: ``M = (f(a) - f(0)) / a``, the secant through 0, and ``c = f(0)``.
+
+    Args:
+        op: the operator.
+        secant: ``secant(a, *arguments)``, the closed form of M: finite and accurate at every a.
+        at_zero: ``f(0)``, a number or a function of the arguments.
+        formula: the closed form in text.
+    """
+
+    def function(call: Call, a: Tensor, *arguments: Any) -> Affine:
+        constant = at_zero(*arguments) if callable(at_zero) else at_zero
+        return Affine({_first(op): Scale(secant(a, *arguments), a.shape)}, constant or None)
+
+    function.__name__ = op._schema.name.split("::")[1]
+    rule(op, formula=formula, source="T 3.8, method §2: secant through 0")(function)
+
+
+def linear_op(
+    op: OpOverload, function: Callable[..., Callable[[Tensor], Tensor]], *, formula: str = "", pool: bool = False
+) -> None:
+    """Registers an operator that is linear in its first argument; ``c`` is zero.
+
+    Args:
+        op: the operator.
+        function: ``function(call, a, *arguments)`` returns the linear function, which takes ``[*L, *a.shape]``.
+        formula: M in text.
+        pool: the function treats samples apart and takes no column dimensions itself: fold them into the batch.
+    """
+    kind = Pool if pool else LinearOp
+
+    def build(call: Call, a: Tensor, *arguments: Any) -> Affine:
+        return Affine({_first(op): kind(function(call, a, *arguments), a.shape, call.value.shape)})
+
+    build.__name__ = op._schema.name.split("::")[1]
+    rule(op, formula=formula or "the operator itself", source="method §2: linear")(build)
+
+
+def _first(op: OpOverload) -> str:
+    return str(op._schema.arguments[0].name)
+
+
+def is_float(value: Any) -> bool:
+    """Says whether a value is a floating-point tensor, the only kind that can carry relevance."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

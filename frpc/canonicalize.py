@@ -1,0 +1,310 @@
+"""Canonicalization: the captured graph is rewritten into the operators that rules are written for.
+
+Each pass is a function ``pass(graph_module) -> bool`` that states its algebra, returns whether it changed anything, and keeps
+the computed function. They run in the order of :data:`PASSES`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from frpc.affine import bind
+from frpc.errors import TrainingModeError
+from frpc.graph import fetch, origin_of, replace
+from frpc.rules.linear import batch_norm_affine
+
+__all__ = ["PASSES", "Pass", "fold_batch_norm"]
+
+aten = torch.ops.aten
+Pass = Callable[[fx.GraphModule], bool]
+
+_CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+}
+_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
+_COPIES = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.contiguous.default,
+    aten.alias.default,
+}
+_RANDOM = {
+    aten.bernoulli.default,
+    aten.bernoulli.p,
+    aten.rand.default,
+    aten.randn.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.native_dropout.default,
+}
+
+
+class Editor:
+    """Inserts nodes before one node, with example values and that node's origin."""
+
+    def __init__(self, graph_module: fx.GraphModule, before: fx.Node) -> None:
+        self.module, self.node = graph_module, before
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call; its example value is computed in the mode of the other examples."""
+        with self.module.graph.inserting_before(self.node):
+            new = self.module.graph.call_function(op, args, kwargs)
+        new.meta["origin"] = origin_of(self.node)
+        examples = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        new.meta["val"] = op(*examples[0], **examples[1])
+        return new
+
+    def constant(self, name: str, value: Tensor, like: Any) -> fx.Node:
+        """Adds a tensor to the module, under a free name, and a node that reads it.
+
+        Args:
+            name: preferred name.
+            value: the tensor.
+            like: any example value, whose fake mode the new example lives in.
+        """
+        free = name.replace(".", "_")
+        while hasattr(self.module, free):
+            free += "_"
+        self.module.register_buffer(free, value)
+        with self.module.graph.inserting_before(self.node):
+            new = self.module.graph.get_attr(free)
+        new.meta["origin"] = origin_of(self.node)
+        new.meta["val"] = like.fake_mode.from_tensor(value, static_shapes=True)
+        return new
+
+
+def _calls(graph_module: fx.GraphModule, ops: set[Any]) -> list[fx.Node]:
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in ops]
+
+
+def refuse_random(graph_module: fx.GraphModule) -> bool:
+    """Refuses operators that draw random numbers: their result has no account of its own."""
+    for node in graph_module.graph.nodes:
+        training_dropout = node.target in _COPIES and len(node.args) > 2 and node.args[2] is True
+        if node.target in _RANDOM or training_dropout:
+            origin = origin_of(node)
+            raise TrainingModeError(
+                f"{node.target} draws random numbers in evaluation mode\n    {origin.module}   {origin.where}   {origin.source}\n"
+                "  Pass training=self.training to functional dropout, or take the noise out of forward."
+            )
+    return False
+
+
+def remove_copies(graph_module: fx.GraphModule) -> bool:
+    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``, ``x + 0 -> x`` stays: values are not looked at."""
+    changed = False
+    for node in graph_module.graph.nodes:
+        cast = node.target in (aten._to_copy.default, aten.to.dtype) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        if node.op == "call_function" and (node.target in _COPIES or cast) and isinstance(node.args[0], fx.Node):
+            replace(node, node.args[0])
+            changed = True
+    return changed
+
+
+def remove_assertions(graph_module: fx.GraphModule) -> bool:
+    """Drops run-time assertions: the explainer checks its inputs before the program runs."""
+    names = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range")
+    found = [n for n in graph_module.graph.nodes if n.op == "call_function" and any(s in str(n.target) for s in names)]
+    for node in found:
+        graph_module.graph.erase_node(node)
+    return bool(found)
+
+
+def unify_convolutions(graph_module: fx.GraphModule) -> bool:
+    """``conv{1,2,3}d``, ``conv_transpose{1,2,3}d`` and string padding ``-> aten.convolution``, one operator for all."""
+    nodes = _calls(graph_module, _CONVOLUTIONS | _TRANSPOSED)
+    for node in nodes:
+        given = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        edit, transposed = Editor(graph_module, node), node.target in _TRANSPOSED
+        x, spatial = given["input"], given["weight"].meta["val"].dim() - 2
+        padding, dilation = given["padding"], _each(given["dilation"], spatial)
+        if isinstance(padding, str):
+            x, padding = _string_padding(edit, x, padding, given["weight"].meta["val"].shape[2:], dilation)
+        new = edit.call(
+            aten.convolution.default,
+            x,
+            given["weight"],
+            given["bias"],
+            _each(given["stride"], spatial),
+            _each(padding, spatial),
+            dilation,
+            transposed,
+            _each(given.get("output_padding", [0]), spatial),
+            given["groups"],
+        )
+        replace(node, new)
+    return bool(nodes)
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
+def _string_padding(
+    edit: Editor, x: fx.Node, padding: str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[fx.Node, list[int]]:
+    """``"same"`` pads ``d (k - 1)`` in all; where that is odd, the extra cell goes to the far side, by an explicit pad."""
+    if padding == "valid":
+        return x, [0] * len(kernel)
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        extra = [side for t in reversed(total) for side in (0, t % 2)]
+        x = edit.call(aten.constant_pad_nd.default, x, extra, 0.0)
+    return x, [t // 2 for t in total]
+
+
+def split_to_slices(graph_module: fx.GraphModule) -> bool:
+    """``getitem(split(x), i) -> slice(x)`` and ``getitem(unbind(x), i) -> select(x)``: one result a node."""
+    nodes = _calls(graph_module, _SPLITS)
+    for node in nodes:
+        given = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        dim, offset = given["dim"], 0
+        starts = []
+        for piece in node.meta["val"]:
+            starts.append(offset)
+            offset += 1 if node.target is aten.unbind.int else piece.shape[dim]
+        for user in list(node.users):
+            edit, position = Editor(graph_module, user), user.args[1]
+            start = starts[position]  # type: ignore[index]
+            if node.target is aten.unbind.int:
+                new = edit.call(aten.select.int, given["self"], dim, start)
+            else:
+                new = edit.call(aten.slice.Tensor, given["self"], dim, start, start + node.meta["val"][position].shape[dim])  # type: ignore[index]
+            replace(user, new)
+        graph_module.graph.erase_node(node)
+    return bool(nodes)
+
+
+def expose_winners(graph_module: fx.GraphModule) -> bool:
+    """``max_pool(x) -> max_pool_with_indices(x)[0]``: the rule reads the winners from the second result."""
+    with_indices: dict[Any, OpOverload] = {
+        aten.max_pool2d.default: aten.max_pool2d_with_indices.default,
+        aten.max_pool3d.default: aten.max_pool3d_with_indices.default,
+        aten.max_pool1d.default: aten.max_pool2d_with_indices.default,
+    }
+    nodes = _calls(graph_module, set(with_indices))
+    for node in nodes:
+        edit, flat = Editor(graph_module, node), node.target is aten.max_pool1d.default
+        x, *rest = node.args
+        if flat:  # one dimension is pooled as two, the first of size 1
+            x = edit.call(aten.unsqueeze.default, x, -2)
+            rest = [([neutral, *a] if isinstance(a, list) else a) for a, neutral in zip(rest, (1, 1, 0, 1, False), strict=False)]
+        pooled = edit.call(with_indices[node.target], x, *rest)
+        new = edit.call(operator.getitem, pooled, 0)
+        replace(node, edit.call(aten.squeeze.dim, new, -2) if flat else new)
+    return bool(nodes)
+
+
+def expand_gated_linear_units(graph_module: fx.GraphModule) -> bool:
+    """``glu(x) -> x[:half] * sigmoid(x[half:])``."""
+    nodes = _calls(graph_module, {aten.glu.default})
+    for node in nodes:
+        edit = Editor(graph_module, node)
+        x, dim = node.args[0], node.args[1] if len(node.args) > 1 else -1
+        half = x.meta["val"].shape[dim] // 2  # type: ignore[union-attr, index]
+        first = edit.call(aten.slice.Tensor, x, dim, 0, half)
+        second = edit.call(aten.sigmoid.default, edit.call(aten.slice.Tensor, x, dim, half, 2 * half))
+        replace(node, edit.call(aten.mul.Tensor, first, second))
+    return bool(nodes)
+
+
+def fold_constants(graph_module: fx.GraphModule) -> bool:
+    """``f(parameters) -> tensor``: what no input reaches (weight norm, standardised weights) is computed now."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        arguments = node.all_input_nodes
+        if node.op != "call_function" or not arguments or any(n.op != "get_attr" for n in arguments):
+            continue
+        real = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, n.target))
+        value = node.target(*real[0], **real[1])
+        if isinstance(value, Tensor):
+            replace(node, Editor(graph_module, node).constant(node.name, value, node.meta["val"]))
+            changed = True
+    graph_module.graph.eliminate_dead_code()
+    return changed
+
+
+def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
+    """``s (W a + b) + t -> (s W) a + (s b + t)``: batch norm after a convolution or linear layer goes into its weights.
+
+    Args:
+        graph_module: the graph.
+        keep: module paths whose own output is asked for; those stay as they are.
+    """
+    changed = False
+    for item in list(graph_module.graph.nodes):
+        norm = item.args[0] if item.target is operator.getitem and item.args[1] == 0 else None
+        if not isinstance(norm, fx.Node) or norm.target is not aten._native_batch_norm_legit_no_training.default:
+            continue
+        layer = norm.args[0]
+        foldable = isinstance(layer, fx.Node) and len(layer.users) == 1 and len(norm.users) == 1
+        if (
+            not foldable
+            or layer.target not in (aten.convolution.default, aten.linear.default)
+            or keep & set(layer.meta.get("layers", ()))
+        ):
+            continue
+        weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+        statistics = [n for n in (*norm.args[1:5], weight, bias) if n is not None]
+        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics):
+            _fold_one(graph_module, item, norm, layer)
+            changed = True
+    graph_module.graph.eliminate_dead_code()
+    return changed
+
+
+def _fold_one(graph_module: fx.GraphModule, item: fx.Node, norm: fx.Node, layer: fx.Node) -> None:
+    def read(node: Any) -> Tensor | None:
+        return None if node is None else fetch(graph_module, node.target)
+
+    gamma, beta, mean, variance = (read(n) for n in norm.args[1:5])
+    weight, bias = read(layer.args[1]), read(layer.args[2] if len(layer.args) > 2 else None)
+    assert mean is not None and variance is not None and weight is not None
+    # Folded in float64: the product of two rounded factors would cost a digit of the model's own output.
+    double = [None if t is None else t.double() for t in (gamma, beta, mean, variance)]
+    scale, shift = batch_norm_affine(double[0], double[1], double[2], double[3], norm.args[6])  # type: ignore[arg-type]
+    transposed = layer.target is aten.convolution.default and bool(layer.args[6])
+    if transposed:
+        groups = int(layer.args[8])  # type: ignore[arg-type]
+        shaped = weight.double().reshape([groups, -1, *weight.shape[1:]]) * scale.reshape(
+            [groups, 1, -1] + [1] * (weight.dim() - 2)
+        )
+        folded = shaped.reshape(weight.shape)
+    else:
+        folded = weight.double() * scale.reshape([-1] + [1] * (weight.dim() - 1))
+    offset = shift if bias is None else shift + bias.double() * scale
+    edit, name = Editor(graph_module, layer), str(layer.args[1].target)  # type: ignore[union-attr]
+    like = layer.meta["val"]
+    new_weight = edit.constant(f"{name}_folded", folded.to(weight.dtype), like)
+    new_bias = edit.constant(f"{name}_bias_folded", offset.to(weight.dtype), like)
+    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
+    layer.meta["folded"] = origin_of(norm).module
+    replace(item, layer)
+    graph_module.graph.erase_node(norm)
+
+
+PASSES: tuple[Pass, ...] = (
+    refuse_random,
+    remove_copies,
+    remove_assertions,
+    unify_convolutions,
+    split_to_slices,
+    expose_winners,
+    expand_gated_linear_units,
+    fold_constants,
+)
+"""In this order; :func:`fold_batch_norm` follows, knowing which layers must stay."""

@@ -1,0 +1,268 @@
+"""Capture: a module and example inputs become one functional graph of ATen operators that remembers where each node came from.
+
+``torch.export`` does the tracing. The graph is then put into the form the rest of the compiler works on: placeholders are
+the inputs, ``get_attr`` nodes the parameters and buffers (a snapshot: the user's module is neither kept nor changed), and
+there is one output tensor, the one to be explained.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from frpc.errors import CaptureError, EmptyBatchError, InputError, OptionError, TrainingModeError
+from frpc.graph import Origin, set_layers
+
+__all__ = ["Captured", "InputSpec", "capture", "snapshot"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a program expects of one input.
+
+    Attributes:
+        name: name of the placeholder.
+        shape: sizes of one sample, without the batch.
+        dtype: element type.
+        device: where it lives.
+        batch: the fixed batch size, or None where any is accepted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    batch: int | None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as one graph.
+
+    Attributes:
+        graph_module: the graph; runs like the model and returns the explained output.
+        inputs: what it expects.
+        fake_mode: the mode the nodes' example values live in.
+        model_name: class name of the user's module.
+        static_batch_reason: why the batch size is fixed, or None where it is free.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    fake_mode: FakeTensorMode
+    model_name: str
+    static_batch_reason: str | None
+
+
+def snapshot(model: nn.Module) -> nn.Module:
+    """Returns a copy of the module in evaluation mode; the original keeps its mode, parameters and hooks.
+
+    Raises:
+        TrainingModeError: if the module cannot be copied, or a part of it stays in training mode after ``eval()``.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise TrainingModeError(
+            f"{type(model).__name__} cannot be copied ({error}), so it cannot be put into evaluation mode without changing "
+            "yours. Detach tensors kept on the module that need gradients, or define __deepcopy__."
+        ) from error
+    copied.eval()
+    training = [name or "(the model itself)" for name, part in copied.named_modules() if part.training]
+    if training:
+        raise TrainingModeError(
+            f"{', '.join(training[:5])} of {type(model).__name__} stays in training mode after eval(): its train() is overridden. "
+            "Explain the model in evaluation mode: let train(False) reach every part."
+        )
+    return copied.requires_grad_(False)
+
+
+def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None = None) -> Captured:
+    """Captures ``model`` at ``inputs`` as one functional ATen graph with a free batch size where the model allows it.
+
+    Args:
+        model: the module, in evaluation mode: see :func:`snapshot`.
+        inputs: example inputs, batch first.
+        output: which output to explain, for models that return several.
+
+    Raises:
+        CaptureError: if ``torch.export`` cannot capture the model; carries its reason and the user's line.
+        EmptyBatchError: if an example has no samples.
+    """
+    _check_examples(inputs)
+    pair = tuple(_pair(x) for x in inputs)
+    reason = None
+    try:
+        program = _export(model, pair, dynamic=True)
+    except Exception as error:
+        reason = _first_line(error)
+        program = _export_static(model, tuple(inputs), error)
+    graph_module = _plain_graph(program, model, output)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    specs = tuple(_spec(node, reason is None) for node in placeholders)
+    modes = [n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)]
+    return Captured(graph_module, specs, modes[0], type(model).__name__, reason)
+
+
+def _check_examples(inputs: Sequence[Tensor]) -> None:
+    if not inputs:
+        raise InputError("No example inputs: pass a tuple with one tensor for each input of the model.")
+    for position, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise InputError(f"Input {position} is {type(x).__name__}, not a tensor; frpc explains tensors with the batch first.")
+        if x.dim() == 0 or x.shape[0] == 0:
+            raise EmptyBatchError(f"Input {position} has shape {list(x.shape)}: give at least one sample, batch first.")
+
+
+def _pair(x: Tensor) -> Tensor:
+    """Returns the example as a batch of two: torch.export takes a batch of one for a constant."""
+    return torch.cat([x[:1], x[:1]]) if x.shape[0] == 1 else x[:2]
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> ExportedProgram:
+    batch = Dim("batch", min=1)
+    shapes = tuple({0: batch} for _ in inputs) if dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        return program.run_decompositions({})  # functional: in-place operators become plain ones, nothing else is unrolled
+
+
+def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], first: Exception) -> ExportedProgram:
+    try:
+        return _export(model, inputs, dynamic=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}\n"
+            f"  at {_user_line(error)}\n"
+            "  Try: replace data-dependent Python branches and .item() by tensor operators (torch.where), keep numpy out of "
+            "forward, and pass every varying quantity as an input."
+        ) from first
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _user_line(error: Exception) -> str:
+    """Names the innermost frame that lies outside torch."""
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    torch_folder = torch.__path__[0]
+    user = [f for f in frames if not f[0].startswith(torch_folder) and not f[0].startswith("<") and f[0] != __file__]
+    return f"{user[-1][0]}:{user[-1][1]}" if user else "(no line of yours is in the traceback)"
+
+
+def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int | None) -> fx.GraphModule:
+    """Rebuilds the exported graph with parameters as ``get_attr`` nodes and the explained tensor as its only output."""
+    graph = fx.Graph()
+    constants: dict[str, Any] = {}
+    kinds = {s.arg.name: s for s in program.graph_signature.input_specs}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
+            target = kinds[node.name].target
+            assert target is not None
+            constants[target] = _constant(program, target)
+            with _quiet_get_attr(graph):
+                copies[node] = graph.get_attr(target)
+            copies[node].meta = dict(node.meta)
+        elif node.op == "output":
+            explained = _explained_output(program, node, output)
+            copies[node] = graph.output(copies[explained])
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta["origin"] = _origin(node)
+    set_layers(graph, [name for name, _ in model.named_modules() if name])
+    return fx.GraphModule(_tree(constants), graph, class_name="Captured")
+
+
+def _quiet_get_attr(graph: fx.Graph) -> Any:
+    import warnings
+
+    guard = warnings.catch_warnings()
+    warnings.simplefilter("ignore")
+    return guard
+
+
+def _constant(program: ExportedProgram, target: str) -> Any:
+    value = program.state_dict[target] if target in program.state_dict else program.constants[target]
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _tree(constants: dict[str, Any]) -> nn.Module:
+    """Hangs tensors on nested modules by their dotted names, so that the graph keeps the model's parameter names."""
+    root = nn.Module()
+    for name, value in constants.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(leaf, value)
+    return root
+
+
+def _explained_output(program: ExportedProgram, node: fx.Node, output: str | int | None) -> fx.Node:
+    """Picks the tensor to explain: the only floating one, or the one named by ``output``."""
+    specs = program.graph_signature.output_specs
+    user = [a for a, s in zip(node.args[0], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]  # type: ignore[arg-type]
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    structure = pytree.tree_unflatten(user, out_spec)
+    if output is not None:
+        chosen = _entry(structure, output)
+    else:
+        floating = [n for n in user if isinstance(n, fx.Node) and n.meta["val"].is_floating_point()]
+        if len(floating) != 1:
+            raise OptionError(
+                f"The model returns {len(user)} tensors ({_outline(structure)}): say which to explain with output=."
+            )
+        chosen = floating[0]
+    if not isinstance(chosen, fx.Node) or not chosen.meta["val"].is_floating_point():
+        raise OptionError(f"output={output!r} is no floating-point tensor of the model's result ({_outline(structure)}).")
+    return chosen
+
+
+def _entry(structure: Any, output: str | int) -> Any:
+    try:
+        return getattr(structure, output) if isinstance(output, str) and hasattr(structure, output) else structure[output]
+    except (KeyError, IndexError, TypeError) as error:
+        raise OptionError(f"The model's result has no entry {output!r}: {_outline(structure)}.") from error
+
+
+def _outline(structure: Any) -> str:
+    if isinstance(structure, dict):
+        return "a dict with " + ", ".join(map(repr, structure))
+    if isinstance(structure, tuple | list):
+        return f"a {type(structure).__name__} of {len(structure)}"
+    return f"a {type(structure).__name__}"
+
+
+def _origin(node: fx.Node) -> Origin:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    inside_torch = f"{torch.__path__[0]}/nn/"
+    user = [f for f in frames if not f[0].startswith(inside_torch)] or frames
+    file, line, source = user[-1] if user else ("", "0", "")
+    return Origin(stack[-1][0] if stack else "", tuple(s[0] for s in stack if s[0]), file, int(line), source.strip())
+
+
+def _spec(node: fx.Node, dynamic: bool) -> InputSpec:
+    value = node.meta["val"]
+    fixed = None if dynamic else int(value.shape[0])
+    return InputSpec(node.name, tuple(int(s) for s in value.shape[1:]), value.dtype, value.device, fixed)

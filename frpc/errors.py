@@ -1,0 +1,168 @@
+"""Every exception frpc raises.
+
+All derive from :class:`FrpcError`. :class:`InputError` and its children mean *the caller's input* is at fault and say what to
+change; the others say what the compiler could not do with the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "CaptureError",
+    "CompileError",
+    "DeviceError",
+    "DtypeError",
+    "EmptyBatchError",
+    "FrpcError",
+    "Gap",
+    "ImageError",
+    "InputError",
+    "LayerNameError",
+    "ModelNameError",
+    "NonFiniteError",
+    "OptionError",
+    "OutputFolderError",
+    "RuleDeclined",
+    "ShapeError",
+    "TargetError",
+    "TrainingModeError",
+    "UnsupportedOpError",
+    "WeightsError",
+    "nearest",
+]
+
+
+class FrpcError(Exception):
+    """Base of all errors raised on purpose by frpc."""
+
+
+class InputError(FrpcError):
+    """What the caller handed in does not fit; the message says what would."""
+
+
+class ShapeError(InputError):
+    """A tensor has another shape, or another number of inputs came, than the program was compiled for."""
+
+
+class DtypeError(InputError):
+    """A tensor has another dtype than the program was compiled for."""
+
+
+class DeviceError(InputError):
+    """A tensor lives on another device than the program."""
+
+
+class NonFiniteError(InputError):
+    """An input holds NaN or Inf: no account of it could sum to anything."""
+
+
+class EmptyBatchError(InputError):
+    """An input has no samples."""
+
+
+class TargetError(InputError):
+    """A target is out of range, of the wrong kind, or missing."""
+
+
+class LayerNameError(InputError):
+    """No layer has that module path; the nearest names are listed."""
+
+
+class OptionError(InputError):
+    """An option has a value that frpc does not know."""
+
+
+class ImageError(InputError):
+    """A file is missing, truncated, or is not an image."""
+
+
+class WeightsError(InputError):
+    """A weights file is not safetensors, or does not fit the model."""
+
+
+class OutputFolderError(InputError):
+    """A folder cannot be written to."""
+
+
+class ModelNameError(InputError):
+    """No model has that name; the nearest names are listed."""
+
+
+class CaptureError(FrpcError):
+    """torch.export could not turn the model into a graph."""
+
+
+class TrainingModeError(FrpcError):
+    """The model, or one of its operators, keeps behaving as in training."""
+
+
+class CompileError(FrpcError):
+    """The compiled program disagrees with the model: a defect of frpc, never of the input."""
+
+
+class RuleDeclined(FrpcError):
+    """Raised inside a rule that cannot express this call as an affine map; becomes a :class:`Gap`."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One node that carries relevance and has no way to do it.
+
+    Attributes:
+        node: name of the graph node.
+        op: the operator, e.g. ``aten.cumsum.default``.
+        reason: why it cannot carry, in a few words.
+        module: module path of the call.
+        where: ``file:line`` of the user's code.
+        source: that line's text.
+        shape: dtype and shape of the result.
+    """
+
+    node: str
+    op: str
+    reason: str
+    module: str
+    where: str
+    source: str
+    shape: str
+
+
+class UnsupportedOpError(FrpcError):
+    """Some nodes cannot carry relevance; lists all of them.
+
+    Attributes:
+        gaps: every :class:`Gap`, in graph order.
+    """
+
+    def __init__(self, gaps: Sequence[Gap], total: int) -> None:
+        self.gaps = tuple(gaps)
+        super().__init__(_describe_gaps(self.gaps, total))
+
+
+def _describe_gaps(gaps: Sequence[Gap], total: int) -> str:
+    causes: dict[tuple[str, str], list[Gap]] = {}
+    for gap in gaps:
+        causes.setdefault((gap.op, gap.reason), []).append(gap)
+    plural = "cause" if len(causes) == 1 else "causes"
+    lines = [f"{len(gaps)} of {total} nodes cannot carry relevance ({len(causes)} {plural})."]
+    for (op, reason), members in causes.items():
+        count = f"{len(members)} node{'s' if len(members) > 1 else ''}"
+        lines.append(f"  {f'{op} — {reason}':<76} {count}")
+        for gap in members:
+            lines.append(f"    {gap.module or '(top level)'}   {gap.where}   {gap.source}   {gap.shape}")
+    first = gaps[0]
+    lines.append(f"  Fix: register a rule with @frpc.rule(torch.ops.{first.op}) — docs/adding_a_rule.md;")
+    lines.append(f'       or let it count as a constant: frpc.compile(..., constant=["{first.module or "*"}"])')
+    return "\n".join(lines)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Says which of ``known`` look like ``name``, as the tail of an error message."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    if close:
+        return "nearest names: " + ", ".join(close)
+    return "known names: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

@@ -1,0 +1,91 @@
+"""Coverage of a model before compiling: which nodes carry relevance by which rule, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from frpc import pipeline
+from frpc.assign import assign
+from frpc.capture import snapshot
+from frpc.graph import describe, origin_of
+from frpc.printing import columns
+from frpc.rules.ruleset import FRP, RuleSet
+
+__all__ = ["Coverage", "CoverageRow", "examine"]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One node that carries relevance, or ought to.
+
+    Attributes:
+        rule: name of its rule; empty where there is none.
+        fix: what to do about a missing rule; empty where there is one.
+    """
+
+    node: str
+    op: str
+    rule: str
+    module: str
+    source: str
+    where: str
+    shape: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What :func:`examine` found; prints as a table."""
+
+    model: str
+    rows: tuple[CoverageRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Says whether every node that carries relevance has a rule."""
+        return all(row.rule for row in self.rows)
+
+    def __str__(self) -> str:
+        missing = sum(not row.rule for row in self.rows)
+        head = f"{self.model}: {len(self.rows) - missing} of {len(self.rows)} carrying nodes have a rule"
+        cells = [("node", "operator", "rule", "module", "line", "source", "result", "fix")]
+        cells += [(r.node, r.op, r.rule or "MISSING", r.module, r.where, r.source, r.shape, r.fix) for r in self.rows]
+        return f"{head}\n{columns(cells)}"
+
+
+def examine(
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor],
+    *,
+    rule: RuleSet | None = None,
+    constant: Sequence[str] = (),
+    output: str | int | None = None,
+) -> Coverage:
+    """Captures a model and says which rule each node would get, without compiling and without raising on gaps.
+
+    Args:
+        model, inputs, rule, constant, output: as for :func:`frpc.compile`.
+
+    Raises:
+        CaptureError: if the model cannot be captured at all.
+    """
+    examples = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    front = pipeline.front(snapshot(model), examples, output)
+    found = assign(front.canonical, rule or FRP(), constant, front.captured.inputs[0].batch)
+    gaps = {gap.node: gap for gap in found.gaps}
+    rows = []
+    for node in front.canonical.graph.nodes:
+        origin = origin_of(node)
+        place = (origin.module, origin.source, origin.where)
+        if node in found.rules:
+            rows.append(
+                CoverageRow(node.name, str(node.target), found.rules[node].rule.name, *place, describe(node.meta["val"]), "")
+            )
+        elif node.name in gaps:
+            gap = gaps[node.name]
+            fix = f'{gap.reason}: @frpc.rule(torch.ops.{gap.op}), or constant=["{gap.module}"]'
+            rows.append(CoverageRow(node.name, gap.op, "", *place, gap.shape, fix))
+    return Coverage(type(model).__name__, tuple(rows))

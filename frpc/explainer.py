@@ -1,0 +1,280 @@
+"""The explainer: a compiled model that returns its output and where the output comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frpc import pipeline, printing
+from frpc.bias import check_policy
+from frpc.capture import snapshot
+from frpc.errors import InputError, LayerNameError, nearest
+from frpc.explanation import Explanation, LayerRelevance
+from frpc.graph import describe
+from frpc.lower import Refusal
+from frpc.pipeline import Compiled, Front, Stage
+from frpc.plan import Plan, Query
+from frpc.rules.ruleset import FRP, RuleSet
+from frpc.targets import Target, check_inputs, make_seed
+
+__all__ = ["Explainer", "compile"]
+
+# Tracing swaps interpreter-wide state inside torch, so two compilations in one process must take turns, whoever asks.
+_TRACING = threading.Lock()
+
+Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+class Explainer(nn.Module):
+    """A model compiled together with its account; made by :func:`frpc.compile`.
+
+    ``explainer(x, target=3)`` returns an :class:`~frpc.explanation.Explanation`. The forward pass is a fixed program of ATen
+    operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
+    """
+
+    def __init__(self, model: nn.Module, rules: RuleSet, query: Query, constant: Sequence[str], output: str | int | None) -> None:
+        super().__init__()
+        self._snapshot = (snapshot(model),)  # in a tuple: it is no submodule, programs hold the tensors they use
+        self._rules, self._query, self._constant, self._output = rules, query, tuple(constant), output
+        self._fronts: dict[Signature, Front] = {}
+        self._compiled: dict[tuple[Signature, Query], Compiled] = {}
+        self._ahead = False
+        self.model_name = type(model).__name__
+
+    # ---- asking -------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Explanation:
+        """Explains one number of the output, or K of them, for each sample.
+
+        Shapes:
+            inputs: ``[B, ...]`` each, any B.
+            target: an int, a tuple of ints for outputs of several dimensions, ``[B]`` or ``[B, K]`` class indices.
+            seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``.
+            relevance: like the input, or ``[B, K, ...]``.
+
+        Exact when: always; ``relevance[b].sum() == output[b, target]`` to rounding (with ``bias="separate"``: plus ``bias[b]``).
+
+        Raises:
+            InputError: an input or target that does not fit; each kind has its own class in :mod:`frpc.errors`.
+
+        Source: thesis eqs. 3.5, 3.8, 4.1, 4.2, in transposed form.
+        """
+        front = self._front(inputs)
+        functional, columns = self._seed(front, inputs, target, seed)
+        compiled = self._program(front, inputs, self._asked(columns=columns))
+        output, *relevances, bias = compiled.program(*(x.detach() for x in inputs), functional)
+        if columns:
+            relevances = [r.movedim(0, 1) for r in relevances]
+            bias = bias.movedim(0, 1)
+        relevance = relevances[0] if len(relevances) == 1 else tuple(relevances)
+        return Explanation(output, relevance, bias, tuple(inputs))
+
+    def at(
+        self, layers: str | Sequence[str], *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None
+    ) -> LayerRelevance:
+        """Returns the relevance of every neuron of inner layers, ``R = a * G_a``, all from one pass.
+
+        Args:
+            layers: module paths, e.g. ``["features.4", "features.9"]``.
+            inputs, target, seed: as for calling the explainer.
+
+        Raises:
+            LayerNameError: if a path names no layer; gives the nearest.
+
+        Source: LID paper, relevance of several layers (eqs. 15-18 with values in place of increments).
+        """
+        names = (layers,) if isinstance(layers, str) else tuple(layers)
+        front = self._front(inputs)
+        self._check_layers(front, names)
+        functional, columns = self._seed(front, inputs, target, seed)
+        compiled = self._program(front, inputs, self._asked(columns=columns, layers=names))
+        output, *relevances, _ = compiled.program(*(x.detach() for x in inputs), functional)
+        if columns:
+            relevances = [r.movedim(0, 1) for r in relevances]
+        return LayerRelevance(output, dict(zip(names, relevances, strict=True)))
+
+    def predict(self, *inputs: Tensor) -> Tensor:
+        """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
+        front = self._front(inputs)
+        output = front.canonical(*(x.detach() for x in inputs))
+        assert isinstance(output, Tensor)
+        return output
+
+    def layers(self) -> list[str]:
+        """Returns the module paths that :meth:`at` knows, in the order they are computed."""
+        return _layer_names(self._first_front())
+
+    # ---- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def code(self) -> str:
+        """The compiled program as valid Python, with shape, origin and rule in comments."""
+        compiled = self._first()
+        return printing.code(compiled.program, {n.name: a.rule.name for n, a in compiled.assignment.rules.items()})
+
+    @property
+    def plan(self) -> Plan:
+        """What is asked and how it is answered, with costs; prints as a table."""
+        return self._first().plan
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage of the compilation with its time; graphs among them can be printed and run."""
+        return self._first().stages
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Faster ways that were not taken, with reasons."""
+        return self._first().refusals
+
+    @property
+    def program(self) -> torch.fx.GraphModule:
+        """The compiled program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
+        return self._first().program
+
+    def compiled(self, *inputs: Tensor) -> Compiled:
+        """Returns everything known about the program for inputs like these."""
+        return self._program(self._front(inputs), inputs, self._asked())
+
+    @property
+    def bias_policy(self) -> str:
+        """Where constants go: ``uniform``, ``receptive_field`` or ``separate``."""
+        return self._query.bias
+
+    def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Tensor:
+        """Returns the linear functional of the output that a target stands for, ``[B, ...]`` or ``[K, B, ...]``."""
+        return self._seed(self._front(inputs), inputs, target, seed)[0]
+
+    def table(self) -> str:
+        """Which rule and maps each node got, one line a node."""
+        return printing.rule_table(self._first().assignment)
+
+    def __repr__(self) -> str:
+        if not self._compiled:
+            return (
+                f"Explainer({self.model_name}, {self._rules.name}, not compiled yet: call it, or give compile() example inputs)"
+            )
+        compiled = self._first()
+        front = self._first_front()
+        takes = ", ".join(describe(n.meta["val"]) for n in front.canonical.graph.find_nodes(op="placeholder"))
+        gives = describe(front.canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
+        calls = sum(n.op == "call_function" for n in compiled.program.graph.nodes)
+        seconds = sum(s.seconds for s in compiled.stages)
+        return (
+            f"Explainer({self.model_name}: {takes} -> {gives})\n"
+            f"  rules {self._rules.name}, bias {self._query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
+            f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
+            f"{len(compiled.refusals)} refusals"
+        )
+
+    # ---- compiling ----------------------------------------------------------------------------------------------
+
+    def compile_for(self, *inputs: Tensor) -> Explainer:
+        """Compiles the program for inputs like these now, checks it against the model, and takes no other shapes from then on."""
+        front = self._front(inputs)
+        compiled = self._program(front, inputs, self._asked())
+        pipeline.verify(compiled, front, [x.detach() for x in inputs])
+        self._ahead = True
+        return self
+
+    def _asked(self, **changes: Any) -> Query:
+        return dataclasses.replace(self._query, **changes)
+
+    def _front(self, inputs: Sequence[Tensor]) -> Front:
+        """Finds or makes the captured graph for inputs of this signature, and checks the inputs against it."""
+        if not all(isinstance(x, Tensor) for x in inputs) or not inputs:
+            kinds = ", ".join(type(x).__name__ for x in inputs) or "nothing"
+            raise InputError(f"The explainer takes tensors, batch first; got {kinds}.")
+        if self._ahead:
+            front = self._first_front()
+        else:
+            signature = _signature(inputs)
+            found = self._fronts.get(signature)
+            if found is None:
+                with _TRACING:
+                    found = self._fronts.get(signature) or pipeline.front(self._snapshot[0], inputs, self._output)
+                    self._fronts[signature] = found
+            front = found
+        check_inputs(inputs, front.captured.inputs)
+        return front
+
+    def _program(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Compiled:
+        key = (_signature(inputs), query)
+        found = self._compiled.get(key)
+        if found is None:
+            with _TRACING:
+                found = self._compiled.get(key) or pipeline.compile_query(front, self._rules, self._constant, query)
+                if key not in self._compiled:
+                    self.add_module(f"program{len(self._compiled)}", found.program)
+                self._compiled[key] = found
+        return found
+
+    def _seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
+        example = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+        like = torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
+        return make_seed(target, seed, like, int(inputs[0].shape[0]))
+
+    def _check_layers(self, front: Front, names: Sequence[str]) -> None:
+        known = _layer_names(front)
+        for name in names:
+            if name not in known:
+                raise LayerNameError(f"{self.model_name} has no layer {name!r}; {nearest(name, known)}.")
+
+    def _first(self) -> Compiled:
+        if not self._compiled:
+            raise InputError("Nothing is compiled yet: call the explainer once, or give frpc.compile() example inputs.")
+        return next(iter(self._compiled.values()))
+
+    def _first_front(self) -> Front:
+        if not self._fronts:
+            raise InputError("Nothing is captured yet: call the explainer once, or give frpc.compile() example inputs.")
+        return next(iter(self._fronts.values()))
+
+
+def _signature(inputs: Sequence[Tensor]) -> Signature:
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
+
+
+def _layer_names(front: Front) -> list[str]:
+    return [name for node in front.canonical.graph.nodes for name in node.meta.get("layers", ())]
+
+
+def compile(  # noqa: A001 - the name users expect, as in torch.compile
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+    *,
+    rule: RuleSet | None = None,
+    bias: str = "uniform",
+    strategy: str = "auto",
+    constant: Sequence[str] = (),
+    output: str | int | None = None,
+) -> Explainer:
+    """Compiles a model into an explainer: its output and an account of it that sums to the output.
+
+    Args:
+        model: any module that ``torch.export`` captures. It is copied in evaluation mode; yours is not touched, and later
+            changes to it do not reach the explainer.
+        inputs: example inputs, batch first; with them everything is compiled now. Without, at the first call, and again for
+            inputs of other shapes.
+        rule: the rule set; forward relevance propagation by default.
+        bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
+            ``"separate"``, beside the map.
+        strategy: ``"auto"``, or ``"transposed"`` to force it.
+        constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
+        output: which output to explain, for models that return several: a key, an attribute or a position.
+
+    Raises:
+        CaptureError: if ``torch.export`` cannot capture the model.
+        UnsupportedOpError: if operators have no rule; names all of them.
+        TrainingModeError: if the model cannot be evaluated deterministically.
+    """
+    query = Query(bias=check_policy(bias), strategy=strategy)  # type: ignore[arg-type]
+    explainer = Explainer(model, rule or FRP(), query, [constant] if isinstance(constant, str) else constant, output)
+    if inputs is None:
+        return explainer
+    return explainer.compile_for(*([inputs] if isinstance(inputs, Tensor) else inputs))

@@ -1,0 +1,84 @@
+"""What an explainer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Explanation", "LayerRelevance"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A model's output and where it comes from; unpacks as ``output, relevance = explainer(...)``.
+
+    Attributes:
+        output: the model's output, ``[B, ...]``.
+        relevance: like the input, ``[B, ...]``, or ``[B, K, ...]`` for K targets; a tuple of them for several inputs.
+        bias: the constants' share of the explained output, ``[B]`` or ``[B, K]``; with ``bias="separate"`` it is not in the
+            map, otherwise it is.
+        inputs: what was explained.
+
+    Units: relevance and bias have the unit of the explained output.
+    """
+
+    output: Tensor
+    relevance: Tensor | tuple[Tensor, ...]
+    bias: Tensor
+    inputs: tuple[Tensor, ...] = field(repr=False, default=())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.output, self.relevance))
+
+    def map(self, sample: int = 0, target: int = 0, source: int = 0) -> Tensor:
+        """Returns one sample's map, of the ``target``-th of K targets and the ``source``-th input."""
+        relevance = self.relevance[source] if isinstance(self.relevance, tuple) else self.relevance
+        one = relevance[sample]
+        return one[target] if self.bias.dim() == 2 else one
+
+    def plot(self, image: Any = None, *, sample: int = 0, target: int = 0) -> Figure:
+        """Draws one sample's map, over ``image`` where one is given.
+
+        Args:
+            image: a picture of the input's size; see :func:`frpc.heatmap.overlay`.
+            sample: which sample.
+            target: which of K targets.
+        """
+        from frpc import heatmap
+
+        return heatmap.overlay(image, self.map(sample, target))
+
+    def _repr_html_(self) -> str:
+        from frpc import heatmap
+
+        return heatmap.to_html(None, self.map())
+
+
+@dataclass(frozen=True)
+class LayerRelevance(Mapping[str, Tensor]):
+    """Relevance of inner layers: ``R = a * G_a`` for every neuron of each layer asked for (constants not spread).
+
+    A mapping from module path to a tensor like that layer's output, ``[B, ...]`` or ``[B, K, ...]``.
+
+    Attributes:
+        output: the model's output.
+        layers: the relevances.
+    """
+
+    output: Tensor
+    layers: dict[str, Tensor]
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

@@ -1,0 +1,130 @@
+"""What the compiler keeps on graph nodes beside torch.fx's own fields, and how it moves when nodes are replaced.
+
+``node.meta["origin"]``  an :class:`Origin`: where the user wrote this operator;
+``node.meta["layers"]``  module paths whose output this node is;
+``node.meta["val"]``     the example value, a fake tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["NOWHERE", "Batch", "Origin", "batch_of", "describe", "fetch", "origin_of", "replace", "set_layers"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from.
+
+    Attributes:
+        module: path of the innermost module, e.g. ``layer1.0.conv1``.
+        modules: paths of all modules around the call, outermost first.
+        file, line, source: the user's line.
+    """
+
+    module: str
+    modules: tuple[str, ...]
+    file: str
+    line: int
+    source: str
+
+    @property
+    def where(self) -> str:
+        """``file.py:12``, without folders: those belong to the machine."""
+        return f"{PurePath(self.file).name}:{self.line}" if self.file else "?"
+
+
+NOWHERE = Origin("", (), "", 0, "")
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """Returns where the node was written; nodes the compiler made have no place of their own."""
+    found = node.meta.get("origin", NOWHERE)
+    assert isinstance(found, Origin)
+    return found
+
+
+def set_layers(graph: fx.Graph, known: Sequence[str]) -> None:
+    """Notes on each node the modules whose output it is: the last node computed inside them."""
+    last: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        for path in origin_of(node).modules:
+            last[path] = node
+    for path, node in last.items():
+        node.meta["layers"] = (*node.meta.get("layers", ()), path)
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Lets ``new`` stand for ``old``: users, layer names and origin follow, and ``old`` is erased."""
+    new.meta["layers"] = (*new.meta.get("layers", ()), *old.meta.get("layers", ()))
+    new.meta.setdefault("origin", origin_of(old))
+    new.meta.setdefault("val", old.meta.get("val"))
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def fetch(module: torch.nn.Module, target: str) -> Any:
+    """Returns the tensor a ``get_attr`` node names."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def describe(value: Any) -> str:
+    """Writes a value's type as ``f32[B, 64, 7, 7]``; symbolic sizes stand as ``B``."""
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(describe(v) for v in value) + ")"
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    names = {
+        torch.float32: "f32",
+        torch.float64: "f64",
+        torch.float16: "f16",
+        torch.bfloat16: "bf16",
+        torch.int64: "i64",
+        torch.bool: "b8",
+    }
+    sizes = ", ".join(_size(s) for s in value.shape)
+    return f"{names.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{sizes}]"
+
+
+def _size(size: Any) -> str:
+    """Writes one size; the batch symbol of torch.export has a name of its own making."""
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    symbols = sorted(size.node.expr.free_symbols, key=str)
+    names = {symbol: "B" if i == 0 else f"K{i}" for i, symbol in enumerate(symbols)}
+    return str(size.node.expr.subs(names))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where the samples are in a tensor: dimension ``axis`` has size ``batch * factor``, samples outermost."""
+
+    axis: int
+    factor: int
+
+
+def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
+    """Finds the dimension that holds the samples.
+
+    Args:
+        value: an example value with a symbolic batch, or with real sizes where the batch is fixed.
+        fixed: the fixed batch size, or None where it is symbolic.
+    """
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, torch.SymInt):
+            expression = size.node.expr
+            symbols = expression.free_symbols
+            if symbols:
+                return Batch(axis, int(expression.subs(dict.fromkeys(symbols, 1))))
+        elif fixed is not None and size and size % fixed == 0:
+            return Batch(axis, size // fixed)
+    return None

@@ -1,0 +1,113 @@
+"""Optimization of an emitted program: the same function with fewer operations. Each pass says whether it changed anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from frpc.graph import fetch
+
+__all__ = ["PASSES", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
+
+aten = torch.ops.aten
+Pass = Callable[[fx.GraphModule], bool]
+
+_VIEWS = {
+    aten.view.default,
+    aten.t.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.reshape.default,
+}
+
+
+def remove_dead(graph_module: fx.GraphModule) -> bool:
+    """Drops what no result depends on, e.g. primal passes met while tracing transposes."""
+    return bool(graph_module.graph.eliminate_dead_code())
+
+
+def _key(value: Any) -> Any:
+    """Makes an argument hashable, telling 1 from 1.0 and True."""
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *(_key(v) for v in value))
+    if isinstance(value, dict):
+        return tuple((k, _key(v)) for k, v in sorted(value.items()))
+    return (type(value).__name__, value)
+
+
+def merge_common(graph_module: fx.GraphModule) -> bool:
+    """``f(x), f(x) -> one f(x)``: the same operator on the same arguments is computed once."""
+    seen: dict[Any, fx.Node] = {}
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or (isinstance(node.target, OpOverload) and node.target._schema.is_mutable):
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph_module.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def fold_constants(graph_module: fx.GraphModule) -> bool:
+    """``f(parameters) -> tensor``, unless the result is only another view of a parameter or larger than what it is made of."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        sources = node.all_input_nodes
+        if node.op != "call_function" or not sources or any(n.op != "get_attr" for n in sources):
+            continue
+        if node.target in _VIEWS and not any(_foldable(u) for u in node.users):
+            continue
+        real = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, str(n.target)))
+        value = node.target(*real[0], **real[1])
+        if isinstance(value, Tensor):
+            _store(graph_module, node, value)
+            changed = True
+    return changed
+
+
+def _foldable(node: fx.Node) -> bool:
+    """Says whether a node would fold once its one non-constant operand has."""
+    return node.op == "call_function" and all(n.op == "get_attr" or n.target in _VIEWS for n in node.all_input_nodes)
+
+
+def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    name = node.name
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, value)
+    with graph_module.graph.inserting_before(node):
+        stored = graph_module.graph.get_attr(name)
+    stored.meta = dict(node.meta)
+    node.replace_all_uses_with(stored)
+    graph_module.graph.erase_node(node)
+
+
+def merge_scales(graph_module: fx.GraphModule) -> bool:
+    """``(v * s) * t -> v * (s t)`` for constants s, t of one shape: two passes over v become one."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        inner = node.args[0] if node.target is aten.mul.Tensor else None
+        if not isinstance(inner, fx.Node) or inner.target is not aten.mul.Tensor or len(inner.users) != 1:
+            continue
+        outer_factor, inner_factor = node.args[1], inner.args[1]
+        both = [f for f in (outer_factor, inner_factor) if isinstance(f, fx.Node) and f.op == "get_attr"]
+        if len(both) == 2 and both[0].meta["val"].shape == both[1].meta["val"].shape:
+            with graph_module.graph.inserting_before(node):
+                product = graph_module.graph.call_function(aten.mul.Tensor, (inner_factor, outer_factor))
+            product.meta = {**inner.meta, "val": both[0].meta["val"]}
+            node.args = (inner.args[0], product)
+            changed = True
+    return changed
+
+
+PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, remove_dead)
+"""In this order. Dead code goes first, so that nothing is merged into it."""

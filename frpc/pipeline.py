@@ -1,0 +1,176 @@
+"""The driver: runs the stages in order, times them, checks each graph and keeps it for printing.
+
+capture -> canonicalize -> assign -> plan -> emit -> optimize -> lower
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from frpc import canonicalize, lower, optimize
+from frpc.assign import Assignment, assign
+from frpc.capture import Captured, capture
+from frpc.emit import emit, only_aten
+from frpc.errors import CompileError
+from frpc.plan import Plan, Query, make_plan
+from frpc.rules.ruleset import RuleSet
+
+__all__ = ["Compiled", "Front", "Stage", "compile_query", "front"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a compilation.
+
+    Attributes:
+        name: ``capture``, ``canonicalize``, ...
+        seconds: wall time.
+        passes: the passes that changed something.
+        program: what came out: a runnable graph, or a printable record.
+    """
+
+    name: str
+    seconds: float
+    passes: tuple[str, ...]
+    program: Any
+
+
+@dataclass(frozen=True)
+class Front:
+    """What all queries about one model share: its graph, captured and in canonical form before folding."""
+
+    captured: Captured
+    canonical: fx.GraphModule
+    stages: tuple[Stage, ...]
+
+
+@dataclass
+class Compiled:
+    """The answer to one query.
+
+    Attributes:
+        program: the runnable graph, ``(*inputs, seed) -> (output, relevance..., constants)``.
+        assignment: rules of the canonical graph.
+        plan: how it is answered.
+        stages: every stage, in order.
+        refusals: faster ways not taken, with reasons.
+    """
+
+    program: fx.GraphModule
+    assignment: Assignment
+    plan: Plan
+    stages: tuple[Stage, ...]
+    refusals: tuple[lower.Refusal, ...] = field(default_factory=tuple)
+
+
+def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None) -> Front:
+    """Captures and canonicalizes a model."""
+    start = time.perf_counter()
+    captured = capture(model, inputs, output)
+    middle = time.perf_counter()
+    canonical = copy_graph(captured.graph_module)
+    passes = tuple(p.__name__ for p in canonicalize.PASSES if _checked(p, canonical))
+    end = time.perf_counter()
+    stages = (
+        Stage("capture", middle - start, (), captured.graph_module),
+        Stage("canonicalize", end - middle, passes, canonical),
+    )
+    return Front(captured, canonical, stages)
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Copies a graph and shares its tensors: the earlier stage stays printable and runnable."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, copies)
+    graph.output(result)
+    for old, new in copies.items():
+        new.meta = dict(old.meta)
+    root = copy.copy(graph_module)
+    fresh = nn.Module()
+    for name, part in graph_module._modules.items():
+        fresh.add_module(name, part)
+    for name, value in graph_module._buffers.items():
+        fresh.register_buffer(name, value)
+    del root
+    return fx.GraphModule(fresh, graph, class_name=type(graph_module).__name__)
+
+
+def _checked(one_pass: Callable[[fx.GraphModule], Any], graph_module: fx.GraphModule) -> Any:
+    """Runs a pass and lints its result; a broken graph is reported with the pass's name."""
+    result = one_pass(graph_module)
+    try:
+        graph_module.graph.lint()
+    except RuntimeError as error:
+        raise CompileError(f"pass {one_pass.__name__} left a broken graph: {error}") from error
+    graph_module.recompile()
+    return result
+
+
+def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query: Query) -> Compiled:
+    """Compiles the program that answers one query.
+
+    Raises:
+        UnsupportedOpError: if nodes have no rule.
+        CompileError: if a pass breaks the graph.
+    """
+    clock = _Clock(list(shared.stages))
+    canonical = copy_graph(shared.canonical)
+    folded = canonicalize.fold_batch_norm(canonical, frozenset(query.layers))
+    canonical.recompile()
+    clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
+    fixed = shared.captured.inputs[0].batch
+    assignment = assign(canonical, rules, constant, fixed).demand_complete()
+    clock.note("assign", assignment)
+    plan = make_plan(assignment, query)
+    clock.note("plan", plan)
+    emitted = emit(assignment, plan, shared.captured.fake_mode)
+    clock.note("emit", emitted)
+    optimized = copy_graph(emitted)
+    clock.note("optimize", optimized, tuple(p.__name__ for p in optimize.PASSES if _checked(p, optimized)))
+    lowered = copy_graph(optimized)
+    refusals = [r for p in lower.PASSES for r in _checked(p, lowered)]
+    clock.note("lower", lowered, tuple(p.__name__ for p in lower.PASSES))
+    if foreign := only_aten(lowered):
+        raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
+    if shared.captured.static_batch_reason:
+        refusals.append(lower.Refusal("a free batch size", "capture", shared.captured.static_batch_reason))
+    return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals))
+
+
+class _Clock:
+    """Records stages with the time since the last one."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+        self.last = time.perf_counter()
+
+    def note(self, name: str, program: Any, passes: tuple[str, ...] = ()) -> None:
+        now = time.perf_counter()
+        self.stages.append(Stage(name, now - self.last, passes, program))
+        self.last = now
+
+
+def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
+    """Runs the program once and compares its output with the captured model's.
+
+    Raises:
+        CompileError: if they differ by more than rounding can explain.
+    """
+    with torch.no_grad():
+        expected = shared.captured.graph_module(*inputs)
+        got = compiled.program(*inputs, torch.ones_like(expected))[0]
+    scale = expected.abs().amax() + torch.finfo(expected.dtype).tiny
+    error = float((got - expected).abs().amax() / scale)
+    bound = 1e4 * torch.finfo(expected.dtype).eps  # folding and another memory order re-associate sums, no more
+    if not error <= bound and bool(torch.isfinite(expected).all()):
+        raise CompileError(
+            f"the compiled program's output differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"
+        )

@@ -1,0 +1,153 @@
+"""Planning: what is asked, and by which strategy each part of the graph answers.
+
+This file knows costs, not rules: it reads FLOPs and bytes off the maps that assignment chose.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from frpc.assign import Assignment
+from frpc.bias import BiasPolicy
+from frpc.errors import OptionError
+from frpc.maps import Cost
+from frpc.propagate import reached_from
+
+__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "make_plan"]
+
+Strategy = Literal["auto", "transposed"]
+STRATEGIES: tuple[Strategy, ...] = ("auto", "transposed")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked of a program.
+
+    Attributes:
+        columns: several linear functionals of the output at once (``[K, B, ...]`` seeds) instead of one.
+        layers: module paths whose relevance is asked for; empty means the inputs.
+        bias: where constants go.
+        strategy: ``auto`` or a forced one.
+    """
+
+    columns: bool = False
+    layers: tuple[str, ...] = ()
+    bias: BiasPolicy = "uniform"
+    strategy: Strategy = "auto"
+
+    def __str__(self) -> str:
+        what = f"relevance of {', '.join(self.layers)}" if self.layers else "relevance of the input"
+        return f"{what} for {'K targets' if self.columns else 'one target'} a sample, bias {self.bias}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of nodes answered in one way.
+
+    Units: per sample and column; FLOPs count multiply and add apart, bytes are read and written.
+    """
+
+    name: str
+    strategy: str
+    why: str
+    nodes: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a query is answered; prints as a table.
+
+    Attributes:
+        query: what is asked.
+        segments: in the order they run.
+        wanted: nodes whose pulled relevance the program returns.
+        pulled: nodes relevance is pulled through.
+    """
+
+    query: Query
+    segments: tuple[Segment, ...]
+    wanted: tuple[fx.Node, ...]
+    pulled: tuple[fx.Node, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(s.cost.flops for s in self.segments)
+
+    def __str__(self) -> str:
+        lines = [f"{self.query}", f"{'segment':<20} {'strategy':<12} {'nodes':>6} {'GFLOP':>9} {'MB':>9}  why"]
+        for s in self.segments:
+            lines.append(
+                f"{s.name:<20} {s.strategy:<12} {s.nodes:>6} {s.cost.flops / 1e9:>9.3f} {s.cost.bytes / 1e6:>9.1f}  {s.why}"
+            )
+        return "\n".join(lines)
+
+
+def layer_node(assignment: Assignment, layer: str) -> fx.Node | None:
+    """Returns the node that is the output of a module, or None where no node is."""
+    for node in assignment.graph_module.graph.nodes:
+        if layer in node.meta.get("layers", ()):
+            return node
+    return None
+
+
+def make_plan(assignment: Assignment, query: Query) -> Plan:
+    """Chooses a strategy for the query.
+
+    One linear functional of the output, or a few, is answered by one transposed pass: its cost is that of one forward pass
+    for each, whatever the number of cells.
+
+    Raises:
+        OptionError: for a strategy this version does not know.
+    """
+    if query.strategy not in STRATEGIES:
+        raise OptionError(f"strategy={query.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+    wanted = assignment.sources if not query.layers else tuple(_demanded(assignment, name) for name in query.layers)
+    reached = reached_from(assignment, wanted)
+    # The wanted nodes themselves are not pulled through, unless another wanted node lies below them.
+    below = {n for w in wanted for n in _through(assignment, w, reached)}
+    pulled = tuple(n for n in assignment.rules if n in below)
+    values = _total(assignment, tuple(assignment.rules))
+    why = "a few functionals of the output: one transposed pass each" if query.columns else "one functional of the output"
+    segments = (
+        Segment("values", "forward", "the model's own forward pass", len(assignment.rules), values),
+        Segment("relevance", "transposed", why, len(pulled), _total(assignment, pulled)),
+    )
+    return Plan(query, segments, wanted, pulled)
+
+
+def _demanded(assignment: Assignment, layer: str) -> fx.Node:
+    node = layer_node(assignment, layer)
+    assert node is not None, f"layer {layer} was checked when the query was made"
+    return node
+
+
+def _through(assignment: Assignment, source: fx.Node, reached: set[fx.Node]) -> set[fx.Node]:
+    """The carrying nodes computed from ``source``, itself left out."""
+    found = {source}
+    for node in assignment.graph_module.graph.nodes:
+        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
+        if node in reached and (node in assignment.rules or node.target is operator.getitem) and any(f in found for f in feeds):
+            found.add(node)
+    return found - {source}
+
+
+def _total(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
+    cost = Cost(0.0, 0.0)
+    for node in nodes:
+        assigned = assignment.rules[node]
+        value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+        batch = _hint(value.shape[assigned.batch.axis]) / assigned.batch.factor
+        for linear_map in assigned.example.terms.values():
+            one = linear_map.cost(value.element_size())
+            cost = cost + Cost(one.flops / batch, one.bytes / batch)
+    return cost
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

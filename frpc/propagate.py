@@ -1,0 +1,152 @@
+"""Propagation: the values of a graph, the affine map of every operator at those values, and relevance pulled back through them.
+
+This is frpc's semantics in one page. It is plain tensor code over the canonical graph: run eagerly it is the reference that
+:mod:`frpc.check` reports from; traced by :mod:`frpc.emit` it becomes the compiled program.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, fx
+
+from frpc.affine import Affine, Operand
+from frpc.assign import Assigned, Assignment, call_of
+from frpc.graph import Batch
+
+__all__ = ["Observer", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "reached_from"]
+
+Observer = Callable[[fx.Node, str], AbstractContextManager[Any]]
+"""Called around the work for each node with ``"value"``, ``"rule"`` or ``"pull"``; lets a tracer note whose work it sees."""
+
+Spread = Callable[[Assigned, Tensor, Tensor | float], None]
+"""Called with a node, the relevance pulled to its result ``v`` and its constant ``c``: what to do with ``<c, v>``."""
+
+Record = Callable[[Assigned, Tensor, Mapping[Operand, Tensor]], None]
+"""Called with a node, the relevance pulled to its result and the relevance it passed to each operand."""
+
+
+def _unobserved(node: fx.Node, phase: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def evaluate(
+    graph: fx.Graph, constants: Mapping[str, Any], inputs: Sequence[Tensor], observe: Observer = _unobserved
+) -> dict[fx.Node, Any]:
+    """Runs the graph and returns the value of every node.
+
+    Args:
+        graph: a canonical graph.
+        constants: value of each ``get_attr`` target.
+        inputs: in placeholder order.
+    """
+    values: dict[fx.Node, Any] = {}
+    feed = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            values[node] = constants[str(node.target)]
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            with observe(node, "value"):
+                values[node] = node.target(*args, **kwargs)
+        else:
+            values[node] = values[node.args[0]]
+    return values
+
+
+def affine_maps(
+    assignment: Assignment, values: Mapping[fx.Node, Any], nodes: Iterable[fx.Node], observe: Observer = _unobserved
+) -> dict[fx.Node, Affine]:
+    """Returns ``z = sum_k M_k a_k + c`` for each of ``nodes`` at the given values."""
+    maps: dict[fx.Node, Affine] = {}
+    for node in nodes:
+        assigned = assignment.rules[node]
+        with observe(node, "rule"):
+            maps[node] = assigned.rule(call_of(node, frozenset(assigned.operands), values.__getitem__))
+    return maps
+
+
+def reached_from(assignment: Assignment, wanted: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns ``wanted`` and all carrying nodes computed from them: relevance need be pulled through no others."""
+    reached = set(wanted)
+    for node in assignment.graph_module.graph.nodes:
+        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
+        if node in assignment.carried and any(n in reached for n in feeds):
+            reached.add(node)
+    return reached
+
+
+def pull(
+    assignment: Assignment,
+    maps: Mapping[fx.Node, Affine],
+    seeds: Mapping[fx.Node, Tensor],
+    wanted: Iterable[fx.Node],
+    spread: Spread | None = None,
+    observe: Observer = _unobserved,
+    record: Record | None = None,
+) -> dict[fx.Node, Tensor]:
+    """Pulls relevance back: ``G_a = sum over the uses of a of M^T G_z``, from ``seeds`` to the ``wanted`` nodes.
+
+    Args:
+        assignment: rules of the graph.
+        maps: affine form of every node between ``wanted`` and the seeds.
+        seeds: ``G`` at the nodes to start from, ``[*L, *shape]``.
+        wanted: where the pulled relevance is asked for.
+        spread: told of every constant on the way.
+        observe: see :data:`Observer`.
+        record: told what every node passed on.
+
+    Returns:
+        ``G`` of each wanted node that the seeds depend on.
+    """
+    wanted = set(wanted)
+    reached = reached_from(assignment, wanted)
+    pulled: dict[fx.Node, Tensor] = dict(seeds)
+    found: dict[fx.Node, Tensor] = {}
+    for node in reversed(assignment.graph_module.graph.nodes):
+        v = pulled.pop(node, None)
+        if v is None:
+            continue
+        if node in wanted:
+            found[node] = v
+        if node.target is operator.getitem:
+            _accumulate(pulled, node.args[0], v)  # type: ignore[arg-type]
+        elif node in maps:
+            assigned, affine = assignment.rules[node], maps[node]
+            with observe(node, "pull"):
+                if spread is not None and affine.constant is not None:
+                    spread(assigned, v, affine.constant)
+                passed = {k: affine.terms[k].pull(v) for k, operand in assigned.operands.items() if operand in reached}
+            for name, share in passed.items():
+                with observe(node, "pull"):
+                    _accumulate(pulled, assigned.operands[name], share)
+            if record is not None:
+                record(assigned, v, passed)
+    return found
+
+
+def _accumulate(pulled: dict[fx.Node, Tensor], node: fx.Node, v: Tensor) -> None:
+    pulled[node] = pulled[node] + v if node in pulled else v
+
+
+def inner(v: Tensor, c: Tensor | float, shape: Sequence[Any], batch: Batch) -> Tensor:
+    """Returns ``<c, v>`` for each sample and column.
+
+    Shapes: v ``[*L, *shape]``, c broadcastable to ``shape``; returns ``[*L, B]``.
+    """
+    rank = len(shape)
+    sizes = [1] * rank if not isinstance(c, Tensor) else [1] * (rank - c.dim()) + list(c.shape)
+    repeated = [d - rank for d in range(rank) if d != batch.axis and isinstance(sizes[d], int) and sizes[d] == 1]
+    if repeated:  # sum first over what c repeats: one pass over v, and the product is small
+        v = v.sum(repeated, keepdim=True)
+    v = v * c
+    rest = [d - rank for d in range(rank) if d != batch.axis]
+    per_sample = v.sum(rest) if rest else v
+    if batch.factor != 1:
+        per_sample = per_sample.unflatten(-1, (-1, batch.factor)).sum(-1)
+    return per_sample

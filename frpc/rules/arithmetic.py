@@ -1,0 +1,128 @@
+"""Sums, products and quotients, of carried values, constants and numbers; and reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, Operand, linear_op, rule
+from frpc.errors import RuleDeclined
+from frpc.maps import LinearMap, Place, scaled
+
+aten = torch.ops.aten
+Number = int | float
+Term = Tensor | Number
+
+
+def _sum(call: Call, signed: dict[str, tuple[Term, float]]) -> Affine:
+    """Builds ``z = sum_k factor_k * operand_k``: carried operands become terms, the others constants."""
+    terms: dict[Operand, LinearMap] = {}
+    constant: Term | None = None
+    for name, (operand, factor) in signed.items():
+        if call.carries(name):
+            assert isinstance(operand, Tensor)
+            terms[name] = scaled(factor, operand.shape, call.value.shape)
+        else:
+            share = operand if factor == 1 else operand * factor
+            constant = share if constant is None else constant + share
+    return Affine(terms, constant)
+
+
+@rule(aten.add.Tensor, carries=("self", "other"), formula="a + alpha b", source="method §2: addition")
+def add(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
+    return _sum(call, {"self": (a, 1.0), "other": (b, float(alpha))})
+
+
+@rule(aten.sub.Tensor, carries=("self", "other"), formula="a - alpha b", source="method §2: addition")
+def sub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
+    return _sum(call, {"self": (a, 1.0), "other": (b, -float(alpha))})
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor, carries=("self", "other"), formula="b - alpha a", source="method §2: addition")
+def rsub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
+    return _sum(call, {"self": (a, -float(alpha)), "other": (b, 1.0)})
+
+
+@rule(
+    aten.mul.Tensor,
+    carries=("self", "other"),
+    formula="b on a; both carried: b/2 on a, a/2 on b",
+    source="method §2: products, half",
+)
+def mul(call: Call, a: Tensor, b: Term) -> Affine:
+    result = call.value.shape
+    both = call.carries("self") and call.carries("other")
+    share = 0.5 if both else 1.0
+    terms: dict[Operand, LinearMap] = {}
+    if call.carries("self"):
+        terms["self"] = scaled(b * share if both else b, a.shape, result)
+    if call.carries("other"):
+        assert isinstance(b, Tensor)
+        terms["other"] = scaled(a * share if both else a, b.shape, result)
+    return Affine(terms)
+
+
+@rule(
+    aten.div.Tensor,
+    carries=("self", "other"),
+    formula="1/b on a; a carried b is a coefficient",
+    source="method §2: products, gate",
+)
+def div(call: Call, a: Term, b: Term) -> Affine:
+    if call.carries("self"):
+        assert isinstance(a, Tensor)
+        return Affine({"self": scaled(1.0 / b, a.shape, call.value.shape)})
+    # c / b has no value at b = 0 to subtract: all of the result is carried by b, z = (z / b) b.
+    assert isinstance(b, Tensor)
+    return Affine({"other": scaled(call.value / b, b.shape, call.value.shape)})
+
+
+@rule(aten.cat.default, carries="tensors", formula="each operand at its place", source="method §2: concatenation")
+def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Affine:
+    result = call.value.shape
+    dim = dim % len(result)
+    terms: dict[Operand, LinearMap] = {}
+    offset = 0
+    for position, tensor in enumerate(tensors):
+        if call.carries(("tensors", position)):
+            terms["tensors", position] = Place(dim, offset, tensor.shape, result)
+        offset += tensor.shape[dim]
+    fixed = [t if not call.carries(("tensors", i)) else torch.zeros_like(t) for i, t in enumerate(tensors)]
+    return Affine(terms, torch.cat(fixed, dim) if len(terms) < len(tensors) else None)
+
+
+@rule(aten.lerp.Scalar, carries=("self", "end"), formula="(1 - w) a + w b", source="method §2: addition")
+def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
+    return _sum(call, {"self": (a, 1.0 - float(weight)), "end": (b, float(weight))})
+
+
+def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
+    """Counts dimensions from the end, so that columns may come in front; none named means all."""
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return list(range(-rank, 0))
+    listed = [dims] if isinstance(dims, int) else list(dims)
+    return [d if d < 0 else d - rank for d in listed]
+
+
+def _reject_batch(call: Call, dims: list[int], rank: int) -> list[int]:
+    if -rank in dims:
+        raise RuleDeclined("it reduces over the batch: the result mixes samples")
+    return dims
+
+
+linear_op(
+    aten.sum.dim_IntList,
+    lambda call, a, dim, keepdim=False, dtype=None: (
+        lambda u, d=_reject_batch(call, _from_end(dim, a.dim()), a.dim()): u.sum(d, keepdim=keepdim)
+    ),
+    formula="sum over dimensions",
+)
+linear_op(
+    aten.mean.dim,
+    lambda call, a, dim, keepdim=False, dtype=None: (
+        lambda u, d=_reject_batch(call, _from_end(dim, a.dim()), a.dim()): u.mean(d, keepdim=keepdim)
+    ),
+    formula="mean over dimensions",
+)

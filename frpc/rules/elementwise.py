@@ -1,0 +1,176 @@
+"""Elementwise operators: secants through 0 in closed form (method §2).
+
+``M = (f(a) - f(0)) / a`` and ``c = f(0)``. Where the quotient would divide by something near 0, a series takes over below
+``sqrt(eps)``: its first neglected term is then below the rounding of the dtype. A comment gives each function's f.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, elementwise, rule
+from frpc.maps import Gate, Scale
+
+aten = torch.ops.aten
+LOG2 = math.log(2.0)
+
+
+def _quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
+    """Returns ``numerator / a``, and ``series`` where |a| is below sqrt(eps)."""
+    near = a.abs() < math.sqrt(torch.finfo(a.dtype).eps)
+    return torch.where(near, series, numerator / torch.where(near, 1.0, a))
+
+
+def _expm1_over(a: Tensor) -> Tensor:
+    """``(e^a - 1) / a``."""
+    return _quotient(a, torch.expm1(a), 1.0 + 0.5 * a)
+
+
+def _tanh_over(a: Tensor) -> Tensor:
+    """``tanh(a) / a``."""
+    return _quotient(a, torch.tanh(a), 1.0 - a * a / 3.0)
+
+
+def _softplus_over(a: Tensor) -> Tensor:
+    """``(log(1 + e^a) - log 2) / a``; log1p(expm1(a)/2) loses no digits near 0, and above 20 the softplus is a itself."""
+    inner = torch.log1p(torch.expm1(a.clamp(max=20.0)) * 0.5)
+    return _quotient(a, torch.where(a > 20.0, a - LOG2, inner), 0.5 + 0.125 * a)
+
+
+def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    # The operator switches to the identity above its threshold, where softplus differs from it by e^-threshold.
+    h = a * beta
+    linear = (h - LOG2) / torch.where(h > threshold, h, 1.0)
+    return torch.where(h > threshold, linear, _softplus_over(h))
+
+
+def _gelu(a: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "none":
+        return torch.special.ndtr(a)
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (a + 0.044715 * a * a * a)))
+
+
+def _elu(a: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    below = a.clamp(max=0.0) * input_scale  # clamped: e^a of a large positive a would be inf in the branch not taken
+    return torch.where(a > 0, scale, scale * alpha * input_scale * _expm1_over(below))
+
+
+def _clamp_at_zero(low: float | None, high: float | None) -> float:
+    value = 0.0 if low is None else max(0.0, float(low))
+    return value if high is None else min(value, float(high))
+
+
+def _clamp(a: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    base = _clamp_at_zero(low, high)
+    if base == 0.0:
+        # Inside the interval the quotient is exactly 1; at a = 0 the slope is 1 only if 0 is not the upper end alone.
+        safe = torch.where(a == 0, 1.0, a)
+        return torch.where(a == 0, 0.0 if low == 0 else 1.0, torch.clamp(a, low, high) / safe)
+    safe = torch.where(a == 0, 1.0, a)
+    return torch.where(a == 0, 0.0, (torch.clamp(a, low, high) - base) / safe)
+
+
+def _hardsigmoid(a: Tensor) -> Tensor:
+    return 1.0 / 6.0 * torch.where(a.abs() <= 3.0, 1.0, 3.0 / a.abs().clamp(min=3.0))
+
+
+def _softshrink(a: Tensor, bound: float = 0.5) -> Tensor:
+    outside = a.abs() > bound
+    return torch.where(outside, 1.0 - bound / torch.where(outside, a.abs(), 1.0), 0.0)
+
+
+def _threshold_at_zero(threshold: float, value: float) -> float:
+    return 0.0 if threshold < 0 else float(value)
+
+
+def _threshold(a: Tensor, threshold: float, value: float) -> Tensor:
+    base = _threshold_at_zero(threshold, value)
+    safe = torch.where(a == 0, 1.0, a)
+    return torch.where(a == 0, 1.0 if threshold < 0 else 0.0, (torch.where(a > threshold, a, value) - base) / safe)
+
+
+def _power(a: Tensor, exponent: float) -> Tensor:
+    # a^p = a^(p-1) * a; a negative or fractional p has no value at 0 to subtract, so the whole result is carried.
+    return torch.where(a == 0, 1.0 if exponent == 1 else 0.0, torch.pow(torch.where(a == 0, 1.0, a), exponent - 1))
+
+
+def _whole(value: Tensor, a: Tensor) -> Tensor:
+    """``f(a) / a`` for functions without a value at 0: all of the result is carried, and nothing at a = 0."""
+    return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
+
+
+@rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|")
+def relu(call: Call, a: Tensor) -> Affine:
+    return Affine({"self": Gate(call.value)})
+
+
+@rule(aten.prelu.default, aten._prelu_kernel.default, formula="1 if a > 0 else w", source="method §2: secant through 0")
+def prelu(call: Call, a: Tensor, weight: Tensor) -> Affine:
+    shape = [-1 if i == 1 else 1 for i in range(a.dim())] if weight.dim() == 1 and a.dim() > 1 else list(weight.shape)
+    return Affine({"self": Scale(torch.where(a > 0, 1.0, weight.reshape(shape)), a.shape)})
+
+
+@rule(aten.log_sigmoid_forward.default, formula="(log(1+e^-a) - log 2)/(-a), c = -log 2", source="method §2: secant through 0")
+def log_sigmoid(call: Call, a: Tensor) -> Affine:
+    return Affine({"self": Scale(_softplus_over(-a), a.shape)}, -LOG2)
+
+
+elementwise(aten.relu6.default, lambda a: _clamp(a, 0.0, 6.0), formula="min(max(a, 0), 6) / a")
+elementwise(
+    aten.hardtanh.default, lambda a, low=-1.0, high=1.0: _clamp(a, low, high), _clamp_at_zero, formula="(clamp(a) - clamp(0)) / a"
+)
+elementwise(aten.clamp.default, _clamp, _clamp_at_zero, formula="(clamp(a) - clamp(0)) / a")
+elementwise(
+    aten.clamp_min.default,
+    lambda a, low: _clamp(a, low, None),
+    lambda low: _clamp_at_zero(low, None),
+    formula="(clamp(a) - clamp(0)) / a",
+)
+elementwise(
+    aten.clamp_max.default,
+    lambda a, high: _clamp(a, None, high),
+    lambda high: _clamp_at_zero(None, high),
+    formula="(clamp(a) - clamp(0)) / a",
+)
+elementwise(aten.leaky_relu.default, lambda a, slope=0.01: torch.where(a > 0, 1.0, slope), formula="1 if a > 0 else slope")
+elementwise(aten.elu.default, _elu, formula="1 if a > 0 else (e^a - 1)/a")
+elementwise(
+    aten.celu.default, lambda a, alpha=1.0: _elu(a, alpha, 1.0, 1.0 / alpha), formula="1 if a > 0 else alpha (e^(a/alpha) - 1)/a"
+)
+elementwise(aten.selu.default, lambda a: _elu(a, 1.6732632423543772, 1.0507009873554805), formula="scale * elu's")
+elementwise(aten.gelu.default, _gelu, formula="Phi(a), the normal distribution function")
+elementwise(aten.silu.default, torch.sigmoid, formula="sigmoid(a)")
+elementwise(aten.mish.default, lambda a: torch.tanh(torch.nn.functional.softplus(a)), formula="tanh(softplus(a))")
+elementwise(aten.hardswish.default, torch.nn.functional.hardsigmoid, formula="relu6(a + 3) / 6")
+elementwise(aten.sigmoid.default, lambda a: 0.25 * _tanh_over(0.5 * a), 0.5, formula="tanh(a/2) / (2a), c = 1/2")
+elementwise(aten.hardsigmoid.default, _hardsigmoid, 0.5, formula="1/6 inside [-3, 3], 1/(2|a|) outside, c = 1/2")
+elementwise(aten.tanh.default, _tanh_over, formula="tanh(a) / a")
+elementwise(
+    aten.softplus.default, _softplus, lambda beta=1.0, threshold=20.0: LOG2 / beta, formula="(softplus(a) - log 2) / a, c = log 2"
+)
+elementwise(aten.softshrink.default, _softshrink, formula="1 - bound/|a| outside the bound, 0 inside")
+elementwise(aten.hardshrink.default, lambda a, bound=0.5: (a.abs() > bound).to(a.dtype), formula="[|a| > bound]")
+elementwise(aten.threshold.default, _threshold, _threshold_at_zero, formula="(f(a) - f(0)) / a")
+elementwise(aten.exp.default, _expm1_over, 1.0, formula="(e^a - 1) / a, c = 1")
+elementwise(aten.expm1.default, _expm1_over, formula="(e^a - 1) / a")
+elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a")
+elementwise(aten.sin.default, lambda a: torch.sinc(a / math.pi), formula="sin(a) / a")
+elementwise(
+    aten.cos.default, lambda a: -torch.sin(0.5 * a) * torch.sinc(a / (2.0 * math.pi)), 1.0, formula="(cos(a) - 1) / a, c = 1"
+)
+elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a")
+elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a")
+elementwise(
+    aten.erf.default, lambda a: _quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0)), formula="erf(a) / a"
+)
+elementwise(aten.abs.default, torch.sign, formula="sgn(a)")
+elementwise(aten.neg.default, lambda a: -1.0, formula="-1")
+elementwise(aten.square.default, lambda a: a, formula="a")
+elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)")
+elementwise(aten.sqrt.default, lambda a: _whole(torch.sqrt(a), a), formula="1 / sqrt(a)")
+elementwise(aten.rsqrt.default, lambda a: _whole(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.reciprocal.default, lambda a: _whole(torch.reciprocal(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log.default, lambda a: _whole(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)")

@@ -1,0 +1,60 @@
+"""Rule sets: which rule each node of a graph gets.
+
+A rule set answers one question, ``rule_for(op, module)``. :class:`FRP` answers from the table of affine forms; ``overrides``
+replaces rules by module path pattern or by operator, first match first.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch._ops import OpOverload
+
+from frpc.affine import TABLE, Rule, RuleFunction
+
+__all__ = ["FRP", "RuleSet"]
+
+
+class RuleSet(Protocol):
+    """Assigns a rule to a node."""
+
+    @property
+    def name(self) -> str:
+        """Short name, shown in tables."""
+        ...
+
+    def rule_for(self, op: Any, module: str) -> Rule | None:
+        """Returns the rule for an operator called in a module, or None where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class FRP:
+    """Forward relevance propagation: ``V_z = sum_k M_k V_k + c/N`` with ``sum(V_z) == z``.
+
+    Args:
+        overrides: module path pattern (``"features.*"``) or operator overload -> rule function, as for :func:`frpc.rule`.
+
+    Exact when: always; every operator's rule is an identity at the given input.
+
+    Source: thesis eqs. 3.5, 3.8, 3.12; operators beyond it in closed form (``docs/rules.md``).
+    """
+
+    overrides: Mapping[str | OpOverload, RuleFunction] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "FRP"
+
+    def rule_for(self, op: Any, module: str) -> Rule | None:
+        """Returns the override that matches first, else the operator's affine form."""
+        standard = TABLE.get(op)
+        for key, function in self.overrides.items():
+            matches = fnmatch.fnmatchcase(module, key) if isinstance(key, str) else key is op
+            if matches and isinstance(op, OpOverload):
+                carries = standard.carries if standard else (op._schema.arguments[0].name,)
+                return Rule(op, function, carries, "given by the user", "override")
+        return standard

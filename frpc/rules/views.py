@@ -1,0 +1,131 @@
+"""Operators that move elements about: reshape, permute, slice, pad, expand, roll, resize. ``M`` is the operator itself.
+
+Dimensions are counted from the end throughout, so that a map works unchanged on tensors with columns in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, linear_op, rule
+from frpc.maps import Broadcast, Identity, LinearOp, Slice
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.dropout.default,
+    formula="a",
+    source="method §2: identity",
+)
+def identity(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    return Affine({str(call.op._schema.arguments[0].name): Identity(a.shape)})
+
+
+@rule(aten.expand.default, formula="a, broadcast", source="method §2: linear")
+def expand(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    return Affine({"self": Broadcast(a.shape, call.value.shape)})
+
+
+@rule(aten.slice.Tensor, formula="a[start:stop:step]", source="method §2: linear")
+def slice_(call: Call, a: Tensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Affine:
+    begin = 0 if start is None else start
+    end = 2**63 - 1 if stop is None else stop
+    return Affine({"self": Slice(dim, begin, end, step, a.shape, call.value.shape)})
+
+
+def _reshaped(call: Call, a: Tensor, *arguments: Any) -> Callable[[Tensor], Tensor]:
+    """Covers every operator that keeps the order of elements: view, flatten, (un)squeeze, ..."""
+    rank, result = a.dim(), list(call.value.shape)
+    return lambda u: u.reshape([*u.shape[: u.dim() - rank], *result])
+
+
+def _dims(dims: int | Sequence[int], rank: int) -> list[int]:
+    return [d if d < 0 else d - rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _permuted(call: Call, a: Tensor, dims: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    order = _dims(dims, a.dim())
+    return lambda u: u.permute([*range(u.dim() - a.dim()), *(u.dim() + d for d in order)])
+
+
+for _op in (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+):
+    linear_op(_op, _reshaped, formula="a, reshaped")
+linear_op(aten.permute.default, _permuted, formula="a, permuted")
+linear_op(
+    aten.transpose.int,
+    lambda call, a, first, second: lambda u: u.transpose(*_dims([first, second], a.dim())),
+    formula="a, transposed",
+)
+linear_op(aten.t.default, lambda call, a: lambda u: u.transpose(-1, -2) if a.dim() == 2 else u, formula="a, transposed")
+linear_op(
+    aten.select.int,
+    lambda call, a, dim, index: lambda u: u.select(_dims(dim, a.dim())[0], index),
+    formula="a[index]",
+)
+linear_op(aten.flip.default, lambda call, a, dims: lambda u: u.flip(_dims(dims, a.dim())), formula="a, reversed")
+linear_op(
+    aten.roll.default,
+    lambda call, a, shifts, dims=(): lambda u: u.roll(shifts, _dims(dims, a.dim())),
+    formula="a, rolled",
+)
+linear_op(
+    aten.repeat.default,
+    lambda call, a, repeats: lambda u: u.repeat([*[1] * (u.dim() - a.dim()), *repeats]),
+    formula="a, repeated",
+)
+
+
+@rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear")
+def constant_pad(call: Call, a: Tensor, padding: Sequence[int], value: float = 0) -> Affine:
+    frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value != 0 else None
+    return Affine({"self": LinearOp(lambda u: aten.constant_pad_nd(u, padding, 0), a.shape, call.value.shape)}, frame)
+
+
+for _op in (
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+):
+    linear_op(_op, lambda call, a, padding: lambda u: call.op(u, padding), formula="a, padded by its own values", pool=True)
+
+for _op in (
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
+    aten._upsample_nearest_exact1d.vec,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact3d.vec,
+    aten.upsample_linear1d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_trilinear3d.vec,
+    aten.upsample_bicubic2d.vec,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+):
+    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="a, resized", pool=True)
