@@ -209,6 +209,28 @@ def expose_winners(graph_module: fx.GraphModule) -> bool:
     return bool(nodes)
 
 
+def unify_shuffles(graph_module: fx.GraphModule) -> bool:
+    """``view(transpose(view(x, [B, g, C/g, ...]), 1, 2), [B, C, ...]) -> channel_shuffle(x, g)``."""
+    views = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+    changed = False
+    for node in _calls(graph_module, views):
+        swapped = node.args[0]
+        while isinstance(swapped, fx.Node) and swapped.target is aten.clone.default:
+            swapped = swapped.args[0]
+        dealt = swapped.args[0] if isinstance(swapped, fx.Node) and swapped.target is aten.transpose.int else None
+        if not isinstance(dealt, fx.Node) or dealt.target not in views or {swapped.args[1], swapped.args[2]} != {1, 2}:  # type: ignore[union-attr]
+            continue
+        x, inner, outer = dealt.args[0], dealt.meta["val"], node.meta["val"]
+        assert isinstance(x, fx.Node)
+        whole = x.meta["val"]
+        same = whole.dim() == outer.dim() and inner.dim() == whole.dim() + 1
+        if same and str(list(whole.shape)) == str(list(outer.shape)) and str(list(inner.shape[3:])) == str(list(whole.shape[2:])):
+            replace(node, Editor(graph_module, node).call(aten.channel_shuffle.default, x, int(inner.shape[1])))
+            changed = True
+    graph_module.graph.eliminate_dead_code()
+    return changed
+
+
 def expand_gated_linear_units(graph_module: fx.GraphModule) -> bool:
     """``glu(x) -> x[:half] * sigmoid(x[half:])``."""
     nodes = _calls(graph_module, {aten.glu.default})
@@ -304,6 +326,7 @@ PASSES: tuple[Pass, ...] = (
     unify_convolutions,
     split_to_slices,
     expose_winners,
+    unify_shuffles,
     expand_gated_linear_units,
     fold_constants,
 )

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine, Operand
 from frpc.assign import Assigned
-from frpc.explainer import Explainer
 from frpc.errors import TargetError
+from frpc.explainer import Explainer
 from frpc.explanation import Explanation
 from frpc.graph import fetch, origin_of
 from frpc.printing import columns

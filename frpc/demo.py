@@ -129,7 +129,7 @@ def contact_sheet(digits: list[Digit]) -> Figure:
     limit = robust_limit(maps)
     for position, digit in enumerate(digits):
         column, row = divmod(position, rows)
-        _draw_digit(panels[row, 4 * column : 4 * column + 3], digit, limit)
+        _draw_digit(list(panels[row, 4 * column : 4 * column + 3]), digit, limit)
     draw_bar(figure, list(panels.flat), limit, maps, "logit per pixel: red speaks for the class, blue against it")
     figure.suptitle("Every map adds up to the logit that it explains", fontsize=TITLE + 3)
     figure.supxlabel(CREDIT, fontsize=SMALL)

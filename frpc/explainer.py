@@ -244,7 +244,7 @@ def _layer_names(front: Front) -> list[str]:
     return [name for node in front.canonical.graph.nodes for name in node.meta.get("layers", ())]
 
 
-def compile(  # noqa: A001 - the name users expect, as in torch.compile
+def compile(
     model: nn.Module,
     inputs: Tensor | Sequence[Tensor] | None = None,
     *,

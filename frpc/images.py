@@ -66,22 +66,16 @@ def read_image(path: str | Path) -> Image.Image:
             whose range is unknown.
     """
     path = Path(path)
-    if not path.exists():
-        raise ImageError(f"no such file: {path}")
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder; give one image file, and repeat --image for more")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path} is empty")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"cannot read {path}, it is truncated or damaged: {error}") from error
+    image = _decode(path)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{path} has 32-bit pixels of unknown range; save it as an 8-bit or 16-bit image")
+    if image.mode.startswith("I;16"):
+        # Pillow would cut 16-bit values off at 255, which turns the picture white.
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
 
 
 def prepare(path: str | Path, recipe: Recipe = IMAGENET) -> Picture:
@@ -98,17 +92,24 @@ def prepare(path: str | Path, recipe: Recipe = IMAGENET) -> Picture:
     return Picture(Path(path), ((scaled - mean) / std)[None], crop)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{path} has 32-bit pixels of unknown range; save it as an 8-bit or 16-bit image")
-    if image.mode.startswith("I;16"):
-        # Pillow would cut 16-bit values off at 255, which turns the picture white.
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+def _decode(path: Path) -> Image.Image:
+    """The upright first frame, completely read."""
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder; give one image file")
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ImageError(f"no such image file: {path}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large: {error}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything: zlib.error, struct.error, IndexError
+        raise ImageError(f"cannot read {path}, it is truncated, damaged or locked: {error}") from error
 
 
 def _resize_and_crop(image: Image.Image, recipe: Recipe, path: Path) -> Image.Image:

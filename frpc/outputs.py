@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ class OutputFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.files: list[Path] = []
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir():
-            raise OutputFolderError(f"cannot write to {self.path}: {existing} is a file")
         try:
+            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not existing.is_dir():
+                raise OutputFolderError(f"cannot write to {self.path}: {existing} is a file")
             # Permission bits do not tell for root, quotas or read-only mounts; an unnamed file does.
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
@@ -53,13 +53,13 @@ class OutputFolder:
 
     def arrays(self, name: str, **arrays: NDArray[Any]) -> Path:
         """Writes a ``.npz`` file."""
-        return self._write(name, lambda path: np.savez_compressed(path, **arrays))
+        return self._write(name, lambda path: np.savez_compressed(path, allow_pickle=False, **arrays))
 
     def figure(self, name: str, figure: Figure) -> Path:
         """Writes a picture."""
         return self._write(name, lambda path: heatmap.save(figure, path))
 
-    def _write(self, name: str, write: Any) -> Path:
+    def _write(self, name: str, write: Callable[[Path], object]) -> Path:
         path = self.path / name
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def finite(relevance: Tensor | NDArray[Any]) -> Array:
 def _tint(strength: Array) -> Array:
     """RGBA whose colour is the sign and whose opacity grows with ``|strength|``; exactly clear at 0."""
     tint = np.where(strength[..., None] > 0, np.array(to_rgb(FOR)), np.array(to_rgb(AGAINST)))
-    return np.concatenate([tint, 0.92 * np.abs(strength[..., None]) ** 0.7], axis=-1)
+    return np.concatenate([tint, 0.95 * np.abs(strength[..., None])], axis=-1)
 
 
 def _frame(axes: Axes, title: str | None, caption: str | None) -> None:

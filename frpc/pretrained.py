@@ -35,6 +35,8 @@ CONVERT = (
     "s.save_file({{k: v.clone() for k, v in d.items()}}, '{stem}.safetensors')\""
 )
 SHOWN = 12
+# torchvision's DenseNet files are older than torch's ban on dots in module names: norm.1.weight is now norm1.weight.
+OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 # Heads that only training uses: torchvision's files hold them, the models here are built without them.
 TRAINING_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -63,7 +65,7 @@ def recipe(name: str, *, default: bool = False) -> Recipe:
     from torchvision.models import get_model_weights
 
     published = get_model_weights(name)
-    return Recipe.of((published.DEFAULT if default else next(iter(published))).transforms())  # type: ignore[attr-defined]
+    return Recipe.of((published.DEFAULT if default else next(iter(published))).transforms())
 
 
 def class_names(outputs: int) -> list[str]:
@@ -108,9 +110,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         WeightsError: missing, truncated, or a pickle, which could run code and is never opened.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path} is a folder, not a file" if path.is_dir() else f"no such weights file: {path}")
     try:
+        if path.is_dir():
+            raise WeightsError(f"{path} is a folder; give one safetensors file")
         with path.open("rb") as file:
             start = file.read(4)
         if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
@@ -121,6 +123,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} is not a safetensors file, or is truncated: {error}") from error
+    except FileNotFoundError as error:
+        raise WeightsError(f"no such weights file: {path}") from error
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -138,7 +142,8 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str 
     Raises:
         WeightsError: entries that are missing, unexpected, of another shape or kind, or not finite; all at once.
     """
-    given = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(unused))}
+    used = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(unused))}
+    given = {OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in used.items()}
     # A state dict carries its format version with it, and torchvision's MNASNet refuses one without.
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
@@ -170,7 +175,7 @@ def download_weights(name: str, *, progress: bool = True) -> dict[str, Tensor]:
     """
     from torchvision.models import get_model_weights
 
-    published = get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    published = get_model_weights(name).DEFAULT
     try:
         state: Mapping[str, Any] = published.get_state_dict(progress=progress, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
@@ -180,9 +185,7 @@ def download_weights(name: str, *, progress: bool = True) -> dict[str, Tensor]:
             f"  Fix: fetch that file where there is a network, and {CONVERT.format(name=file, stem=Path(file).stem)}; "
             f"then pass --weights {Path(file).stem}.safetensors"
         ) from error
-    # DenseNet's files are older than torch's ban on dots in module names: norm.1.weight is now norm1.weight.
-    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
-    return {old.sub(r"\1\2", key): tensor for key, tensor in state.items()}
+    return dict(state)
 
 
 def _describe(tensor: Tensor) -> str:

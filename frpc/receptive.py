@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
 from frpc.affine import bind
+from frpc.assign import Assignment
 
 __all__ = ["Field", "receptive_fields"]
 

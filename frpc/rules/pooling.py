@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.affine import Affine, Call, linear_op, rule
-from frpc.maps import Select
+from frpc.affine import Affine, Call, rule
+from frpc.maps import LinearPool, Pool, Select
 
 aten = torch.ops.aten
 
@@ -28,7 +28,8 @@ def max_pool2d(
     def native(v: Tensor) -> Tensor:
         return aten.max_pool2d_with_indices_backward(v, a, kernel, stride, padding, dilation, ceil_mode, indices)
 
-    return Affine({"self": Select(indices, a.shape, native)})
+    lines = zip(_each(kernel, 2), _each(stride, 2) or _each(kernel, 2), _each(padding, 2), _each(dilation, 2), strict=True)
+    return Affine({"self": Select(indices, a.shape, native, list(lines))})
 
 
 @rule(
@@ -42,14 +43,53 @@ def max_pool(call: Call, a: Tensor, *arguments: object) -> Affine:
     return Affine({"self": Select(call.out[1], a.shape)})
 
 
-for _op in (
+def _each(value: Sequence[int] | int, count: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
+@rule(
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
     aten.avg_pool3d.default,
+    formula="average",
+    source="method §2: linear",
+)
+def avg_pool(
+    call: Call,
+    a: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Affine:
+    arguments = [value for name, value in call.args.items() if name != "self"]
+    count = a.dim() - 2
+    steps = _each(stride, count) or _each(kernel, count)
+    window = list(zip(_each(kernel, count), steps, _each(padding, count), [1] * count, strict=True))
+
+    def pool(u: Tensor) -> Tensor:
+        return call.op(u, *arguments)
+
+    return Affine({"self": LinearPool(pool, a.shape, call.value.shape, window, count_include_pad, divisor_override)})
+
+
+@rule(
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
     aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default,
     aten._adaptive_avg_pool3d.default,
-):
-    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="average", pool=True)
+    formula="average",
+    source="method §2: linear",
+)
+def adaptive_avg_pool(call: Call, a: Tensor, size: Sequence[int]) -> Affine:
+    def pool(u: Tensor) -> Tensor:
+        return call.op(u, size)
+
+    sizes = [(int(n), int(m)) for n, m in zip(a.shape[2:], call.value.shape[2:], strict=True)]
+    if any(n % m for n, m in sizes):  # windows of uneven width
+        return Affine({"self": Pool(pool, a.shape, call.value.shape)})
+    return Affine({"self": LinearPool(pool, a.shape, call.value.shape, [(n // m, n // m, 0, 1) for n, m in sizes])})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, linear_op, rule
-from frpc.maps import Broadcast, Identity, LinearOp, Slice
+from frpc.maps import Broadcast, Identity, Pad, Shuffle, Slice
 
 aten = torch.ops.aten
 
@@ -98,7 +98,12 @@ linear_op(
 @rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear")
 def constant_pad(call: Call, a: Tensor, padding: Sequence[int], value: float = 0) -> Affine:
     frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value != 0 else None
-    return Affine({"self": LinearOp(lambda u: aten.constant_pad_nd(u, padding, 0), a.shape, call.value.shape)}, frame)
+    return Affine({"self": Pad(padding, a.shape, call.value.shape)}, frame)
+
+
+@rule(aten.channel_shuffle.default, formula="a, its channels dealt out", source="method §2: linear")
+def channel_shuffle(call: Call, a: Tensor, groups: int) -> Affine:
+    return Affine({"self": Shuffle(groups, a.shape)})
 
 
 for _op in (
@@ -126,6 +131,5 @@ for _op in (
     aten._upsample_bicubic2d_aa.vec,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
 ):
     linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="a, resized", pool=True)

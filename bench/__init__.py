@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand from a checkout: ``python -m bench NAME``. Nothing here is part of the test suite."""

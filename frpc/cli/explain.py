@@ -1,0 +1,173 @@
+"""`frpc explain`: photos in; classes, maps, pictures and the balance of every account out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from frpc.cli.classifier import Classifier, ModelOption, load_classifier
+from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, Session, ThreadsOption, session
+from frpc.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from frpc.cli.record import Explained
+    from frpc.explainer import Explainer
+    from frpc.images import Picture
+    from frpc.outputs import OutputFolder
+
+__all__ = ["explain"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `frpc explain`; see :func:`explain`."""
+
+    model: str
+    weights: str
+    images: list[Path]
+    target: str
+    top: int
+    cell: int
+    check: bool
+    bias: Bias
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class Question:
+    """One picture, ready to be explained: its input ``[1, 3, H, W]`` and the classes asked for."""
+
+    picture: Picture
+    x: Tensor
+    classes: list[int]
+
+
+def explain(
+    model: ModelOption,
+    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
+    target: Annotated[str, typer.Option(help="auto (the predicted class), a class number, or a class name.")] = "auto",
+    top: Annotated[int, typer.Option(min=1, help="With --target auto: explain the N strongest classes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for pictures, raw maps and JSON.")] = Path("frpc-explain"),
+    cell: Annotated[int, typer.Option(min=1, help="Side of the squares summed in pictures; 1 shows each pixel.")] = 4,
+    check: Annotated[bool, typer.Option("--check", help="Also report conservation layer by layer.")] = False,
+    bias: BiasOption = Bias.uniform,
+    dtype: DtypeOption = Dtype.float32,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain what a trained torchvision classifier sees in photos.
+
+    For each photo: a picture of each map, the unrounded maps (.npz), and a JSON file with the strongest classes, the
+    explained ones, how exactly each map sums to its logit, and timings.
+    """
+    request = Request(model, weights, image, target, top, cell, check, bias, dtype)
+    with session(as_json, threads) as current:
+        from frpc.cli.record import show
+        from frpc.outputs import OutputFolder
+
+        results = _run(request, OutputFolder(out), current)
+        for result in results:
+            show(current.console, result)
+        current.finish({"images": results})
+
+
+def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[str, Any]]:
+    import frpc
+    from frpc.cli import record
+
+    results = []
+    with current.progress() as progress:
+        task = progress.add_task("reading", total=len(request.images) + 2)
+        start = time.perf_counter()
+        classifier, questions = _read(request, current)
+        read = time.perf_counter()
+        progress.update(task, advance=1, description="compiling")
+        explainer = frpc.compile(classifier.model, (questions[0].x,), bias=request.bias.value)
+        _answer(explainer, questions[0], request.bias)  # several targets have a program of their own, made on demand
+        seconds = {"read": read - start, "compile": time.perf_counter() - read}
+        progress.update(task, advance=1)
+        for stem, question in zip(record.stems(request.images), questions, strict=True):
+            progress.update(task, description=f"explaining {question.picture.path.name}")
+            explained = _answer(explainer, question, request.bias)
+            entry = _settings(request, classifier, question) | record.describe(explained)
+            entry["seconds"] = seconds | {"explain": explained.seconds}
+            if request.check:
+                entry["layers"] = _check(explainer, question)
+            results.append(record.write(folder, stem, question.picture, explained, entry, request.cell))
+            progress.update(task, advance=1)
+    return results
+
+
+def _read(request: Request, current: Session) -> tuple[Classifier, list[Question]]:
+    """Everything is read and checked first, so that bad input costs no compilation and leaves no file."""
+    import torch
+
+    from frpc.images import prepare
+
+    if request.target != "auto" and request.top > 1:
+        raise OptionError(
+            f"--top {request.top} goes with --target auto; --target {request.target} names the one class to explain"
+        )
+    classifier = load_classifier(request.model, request.weights, request.dtype, current)
+    pictures = [prepare(path, classifier.recipe) for path in request.images]
+    questions = []
+    with torch.inference_mode():
+        for picture in pictures:
+            x = picture.pixels.to(getattr(torch, request.dtype))
+            questions.append(Question(picture, x, _choose(classifier.model(x), request.target, request.top)))
+    return classifier, questions
+
+
+def _choose(logits: Tensor, target: str, top: int) -> list[int]:
+    from frpc.pretrained import class_index, class_names
+
+    if target != "auto":
+        return [class_index(target, class_names(logits.shape[1]))]
+    if top > logits.shape[1]:
+        raise OptionError(f"--top {top}: the model has {logits.shape[1]} classes")
+    best: list[int] = logits[0].topk(top).indices.tolist()
+    return best
+
+
+def _answer(explainer: Explainer, question: Question, bias: Bias) -> Explained:
+    import torch
+
+    from frpc.cli.record import Explained
+
+    classes = torch.tensor([question.classes])  # [1, K]
+    with torch.inference_mode():
+        start = time.perf_counter()
+        out = explainer(question.x, target=classes if len(question.classes) > 1 else classes[0])
+        seconds = time.perf_counter() - start
+        logits = out.output[0]
+        relevance = out.relevance.view(-1, *question.x.shape[1:])  # [K, 3, H, W]
+        constants = out.bias.view(-1).double()
+        sums = relevance.double().flatten(1).sum(1) + (constants if bias is Bias.separate else 0)
+        magnitude = relevance.double().abs().flatten(1).sum(1)
+        errors = (sums - logits[question.classes].double()).abs() / magnitude.clamp_min(1e-300)
+    return Explained(logits, question.classes, relevance, constants.tolist(), sums.tolist(), errors.tolist(), seconds)
+
+
+def _check(explainer: Explainer, question: Question) -> list[dict[str, Any]]:
+    """Conservation of every layer for the first explained class."""
+    import frpc
+
+    return [asdict(row) for row in frpc.check(explainer, question.x, target=question.classes[0]).rows]
+
+
+def _settings(request: Request, classifier: Classifier, question: Question) -> dict[str, Any]:
+    return {
+        "image": str(question.picture.path),
+        "model": request.model,
+        "weights": request.weights,
+        "preprocessing": asdict(classifier.recipe),
+        "bias": request.bias.value,
+        "dtype": request.dtype.value,
+    }

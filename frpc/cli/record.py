@@ -1,0 +1,141 @@
+"""What `frpc explain` keeps of one picture: the record, its files, and its lines on the screen."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from frpc import heatmap
+from frpc.images import Picture
+from frpc.outputs import OutputFolder
+from frpc.pretrained import class_names
+
+__all__ = ["Explained", "describe", "show", "stems", "write"]
+
+SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The maps of one picture.
+
+    Attributes:
+        logits: ``[O]``.
+        targets: the K explained classes.
+        relevance: ``[K, 3, H, W]``.
+        constants: ``[K]``, the constants' share of each logit.
+        sums: ``[K]``, what each map adds up to, with the constants where they are kept apart.
+        errors: ``[K]``, ``|sum - logit| / sum|V|``.
+        seconds: of the one call.
+    """
+
+    logits: Tensor
+    targets: list[int]
+    relevance: Tensor
+    constants: list[float]
+    sums: list[float]
+    errors: list[float]
+    seconds: float
+
+
+def describe(explained: Explained) -> dict[str, Any]:
+    """The strongest classes and the account of the explained ones, ready for JSON."""
+    names = class_names(len(explained.logits))
+    probabilities = explained.logits.double().softmax(0)
+
+    def entry(index: int) -> dict[str, Any]:
+        logit, probability = float(explained.logits[index]), float(probabilities[index])
+        return {"class": index, "name": names[index], "logit": logit, "probability": probability}
+
+    best = explained.logits.topk(min(SHOWN_CLASSES, len(names))).indices.tolist()
+    accounts = zip(explained.targets, explained.sums, explained.constants, explained.errors, strict=True)
+    return {
+        "top": [entry(index) for index in best],
+        "explained": [
+            entry(index) | {"sum": total, "constants": constants, "conservation_error": error}
+            for index, total, constants, error in accounts
+        ],
+    }
+
+
+def write(
+    folder: OutputFolder, stem: str, picture: Picture, explained: Explained, record: dict[str, Any], cell: int
+) -> dict[str, Any]:
+    """Writes the pictures, the raw maps and the record; returns the record with the names of the files."""
+    entries = record["explained"]
+    titles = [_title(entry, record["bias"]) for entry in entries]
+    maps = explained.relevance.cpu()
+    files = [
+        folder.figure(
+            f"{stem}.{entry['class']}-{_slug(entry['name'])}.png",
+            heatmap.overlay(picture.crop, values, title=title, unit="logit", cell=cell),
+        )
+        for entry, title, values in zip(entries, titles, maps, strict=True)
+    ]
+    if len(entries) > 1:
+        named = dict(zip(titles, maps, strict=True))
+        compared = heatmap.side_by_side(picture.crop, named, shared_scale=True, unit="logit", cell=cell)
+        files.append(folder.figure(f"{stem}.top{len(entries)}.png", compared))
+    arrays = {
+        "relevance": maps.numpy(),
+        "logits": explained.logits.cpu().numpy(),
+        "targets": np.array(explained.targets),
+        "constants": np.array(explained.constants),
+    }
+    files += [folder.arrays(f"{stem}.npz", **arrays), folder.path / f"{stem}.json"]
+    record = record | {"files": [str(file) for file in files]}
+    folder.json(f"{stem}.json", record)
+    return record
+
+
+def stems(paths: Sequence[Path]) -> list[str]:
+    """A name for each picture's files; pictures of the same name get a number."""
+    count, seen, names = Counter(path.stem for path in paths), Counter[str](), []
+    for path in paths:
+        seen[path.stem] += 1
+        names.append(path.stem if count[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
+    return names
+
+
+def show(console: Console, record: dict[str, Any]) -> None:
+    """Prints one picture's strongest classes, its accounts and its files."""
+    console.print(f"[bold]{escape(record['image'])}[/bold]  {record['model']}")
+    total = "map sum + constants" if record["bias"] == "separate" else "map sum"
+    table = Table("class", "name", "logit", "probability", total, "error", box=None, pad_edge=False)
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify = "right"
+    accounts = {entry["class"]: entry for entry in record["explained"]}
+    shown = {entry["class"]: entry for entry in record["top"]} | accounts
+    for index, entry in sorted(shown.items(), key=lambda item: -item[1]["logit"]):
+        balance = ("", "")
+        if index in accounts:
+            balance = (f"{entry['sum']:+.5f}", f"{entry['conservation_error']:.1e}")
+        table.add_row(str(index), entry["name"], f"{entry['logit']:+.5f}", f"{entry['probability']:.4f}", *balance)
+    console.print(table)
+    if "layers" in record:
+        worst = sorted(record["layers"], key=lambda row: -row["error"])[:SHOWN_CLASSES]
+        rows = ", ".join(f"{row['layer'] or '(top level)'} {row['error']:.1e}" for row in worst)
+        console.print(f"least exact of {len(record['layers'])} layers: {rows}", markup=False)
+    seconds = record["seconds"]
+    console.print(f"compiled in {seconds['compile']:.1f} s, explained in {1000 * seconds['explain']:.0f} ms")
+    for file in record["files"]:
+        console.print(f"  {file}", markup=False)
+
+
+def _title(entry: dict[str, Any], bias: str) -> str:
+    title = f"{entry['name']} ({entry['class']}), logit {entry['logit']:+.2f}"
+    return f"{title}\n{entry['constants']:+.2f} of it constants, not in the map" if bias == "separate" else title
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,29 @@
+"""Linear maps: how relevance moves through one operand of one operator; see :mod:`frpc.maps.base`."""
+
+from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp
+from frpc.maps.contraction import Conv, MatMul
+from frpc.maps.movement import Pad, Place, Shuffle, Slice
+from frpc.maps.pointwise import Broadcast, Gate, Scale, scaled
+from frpc.maps.pooling import LinearPool, Pool, Select, Window
+
+__all__ = [
+    "Broadcast",
+    "Compose",
+    "Conv",
+    "Cost",
+    "Gate",
+    "Identity",
+    "LinearMap",
+    "LinearOp",
+    "LinearPool",
+    "MatMul",
+    "Pad",
+    "Place",
+    "Pool",
+    "Scale",
+    "Select",
+    "Shuffle",
+    "Slice",
+    "Window",
+    "scaled",
+]

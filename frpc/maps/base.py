@@ -1,0 +1,145 @@
+"""Linear maps: how relevance moves through one operand of one operator.
+
+A map ``M`` is fixed by the parameters and by the values at this input. It knows how to be applied in each direction and
+nothing of the rule that chose it:
+
+* ``push(u)`` carries columns forward, ``u -> M u``;
+* ``pull(v)`` is its transpose, ``v -> M^T v``; ``<push(u), v> == <u, pull(v)>`` for all u, v.
+
+Shapes: with operand ``[*A]`` and result ``[*Z]`` (both batch first), ``push`` takes ``[*L, *A]`` and returns ``[*L, *Z]``,
+``pull`` the other way round. The leading dimensions ``L`` hold independent columns (targets, or cells) and may be absent.
+Everything here is plain tensor code, so it runs eagerly, and the emitter traces it into ATen operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Compose", "Cost", "Identity", "LinearMap", "LinearOp", "Shape", "each", "folded", "numel", "same_size"]
+
+
+Shape = Sequence[Any]  # ints, or SymInts while a program is traced
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one column through a map costs.
+
+    Units: ``flops`` counts multiply and add apart; ``bytes`` is memory read and written.
+    """
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def numel(shape: Shape) -> int:
+    """Counts elements; a symbolic size (the batch) counts by its example value, without a guard."""
+    return math.prod(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in shape)
+
+
+class LinearMap:
+    """One linear map; see the module's docstring for shapes."""
+
+    operand: Shape
+    result: Shape
+
+    def push(self, u: Tensor) -> Tensor:
+        """Returns ``M u``."""
+        raise TypeError(f"{type(self).__name__} cannot carry columns forward")
+
+    def pull(self, v: Tensor) -> Tensor:
+        """Returns ``M^T v``."""
+        raise TypeError(f"{type(self).__name__} has no transposed pass")
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        """Returns what one column costs; by default one pass over operand and result."""
+        size = numel(self.operand) + numel(self.result)
+        return Cost(float(numel(self.result)), float(size * itemsize))
+
+    def lead(self, tensor: Tensor, of: Shape) -> tuple[Any, ...]:
+        """Returns the sizes of the column dimensions of ``tensor``, an ``[*L, *of]``."""
+        return tuple(tensor.shape[: tensor.dim() - len(of)])
+
+
+class Identity(LinearMap):
+    """``z = a``: copies, casts that keep the dtype, additions of equal shapes."""
+
+    def __init__(self, operand: Shape) -> None:
+        self.operand = self.result = operand
+
+    def push(self, u: Tensor) -> Tensor:
+        return u
+
+    def pull(self, v: Tensor) -> Tensor:
+        return v
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        return Cost(0.0, 0.0)
+
+
+class Compose(LinearMap):
+    """``z = M2 M1 a``."""
+
+    def __init__(self, first: LinearMap, second: LinearMap) -> None:
+        self.first, self.second = first, second
+        self.operand, self.result = first.operand, second.result
+
+    def push(self, u: Tensor) -> Tensor:
+        return self.second.push(self.first.push(u))
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.first.pull(self.second.pull(v))
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        return self.first.cost(itemsize) + self.second.cost(itemsize)
+
+
+class LinearOp(LinearMap):
+    """Any operator that is linear in its operand: ``z = f(a)``.
+
+    ``f`` takes ``[*L, *operand]`` and returns ``[*L, *result]``. Its transpose is found when the program is traced (the
+    vector-Jacobian product of a linear function is that transpose), so that what is emitted is plain operators.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], operand: Shape, result: Shape) -> None:
+        self.function = function
+        self.operand, self.result = operand, result
+
+    def push(self, u: Tensor) -> Tensor:
+        return self.function(u)
+
+    def pull(self, v: Tensor) -> Tensor:
+        # Any point serves: a linear function has the same transpose everywhere, and the primal pass is dead code. The
+        # point is one stretched cell, so that where a traced program asks for its sizes nothing is filled.
+        point = v.new_zeros([]).expand([*self.lead(v, self.result), *self.operand])
+        _, transpose = torch.func.vjp(self.function, point)
+        (pulled,) = transpose(v)
+        return pulled
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Compares two sizes; a symbolic size equals only itself, so no guard is put on the batch."""
+    return a is b or str(a) == str(b)
+
+
+def folded(function: Callable[[Tensor], Tensor], tensor: Tensor, rank: int) -> Tensor:
+    """Applies a batch-first ``function`` to ``[*L, B, ...]`` by counting the columns as samples."""
+    if tensor.dim() == rank:
+        return function(tensor)
+    lead = tensor.shape[: tensor.dim() - rank + 1]
+    z = function(tensor.flatten(0, len(lead) - 1))
+    return z.reshape([*lead, *z.shape[1:]])
+
+
+def each(value: Sequence[int], count: int) -> list[int]:
+    values = list(value)
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,89 @@
+"""Maps with weights: matrix products and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from frpc.maps.base import Cost, LinearMap, Shape, each, folded, numel, same_size
+
+__all__ = ["Conv", "MatMul"]
+
+
+class MatMul(LinearMap):
+    """``z = a W^T`` over the last dimension; ``weight`` is ``[O, I]``."""
+
+    def __init__(self, weight: Tensor, operand: Shape) -> None:
+        self.weight = weight
+        self.operand = operand
+        self.result = [*operand[:-1], weight.shape[0]]
+
+    def push(self, u: Tensor) -> Tensor:
+        return torch.nn.functional.linear(u, self.weight)
+
+    def pull(self, v: Tensor) -> Tensor:
+        return torch.matmul(v, self.weight)
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        flops = 2.0 * numel(self.result) * int(self.weight.shape[1])
+        size = numel(self.operand) + numel(self.result) + numel(self.weight.shape)
+        return Cost(flops, float(size * itemsize))
+
+
+class Conv(LinearMap):
+    """Convolution, or transposed convolution, of ``[B, C, *spatial]`` without its bias.
+
+    Arguments are those of ``aten.convolution``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Sequence[int],
+        groups: int,
+        operand: Shape,
+        result: Shape,
+    ) -> None:
+        spatial = weight.dim() - 2
+        self.weight, self.groups, self.transposed = weight, groups, transposed
+        self.stride, self.padding = each(stride, spatial), each(padding, spatial)
+        self.dilation, self.output_padding = each(dilation, spatial), each(output_padding, spatial)
+        self.operand, self.result = operand, result
+
+    def _apply(self, x: Tensor, transposed: bool, output_padding: Sequence[int]) -> Tensor:
+        return torch.ops.aten.convolution(
+            x, self.weight, None, self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
+        )
+
+    def push(self, u: Tensor) -> Tensor:
+        return folded(lambda x: self._apply(x, self.transposed, self.output_padding), u, len(self.operand))
+
+    def pull(self, v: Tensor) -> Tensor:
+        return folded(self._pull_transposed if self.transposed else self._pull_plain, v, len(self.result))
+
+    def _pull_plain(self, v: Tensor) -> Tensor:
+        kernel = self.weight.shape[2:]
+        rest = [  # rows at the far edge that no window reached: they get no relevance
+            (int(n) + 2 * p - d * (int(k) - 1) - 1) % s
+            for n, p, d, k, s in zip(self.operand[2:], self.padding, self.dilation, kernel, self.stride, strict=True)
+        ]
+        return self._apply(v, True, rest)
+
+    def _pull_transposed(self, v: Tensor) -> Tensor:
+        pulled = self._apply(v, False, [0] * len(self.stride))
+        for dim, size in enumerate(self.operand[2:], start=2):
+            if not same_size(pulled.shape[dim], size):  # output_padding >= stride adds windows that have no origin
+                pulled = pulled.narrow(dim, 0, size)
+        return pulled
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        positions = numel(self.operand if self.transposed else self.result)
+        taps = numel(self.weight.shape[1:])
+        size = numel(self.operand) + numel(self.result) + numel(self.weight.shape)
+        return Cost(2.0 * positions * taps, float(size * itemsize))

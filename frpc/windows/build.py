@@ -1,0 +1,252 @@
+"""From rules to producers of windows, and the run that streams a layer through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from frpc.affine import Affine
+from frpc.assign import Assignment
+from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
+from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SourceRows, Span, SumRows
+from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
+
+__all__ = ["LocalityEndsError", "build_rows", "set_columns", "stream"]
+
+
+class LocalityEndsError(Exception):
+    """An operator after which windows make no sense.
+
+    Attributes:
+        node: the operator's node.
+        why: the reason, for the plan.
+    """
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        super().__init__(f"{node.name}: {why}")
+        self.node, self.why = node, why
+
+
+def build_rows(
+    assignment: Assignment, maps: Mapping[fx.Node, Affine], source: fx.Node, x: Tensor, layer: fx.Node
+) -> tuple[Rows, list[Rows]]:
+    """Builds the producers of a layer's windows.
+
+    Args:
+        assignment: rules of the graph.
+        maps: the affine form, at this input, of every node up to the layer.
+        source: the input's node.
+        x: its value, ``[B, C, H, W]``, or ``[B, C, L]`` taken as one row.
+        layer: the node asked for.
+
+    Returns:
+        the layer's producer, and all producers in the order they compute.
+
+    Raises:
+        LocalityEndsError: at the first operator that windows do not survive.
+    """
+    made: dict[fx.Node, Rows] = {source: SourceRows(x if x.dim() == 4 else x.unsqueeze(2))}
+    order: list[Rows] = [made[source]]
+    for node in assignment.graph_module.graph.nodes:
+        if node in made or node not in assignment.carried or not _below(node, layer, assignment):
+            continue
+        if node not in assignment.rules:  # an operator's first result
+            made[node] = made[node.args[0]]
+        else:
+            made[node] = _build(node, assignment, maps[node], made, order)
+        if node is layer:
+            break
+    return made[layer], order
+
+
+def _below(node: fx.Node, layer: fx.Node, assignment: Assignment) -> bool:
+    return node is layer or node in _feeding(layer, assignment)
+
+
+def _feeding(layer: fx.Node, assignment: Assignment) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [layer]
+    while stack:
+        node = stack.pop()
+        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
+        for feed in feeds:
+            if feed in assignment.carried and feed not in found:
+                found.add(feed)
+                stack.append(feed)
+    return found
+
+
+def _build(node: fx.Node, assignment: Assignment, affine: Affine, made: Mapping[fx.Node, Rows], order: list[Rows]) -> Rows:
+    assigned = assignment.rules[node]
+    parts: list[Rows] = []
+    starts: list[int] = []
+    for name, operand in assigned.operands.items():
+        linear_map = affine.terms[name]
+        if isinstance(linear_map, Place) and linear_map.cut.dim == 1 - len(linear_map.operand):
+            starts.append(linear_map.cut.start)
+            parts.append(made[operand])
+            continue
+        part = _of_map(node, linear_map, made[operand])
+        parts.append(part)
+        order.extend(_new(part, made[operand]))
+    if not parts:
+        raise LocalityEndsError(node, "nothing of its operands is carried")
+    if len({(p.grids[0].jump, p.grids[1].jump) for p in parts}) > 1:
+        raise LocalityEndsError(node, "its operands step over the input at different strides")
+    if starts and len(starts) == len(parts):
+        joined: Rows = ConcatRows(parts, starts, _size(node))
+    elif starts:
+        raise LocalityEndsError(node, "it joins values along a dimension other than the channels")
+    elif len(parts) == 1:
+        return parts[0]
+    else:
+        joined = SumRows(parts)
+    order.append(joined)
+    return joined
+
+
+def _new(part: Rows, operand: Rows) -> list[Rows]:
+    """The producers between an operand and what was just made of it, first one first."""
+    chain: list[Rows] = []
+    while part is not operand:
+        chain.append(part)
+        part = part.operands[0]
+    return chain[::-1]
+
+
+def _size(node: fx.Node) -> tuple[int, int, int]:
+    value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    c, *spatial = (int(n) for n in value.shape[1:])
+    return (c, 1, spatial[0]) if len(spatial) == 1 else (c, spatial[0], spatial[1])
+
+
+def _of_map(node: fx.Node, linear_map: LinearMap, operand: Rows) -> Rows:
+    if isinstance(linear_map, Compose):
+        return _of_map(node, linear_map.second, _of_map(node, linear_map.first, operand))
+    for kind, build in _BUILDERS:
+        if isinstance(linear_map, kind):
+            return build(node, linear_map, operand)
+    raise LocalityEndsError(node, f"{str(node.target).removeprefix('aten.')} mixes positions")
+
+
+def _identity(node: fx.Node, linear_map: Identity, operand: Rows) -> Rows:
+    return operand
+
+
+def _gate(node: fx.Node, linear_map: Gate, operand: Rows) -> Rows:
+    mask = (linear_map.value > 0).to(linear_map.value.dtype)
+    return PointRows(operand, mask if mask.dim() == 4 else mask.unsqueeze(-2))
+
+
+def _scale(node: fx.Node, linear_map: Scale, operand: Rows) -> Rows:
+    g = linear_map.coefficient
+    if isinstance(g, Tensor):
+        rank = len(linear_map.operand)
+        g = g.reshape([1] * (rank - g.dim()) + list(g.shape))
+        g = g if rank == 4 else g.unsqueeze(-2)
+    return PointRows(operand, g)
+
+
+def _conv(node: fx.Node, linear_map: Conv, operand: Rows) -> Rows:
+    if linear_map.transposed:
+        raise LocalityEndsError(node, "a transposed convolution steps by fractions of its operand's stride")
+    if linear_map.weight.dim() > 4:
+        raise LocalityEndsError(node, "windows cover one or two spatial axes")
+    return ConvRows(operand, linear_map, _size(node))
+
+
+def _select(node: fx.Node, linear_map: Select, operand: Rows) -> Rows:
+    if linear_map.window is None or len(linear_map.window) > 2:
+        raise LocalityEndsError(node, "its windows do not step evenly")
+    geometry = linear_map.window if len(linear_map.window) == 2 else [(1, 1, 0, 1), *linear_map.window]
+    return WinnerRows(operand, linear_map, geometry, _size(node))
+
+
+def _mean(node: fx.Node, linear_map: LinearPool, operand: Rows) -> Rows:
+    if len(linear_map.window) > 2:
+        raise LocalityEndsError(node, "windows cover one or two spatial axes")
+    if math.prod(_size(node)[1:]) == 1 and operand.size[1] * operand.size[2] > 1:
+        raise LocalityEndsError(node, "global pooling sees the whole input")
+    return MeanRows(operand, linear_map, _size(node))
+
+
+def _slice(node: fx.Node, linear_map: Slice, operand: Rows) -> Rows:
+    axis = len(linear_map.operand) + linear_map.dim
+    if axis == 0:
+        raise LocalityEndsError(node, "it cuts the batch")
+    if axis == 1:
+        order = torch.arange(operand.size[0])
+        return ChannelRows(operand, order[linear_map.start : linear_map.stop : linear_map.step])
+    cut = [(1, 1, 0, 1), (1, 1, 0, 1)]
+    cut[axis - len(linear_map.operand) + 2] = (1, linear_map.step, -linear_map.start, 1)
+    return CutRows(operand, cut, _size(node))
+
+
+def _pad(node: fx.Node, linear_map: Pad, operand: Rows) -> Rows:
+    rank = len(linear_map.operand)
+    if any(linear_map.around(0)):
+        raise LocalityEndsError(node, "it pads the batch")
+    lines = [(1, 1, linear_map.around(axis)[0], 1) for axis in range(2, rank)]
+    if any(any(linear_map.around(axis)) for axis in range(2, rank)):
+        size = _size(node)
+        operand = CutRows(operand, lines if rank == 4 else [(1, 1, 0, 1), *lines], (operand.size[0], *size[1:]))
+    if any(linear_map.around(1)):
+        operand = FramedRows(operand, linear_map.around(1)[0], _size(node)[0])
+    return operand
+
+
+def _shuffle(node: fx.Node, linear_map: Shuffle, operand: Rows) -> Rows:
+    return ChannelRows(operand, linear_map.order(operand.size[0]))
+
+
+_BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], ...] = (
+    (Identity, _identity),
+    (Gate, _gate),
+    (Scale, _scale),
+    (Conv, _conv),
+    (Select, _select),
+    (LinearPool, _mean),
+    (Slice, _slice),
+    (Pad, _pad),
+    (Shuffle, _shuffle),
+)
+
+
+def set_columns(layer: Rows, order: Sequence[Rows], span: Span) -> None:
+    """Tells every producer which columns this run needs, from the layer back, clipped at the border."""
+    wanted: dict[int, Span] = {id(layer): span}
+    for rows in reversed(order):
+        mine = wanted.get(id(rows))
+        if mine is None:
+            continue
+        rows.span = (max(0, mine[0]), min(rows.size[2], mine[1]))
+        rows.release(1 << 62)
+        for operand in rows.operands:
+            low, high = rows.needs_columns(rows.span)
+            other = wanted.get(id(operand), (low, high))
+            wanted[id(operand)] = (min(low, other[0]), max(high, other[1]))
+
+
+def stream(layer: Rows, order: Sequence[Rows], span: Span, rows: Span) -> Iterator[tuple[int, Tensor]]:
+    """Yields ``(i, [B, C, w, Rh, Rw])`` for the rows ``[first, last)`` and columns of ``span``, each row computed once."""
+    set_columns(layer, order, span)
+    for i in range(*rows):
+        yield i, layer.row(i)
+        _release(layer, order, i + 1)
+
+
+def _release(layer: Rows, order: Sequence[Rows], upcoming: int) -> None:
+    """Forgets, everywhere, the rows that row ``upcoming`` of the layer and later ones do not need."""
+    lowest: dict[int, int] = {id(layer): upcoming}
+    for rows in reversed(order):
+        mine = lowest.get(id(rows))
+        if mine is None:
+            continue
+        rows.release(mine)
+        for operand in rows.operands:
+            low = rows.needs_rows(mine)[0]
+            lowest[id(operand)] = min(low, lowest.get(id(operand), low))

@@ -1,0 +1,320 @@
+"""One line for each operator in the rule table, and more where its parameters are odd; the tests of the rules run them all.
+
+A case is a function or a module of one or two carried tensors, batch first. Where an operator never survives into a
+canonical graph (a copy, an alias), the case names the call itself with `direct`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+Twin = Literal["reference", "jacobian", "quotient"]
+
+
+class One(nn.Module):
+    """A function of one tensor."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.function(a)
+
+
+class Two(nn.Module):
+    """A function of two tensors, both carried."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.function(a, b)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        op: the row of the rule table it is for.
+        note: what is odd about it.
+        build: makes the module; parameters are drawn from the seed the caller set.
+        shapes: of the operands, batch first.
+        twin: where the expected map comes from. "reference": `reference.py` knows the function. "jacobian": the function is
+            J x + f(0) at its input, so the map is x * J^T seed. "quotient": elementwise, the map is f(x) - f(0).
+        positive: the function is defined for positive operands only.
+        kept: the operator stands in the canonical graph; else the rule is asked about the call itself.
+    """
+
+    op: OpOverload
+    note: str
+    build: Callable[[], nn.Module]
+    shapes: tuple[Shape, ...]
+    twin: Twin = "reference"
+    positive: bool = False
+    kept: bool = True
+
+    @property
+    def id(self) -> str:
+        return f"{str(self.op).removeprefix('aten.').removesuffix('.default')} {self.note}".strip()
+
+    def module(self) -> nn.Module:
+        """The model in float64 and evaluation mode; batch statistics and affine parameters are no identities."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = self.build().double().eval()
+            for part in module.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.running_mean.normal_()
+                    part.running_var.uniform_(0.5, 2.0)
+                    if part.affine:
+                        nn.init.normal_(part.weight)
+                        nn.init.normal_(part.bias)
+        return module
+
+    def inputs(self, batch: int | None = None, seed: int = 1) -> tuple[Tensor, ...]:
+        """Operands, all with a batch of `batch` samples in place of the case's own."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [shape if batch is None else (batch, *shape[1:]) for shape in self.shapes]
+        drawn = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+        return tuple(x.abs() + 0.1 if self.positive else x for x in drawn)
+
+
+def of(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: One(function)
+
+
+def both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: Two(function)
+
+
+def direct(op: OpOverload, *arguments: object, shape: Shape, note: str = "") -> Case:
+    """A call that the canonical graph spells in another way."""
+    return Case(op, note, of(lambda a: op(a, *arguments)), (shape,), "jacobian", kept=False)
+
+
+def constant(*shape: int) -> Tensor:
+    """A fixed tensor, no entry of which is near 0."""
+    return 0.3 + torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape) / 4
+
+
+V, S, I, D = (3, 4), (3, 4, 6), (2, 4, 7, 5), (2, 2, 4, 5, 3)  # noqa: E741 - a vector, a sequence, an image, a volume
+K4, K1 = constant(4), constant(4, 1, 1)
+
+# fmt: off
+CASES: tuple[Case, ...] = (
+    # sums, products, quotients
+    Case(aten.add.Tensor, "two carried", both(lambda a, b: a + b), (I, I)),
+    Case(aten.add.Tensor, "alpha", both(lambda a, b: torch.add(a, b, alpha=-0.5)), (V, V)),
+    Case(aten.add.Tensor, "broadcast", both(lambda a, b: a + b), (I, (2, 1, 7, 1))),
+    Case(aten.add.Tensor, "lower rank result", both(lambda a, b: a[:, :1] + b), (V, V)),
+    Case(aten.add.Tensor, "constant", of(lambda a: a + K4), (V,)),
+    Case(aten.add.Tensor, "constant that enlarges", of(lambda a: a + K1), ((2, 1, 3, 2),)),
+    Case(aten.add.Tensor, "number", of(lambda a: 1.5 + a), (V,)),
+    Case(aten.add.Tensor, "itself", of(lambda a: a + a), (V,)),
+    Case(aten.sub.Tensor, "two carried", both(lambda a, b: torch.sub(a, b, alpha=2)), (I, I)),
+    Case(aten.sub.Tensor, "broadcast", both(lambda a, b: a - b), ((3, 1, 6), S)),
+    Case(aten.sub.Tensor, "constant", of(lambda a: a - K4), (V,)),
+    Case(aten.sub.Tensor, "from a constant", of(lambda a: K4 - a), (V,)),
+    Case(aten.rsub.Scalar, "", of(lambda a: 1.0 - a), (V,)),
+    Case(aten.rsub.Scalar, "alpha", of(lambda a: torch.rsub(a, 2.0, alpha=3)), (V,), "jacobian"),
+    Case(aten.rsub.Tensor, "", both(lambda a, b: torch.rsub(a, b)), (V, V), "jacobian"),
+    Case(aten.mul.Tensor, "two carried", both(lambda a, b: a * b), (I, I)),
+    Case(aten.mul.Tensor, "two carried, broadcast", both(lambda a, b: a * b), (I, (2, 4, 1, 1))),
+    Case(aten.mul.Tensor, "square of itself", of(lambda a: a * a), (V,)),
+    Case(aten.mul.Tensor, "constant", of(lambda a: K4 * a), (V,)),
+    Case(aten.mul.Tensor, "constant that enlarges", of(lambda a: a * K1), ((2, 1, 3, 2),)),
+    Case(aten.mul.Tensor, "number", of(lambda a: -0.3 * a), (V,)),
+    Case(aten.mul.Tensor, "one", of(lambda a: a * 1), (V,)),
+    Case(aten.div.Tensor, "two carried", both(lambda a, b: a / (2 + b.square())), (I, I)),
+    Case(aten.div.Tensor, "constant", of(lambda a: a / K4), (V,)),
+    Case(aten.div.Tensor, "number", of(lambda a: a / 3), (V,)),
+    Case(aten.div.Tensor, "of a constant", of(lambda a: torch.div(K4, a)), (V,), "quotient", positive=True),
+    Case(aten.cat.default, "", both(lambda a, b: torch.cat([a, b, a], 1)), (I, (2, 3, 7, 5))),
+    Case(aten.cat.default, "last, with a constant", of(lambda a: torch.cat([a, a.new_ones(a.shape[0], 2), 2 * a], -1)), (V,), "jacobian"),
+    Case(aten.lerp.Scalar, "", both(lambda a, b: torch.lerp(a, b, 0.3)), (V, V), "jacobian"),
+    Case(aten.sum.dim_IntList, "", of(lambda a: a.sum((1, -1))), (I,)),
+    Case(aten.sum.dim_IntList, "kept", of(lambda a: a.sum(2, keepdim=True)), (I,)),
+    Case(aten.mean.dim, "", of(lambda a: a.mean((2, 3))), (I,)),
+    Case(aten.mean.dim, "kept", of(lambda a: a.mean(-1, True)), (S,)),
+
+    # elementwise
+    Case(aten.relu.default, "", of(F.relu), (I,)),
+    Case(aten.prelu.default, "per channel", lambda: nn.PReLU(4, 0.2), (I,)),
+    Case(aten.prelu.default, "shared", lambda: nn.PReLU(1, -0.2), (V,)),
+    Case(aten._prelu_kernel.default, "", of(lambda a: aten._prelu_kernel(a, 0.1 * K1)), (I,), "jacobian"),
+    Case(aten.log_sigmoid_forward.default, "", of(lambda a: aten.log_sigmoid_forward(a)[0]), (V,), "quotient"),
+    Case(aten.relu6.default, "", of(lambda a: F.relu6(4 * a)), (I,)),
+    Case(aten.hardtanh.default, "", of(lambda a: F.hardtanh(a, -0.5, 0.8)), (I,)),
+    Case(aten.hardtanh.default, "0 outside", of(lambda a: F.hardtanh(a, 0.25, 0.8)), (I,)),
+    Case(aten.clamp.default, "", of(lambda a: a.clamp(-0.6, 0.3)), (I,)),
+    Case(aten.clamp.default, "0 above", of(lambda a: a.clamp(-1.2, -0.3)), (I,)),
+    Case(aten.clamp.default, "half open", of(lambda a: torch.clamp(a, max=0.7)), (I,)),
+    Case(aten.clamp_min.default, "", of(lambda a: aten.clamp_min(a, 0.2)), (V,), "quotient"),
+    Case(aten.clamp_max.default, "", of(lambda a: aten.clamp_max(a, -0.2)), (V,), "quotient"),
+    Case(aten.leaky_relu.default, "", of(lambda a: F.leaky_relu(a, 0.2)), (I,)),
+    Case(aten.elu.default, "", of(lambda a: F.elu(a, 0.7)), (I,)),
+    Case(aten.celu.default, "", of(lambda a: F.celu(a, 1.6)), (I,)),
+    Case(aten.selu.default, "", of(F.selu), (I,)),
+    Case(aten.gelu.default, "", of(F.gelu), (I,)),
+    Case(aten.gelu.default, "tanh", of(lambda a: F.gelu(a, approximate="tanh")), (I,)),
+    Case(aten.silu.default, "", of(F.silu), (I,)),
+    Case(aten.mish.default, "", of(F.mish), (I,)),
+    Case(aten.hardswish.default, "", of(lambda a: F.hardswish(3 * a)), (I,)),
+    Case(aten.sigmoid.default, "", of(torch.sigmoid), (I,)),
+    Case(aten.hardsigmoid.default, "", of(lambda a: F.hardsigmoid(3 * a)), (I,)),
+    Case(aten.tanh.default, "", of(torch.tanh), (I,)),
+    Case(aten.softplus.default, "", of(F.softplus), (I,)),
+    Case(aten.softplus.default, "beta, threshold", of(lambda a: F.softplus(a, 2.5, 3.0)), (I,)),
+    Case(aten.softshrink.default, "", of(lambda a: F.softshrink(a, 0.3)), (I,)),
+    Case(aten.hardshrink.default, "", of(lambda a: F.hardshrink(a, 0.4)), (I,)),
+    Case(aten.threshold.default, "", of(lambda a: F.threshold(a, 0.1, 0.5)), (I,)),
+    Case(aten.threshold.default, "below 0", of(lambda a: F.threshold(a, -0.4, -2.0)), (I,)),
+    Case(aten.exp.default, "", of(torch.exp), (V,)),
+    Case(aten.expm1.default, "", of(torch.expm1), (V,)),
+    Case(aten.log1p.default, "", of(torch.log1p), (V,), positive=True),
+    Case(aten.sin.default, "", of(torch.sin), (V,)),
+    Case(aten.cos.default, "", of(torch.cos), (V,)),
+    Case(aten.tan.default, "", of(torch.tan), (V,), "quotient"),
+    Case(aten.atan.default, "", of(torch.atan), (V,)),
+    Case(aten.erf.default, "", of(torch.erf), (V,)),
+    Case(aten.abs.default, "", of(torch.abs), (I,)),
+    Case(aten.neg.default, "", of(torch.neg), (I,)),
+    Case(aten.square.default, "", of(torch.square), (I,)),
+    Case(aten.pow.Tensor_Scalar, "cube", of(lambda a: a**3), (V,)),
+    Case(aten.pow.Tensor_Scalar, "first", of(lambda a: a**1), (V,)),
+    Case(aten.pow.Tensor_Scalar, "zeroth", of(lambda a: a**0), (V,)),
+    Case(aten.pow.Tensor_Scalar, "fraction", of(lambda a: torch.pow(a, 0.7)), (V,), "quotient", positive=True),
+    Case(aten.pow.Tensor_Scalar, "negative", of(lambda a: a**-2), (V,), "quotient", positive=True),
+    Case(aten.sqrt.default, "", of(torch.sqrt), (V,), "quotient", positive=True),
+    Case(aten.rsqrt.default, "", of(torch.rsqrt), (V,), "quotient", positive=True),
+    Case(aten.reciprocal.default, "", of(torch.reciprocal), (V,), "quotient", positive=True),
+    Case(aten.log.default, "", of(torch.log), (V,), "quotient", positive=True),
+
+    # layers
+    Case(aten.linear.default, "", lambda: nn.Linear(4, 5), (V,)),
+    Case(aten.linear.default, "of tokens, no bias", lambda: nn.Linear(6, 3, bias=False), (S,)),
+    Case(aten.convolution.default, "1d", lambda: nn.Conv1d(4, 6, 3, 2, 1, 2, 2), ((2, 4, 9),)),
+    Case(aten.convolution.default, "1d same, even kernel", lambda: nn.Conv1d(4, 3, 4, padding="same", dilation=3), ((2, 4, 9),)),
+    Case(aten.convolution.default, "1d valid", lambda: nn.Conv1d(4, 3, 2, padding="valid", bias=False), ((2, 4, 9),)),
+    Case(aten.convolution.default, "2d", lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), ((2, 4, 8, 9),)),
+    Case(aten.convolution.default, "2d, rest", lambda: nn.Conv2d(4, 3, 3, 3), ((2, 4, 8, 10),)),
+    Case(aten.convolution.default, "2d same", lambda: nn.Conv2d(4, 3, (2, 5), padding="same"), (I,)),
+    Case(aten.convolution.default, "2d depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), (I,)),
+    Case(aten.convolution.default, "2d 1x1, strided", lambda: nn.Conv2d(4, 3, 1, 2), (I,)),
+    Case(aten.convolution.default, "2d, padding wider than the kernel", lambda: nn.Conv2d(4, 3, 2, padding=3), (I,)),
+    Case(aten.convolution.default, "2d reflected", lambda: nn.Conv2d(4, 3, 3, padding=2, padding_mode="reflect"), (I,)),
+    Case(aten.convolution.default, "3d", lambda: nn.Conv3d(2, 4, (2, 3, 2), (1, 2, 1), (0, 1, 1), (2, 1, 1), 2), (D,)),
+    Case(aten.convolution.default, "3d same", lambda: nn.Conv3d(2, 3, (2, 3, 2), padding="same"), (D,)),
+    Case(aten.convolution.default, "transposed 1d", lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, 2), (S,)),
+    Case(aten.convolution.default, "transposed 1d, output padding as large as the stride",
+         lambda: nn.ConvTranspose1d(4, 2, 3, 2, output_padding=2, dilation=3), (S,)),
+    Case(aten.convolution.default, "transposed 2d", lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2, dilation=(1, 2)), (I,)),
+    Case(aten.convolution.default, "transposed 2d, output padding larger than the stride",
+         lambda: nn.ConvTranspose2d(4, 3, 2, 1, output_padding=3, dilation=4, bias=False), (I,)),
+    Case(aten.convolution.default, "transposed 3d", lambda: nn.ConvTranspose3d(2, 2, 2, (2, 1, 2), (0, 1, 0), (1, 0, 0)), (D,)),
+    Case(aten._native_batch_norm_legit_no_training.default, "", lambda: nn.BatchNorm2d(4), (I,)),
+    Case(aten._native_batch_norm_legit_no_training.default, "of features", lambda: nn.BatchNorm1d(4, eps=0.1), (V,)),
+    Case(aten._native_batch_norm_legit_no_training.default, "without affine", lambda: nn.BatchNorm3d(2, affine=False), (D,)),
+
+    # pooling
+    Case(aten.max_pool2d_with_indices.default, "", of(lambda a: F.max_pool2d(a, (3, 2), (2, 1), (1, 0), (1, 2))), (I,)),
+    Case(aten.max_pool2d_with_indices.default, "ceil", of(lambda a: F.max_pool2d(a, 3, 2, 1, ceil_mode=True)), ((2, 3, 6, 8),)),
+    Case(aten.max_pool2d_with_indices.default, "with indices", of(lambda a: F.max_pool2d(a, 2, return_indices=True)[0]), (I,), "jacobian"),
+    Case(aten.max_pool2d_with_indices.default, "1d", of(lambda a: F.max_pool1d(a, 3, 2, 1, 1, True)), (S,)),
+    Case(aten.max_pool2d_with_indices.default, "1d, stride not given", of(lambda a: F.max_pool1d(a, 2)), (S,)),
+    Case(aten.max_pool3d_with_indices.default, "", of(lambda a: F.max_pool3d(a, (2, 3, 2), (2, 1, 1), (1, 1, 0))), (D,)),
+    Case(aten.max_pool3d_with_indices.default, "ceil, dilated", of(lambda a: F.max_pool3d(a, 2, 2, 1, (1, 2, 1), True)), (D,)),
+    Case(aten.adaptive_max_pool2d.default, "", of(lambda a: F.adaptive_max_pool2d(a, (3, 2))), (I,)),
+    Case(aten.adaptive_max_pool3d.default, "", of(lambda a: F.adaptive_max_pool3d(a, (3, 2, 2))), (D,)),
+    Case(aten.avg_pool1d.default, "", of(lambda a: F.avg_pool1d(a, 3, 2, 1)), (S,)),
+    Case(aten.avg_pool1d.default, "ceil, padding not counted", of(lambda a: F.avg_pool1d(a, 3, 2, 1, True, False)), (S,)),
+    Case(aten.avg_pool2d.default, "", of(lambda a: F.avg_pool2d(a, (3, 2), (2, 1), (1, 0))), (I,)),
+    Case(aten.avg_pool2d.default, "ceil", of(lambda a: F.avg_pool2d(a, 3, 2, 1, ceil_mode=True)), ((2, 3, 6, 8),)),
+    Case(aten.avg_pool2d.default, "padding not counted", of(lambda a: F.avg_pool2d(a, 3, 2, 1, count_include_pad=False)), (I,)),
+    Case(aten.avg_pool2d.default, "divisor", of(lambda a: F.avg_pool2d(a, 2, divisor_override=3)), (I,)),
+    Case(aten.avg_pool3d.default, "", of(lambda a: F.avg_pool3d(a, (2, 3, 2), (2, 1, 1), (1, 1, 0), True)), (D,)),
+    Case(aten.adaptive_avg_pool1d.default, "uneven", of(lambda a: F.adaptive_avg_pool1d(a, 4)), (S,)),
+    Case(aten.adaptive_avg_pool2d.default, "global", of(lambda a: F.adaptive_avg_pool2d(a, 1)), (I,)),
+    Case(aten.adaptive_avg_pool2d.default, "uneven", of(lambda a: F.adaptive_avg_pool2d(a, (3, 2))), (I,)),
+    Case(aten.adaptive_avg_pool2d.default, "enlarging", of(lambda a: F.adaptive_avg_pool2d(a, (None, 8))), (I,)),
+    Case(aten._adaptive_avg_pool2d.default, "", of(lambda a: aten._adaptive_avg_pool2d(a, [3, 2])), (I,), "jacobian"),
+    Case(aten.adaptive_avg_pool3d.default, "", of(lambda a: F.adaptive_avg_pool3d(a, (2, 2, 3))), (D,)),
+    Case(aten._adaptive_avg_pool3d.default, "", of(lambda a: aten._adaptive_avg_pool3d(a, [2, 2, 1])), (D,), "jacobian"),
+
+    # copies
+    Case(aten.clone.default, "", of(lambda a: a.clone()), (V,)),
+    Case(aten.detach.default, "", of(lambda a: a.detach()), (V,)),
+    Case(aten.lift_fresh_copy.default, "", of(lambda a: aten.lift_fresh_copy(a)), (V,), "jacobian"),
+    direct(aten.alias.default, shape=V),
+    direct(aten.contiguous.default, shape=V),
+    direct(aten.dropout.default, 0.5, False, shape=V),
+
+    # views
+    Case(aten.expand.default, "", of(lambda a: a.expand(-1, 4, -1)), ((3, 1, 6),)),
+    Case(aten.expand.default, "new dimension", of(lambda a: a.unsqueeze(2).expand(-1, -1, 5)), (V,)),
+    Case(aten.slice.Tensor, "", of(lambda a: a[:, 1:3]), (I,)),
+    Case(aten.slice.Tensor, "steps, from the end", of(lambda a: a[..., -5:-1:3]), (I,)),
+    Case(aten.slice.Tensor, "pieces", of(lambda a: a.split([1, 3], 1)[1] * a.chunk(3, 2)[1].mean()), (V,), "jacobian"),
+    Case(aten.view.default, "", of(lambda a: a.view(a.shape[0], 2, -1)), (I,)),
+    Case(aten.view.default, "samples spread over two dimensions", of(lambda a: a.view(-1, 2, 2).view(-1, 4) * 2), (V,)),
+    Case(aten._unsafe_view.default, "", of(lambda a: aten._unsafe_view(a, [a.shape[0], 24])), (S,), "jacobian"),
+    Case(aten.reshape.default, "", of(lambda a: a.transpose(1, 2).reshape(a.shape[0], -1)), (I,)),
+    Case(aten.flatten.using_ints, "", of(lambda a: a.flatten(2)), (I,)),
+    Case(aten.unflatten.int, "", of(lambda a: a.unflatten(1, (2, -1))), (I,)),
+    Case(aten.squeeze.default, "", of(lambda a: a.squeeze()), ((3, 1, 4, 1),)),
+    Case(aten.squeeze.dim, "", of(lambda a: a.squeeze(-1)), ((3, 1, 4, 1),)),
+    Case(aten.squeeze.dims, "", of(lambda a: a.squeeze((1, 2, 3))), ((3, 1, 4, 1),)),
+    Case(aten.unsqueeze.default, "", of(lambda a: a.unsqueeze(1)), (I,)),
+    Case(aten.unsqueeze.default, "last", of(lambda a: a.unsqueeze(-1)), (V,)),
+    Case(aten.permute.default, "", of(lambda a: a.permute(0, -1, 1, 2)), (I,)),
+    Case(aten.permute.default, "batch second", of(lambda a: a.permute(1, 0, 2).tanh().permute(1, 2, 0)), (S,)),
+    Case(aten.transpose.int, "", of(lambda a: a.transpose(1, -1)), (I,)),
+    Case(aten.t.default, "", of(lambda a: a.t().tanh().t()), (V,)),
+    Case(aten.select.int, "", of(lambda a: a[:, 2]), (I,)),
+    Case(aten.select.int, "last", of(lambda a: a.unbind(-1)[-2]), (I,)),
+    Case(aten.flip.default, "", of(lambda a: a.flip((1, -1))), (I,)),
+    Case(aten.roll.default, "", of(lambda a: a.roll((1, -2), (2, 3))), (I,)),
+    Case(aten.repeat.default, "", of(lambda a: a.repeat(1, 2, 1, 3)), (I,)),
+    Case(aten.repeat.default, "new dimension", of(lambda a: a.unsqueeze(1).repeat(1, 3, 2)), (V,)),
+    Case(aten.constant_pad_nd.default, "", of(lambda a: F.pad(a, (1, 2, 0, 3))), (I,)),
+    Case(aten.constant_pad_nd.default, "a value, cropping", of(lambda a: F.pad(a, (1, -2, -1, 3, 1, 0), value=0.7)), (I,)),
+    Case(aten.channel_shuffle.default, "", of(lambda a: F.channel_shuffle(a, 3)), ((2, 6, 3, 2),), "jacobian"),
+    Case(aten.channel_shuffle.default, "as written in ShuffleNet",
+         of(lambda a: a.view(a.shape[0], 2, 3, 3, 2).transpose(1, 2).contiguous().view(a.shape[0], 6, 3, 2)), ((2, 6, 3, 2),)),
+    Case(aten.reflection_pad1d.default, "", of(lambda a: F.pad(a, (2, 1), "reflect")), (S,)),
+    Case(aten.reflection_pad2d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3), "reflect")), (I,)),
+    Case(aten.reflection_pad3d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3, 1, 1), "reflect")), (D,)),
+    Case(aten.replication_pad1d.default, "", of(lambda a: F.pad(a, (2, 1), "replicate")), (S,)),
+    Case(aten.replication_pad2d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3), "replicate")), (I,)),
+    Case(aten.replication_pad3d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3, 1, 1), "replicate")), (D,)),
+
+    # resizing
+    Case(aten.upsample_nearest1d.vec, "", of(lambda a: F.interpolate(a, size=9)), (S,)),
+    Case(aten.upsample_nearest2d.vec, "", of(lambda a: F.interpolate(a, scale_factor=(2, 1.5))), (I,)),
+    Case(aten.upsample_nearest3d.vec, "", of(lambda a: F.interpolate(a, scale_factor=2)), (D,)),
+    Case(aten._upsample_nearest_exact1d.vec, "", of(lambda a: F.interpolate(a, size=9, mode="nearest-exact")), (S,)),
+    Case(aten._upsample_nearest_exact2d.vec, "", of(lambda a: F.interpolate(a, size=(9, 4), mode="nearest-exact")), (I,)),
+    Case(aten._upsample_nearest_exact3d.vec, "", of(lambda a: F.interpolate(a, size=(3, 6, 7), mode="nearest-exact")), (D,)),
+    Case(aten.upsample_linear1d.vec, "", of(lambda a: F.interpolate(a, size=9, mode="linear")), (S,)),
+    Case(aten.upsample_bilinear2d.vec, "", of(lambda a: F.interpolate(a, size=(3, 9), mode="bilinear")), (I,)),
+    Case(aten.upsample_bilinear2d.vec, "corners", of(lambda a: F.interpolate(a, scale_factor=2, mode="bilinear", align_corners=True)), (I,)),
+    Case(aten.upsample_trilinear3d.vec, "", of(lambda a: F.interpolate(a, size=(3, 6, 7), mode="trilinear")), (D,)),
+    Case(aten.upsample_bicubic2d.vec, "", of(lambda a: F.interpolate(a, size=(9, 4), mode="bicubic")), (I,)),
+    Case(aten._upsample_bilinear2d_aa.vec, "", of(lambda a: F.interpolate(a, size=(3, 9), mode="bilinear", antialias=True)), (I,)),
+    Case(aten._upsample_bicubic2d_aa.vec, "", of(lambda a: F.interpolate(a, size=(3, 4), mode="bicubic", antialias=True)), (I,)),
+    Case(aten.pixel_shuffle.default, "", of(lambda a: F.pixel_shuffle(a, 2)), ((2, 8, 3, 2),)),
+    Case(aten.pixel_unshuffle.default, "", of(lambda a: F.pixel_unshuffle(a, 2)), ((2, 2, 4, 6),), "jacobian"),
+)
+# fmt: on
