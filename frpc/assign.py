@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from frpc.affine import Affine, Call, Operand, Rule, bind
-from frpc.errors import Gap, RuleDeclined, UnsupportedOpError
+from frpc.errors import Gap, RuleDeclinedError, UnsupportedOpError
 from frpc.graph import Batch, batch_of, describe, origin_of
 from frpc.maps import LinearMap
 from frpc.rules.ruleset import RuleSet
@@ -134,7 +134,7 @@ def assign(graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str]
             continue  # the first result of an operator with several: the operator's own rule speaks for it
         try:
             found[node] = _assign_one(node, carried, rules, fixed_batch)
-        except RuleDeclined as reason:
+        except RuleDeclinedError as reason:
             gaps.append(_gap(node, str(reason)))
     return Assignment(graph_module, sources, found, frozenset(carried), tuple(gaps))
 
@@ -163,19 +163,19 @@ def _may_carry(node: fx.Node, carried: set[fx.Node], constant: Sequence[str]) ->
 
 def _assign_one(node: fx.Node, carried: set[fx.Node], rules: RuleSet, fixed_batch: int | None) -> Assigned:
     if not isinstance(node.target, OpOverload):
-        raise RuleDeclined("not an ATen operator")
+        raise RuleDeclinedError("not an ATen operator")
     rule = rules.rule_for(node.target, origin_of(node).module)
     if rule is None:
-        raise RuleDeclined("no rule")
+        raise RuleDeclinedError("no rule")
     operands = {name: n for name, n in operands_of(node).items() if n in carried}
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:
-            raise RuleDeclined(f"carried value as {argument!r}: the rule takes it as a coefficient only")
+            raise RuleDeclinedError(f"carried value as {argument!r}: the rule takes it as a coefficient only")
     call = call_of(node, frozenset(operands), lambda n: n.meta["val"])
     batch = batch_of(call.value, fixed_batch)
     if batch is None:
-        raise RuleDeclined("its result has no batch dimension: it mixes samples")
+        raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
     with call.value.fake_mode if hasattr(call.value, "fake_mode") else torch.no_grad():
         example = rule(call)
     missing = set(operands) - set(example.terms)

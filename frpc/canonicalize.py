@@ -104,7 +104,7 @@ def refuse_random(graph_module: fx.GraphModule) -> bool:
 
 
 def remove_copies(graph_module: fx.GraphModule) -> bool:
-    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``, ``x + 0 -> x`` stays: values are not looked at."""
+    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``; ``x + 0`` stays: values are not looked at."""
     changed = False
     for node in graph_module.graph.nodes:
         cast = node.target in (aten._to_copy.default, aten.to.dtype) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
@@ -178,12 +178,14 @@ def split_to_slices(graph_module: fx.GraphModule) -> bool:
             starts.append(offset)
             offset += 1 if node.target is aten.unbind.int else piece.shape[dim]
         for user in list(node.users):
-            edit, position = Editor(graph_module, user), user.args[1]
-            start = starts[position]  # type: ignore[index]
+            edit = Editor(graph_module, user)
+            position: Any = user.args[1]
+            start = starts[position]
             if node.target is aten.unbind.int:
                 new = edit.call(aten.select.int, given["self"], dim, start)
             else:
-                new = edit.call(aten.slice.Tensor, given["self"], dim, start, start + node.meta["val"][position].shape[dim])  # type: ignore[index]
+                stop = start + node.meta["val"][position].shape[dim]
+                new = edit.call(aten.slice.Tensor, given["self"], dim, start, stop)
             replace(user, new)
         graph_module.graph.erase_node(node)
     return bool(nodes)
@@ -214,11 +216,11 @@ def unify_shuffles(graph_module: fx.GraphModule) -> bool:
     views = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
     changed = False
     for node in _calls(graph_module, views):
-        swapped = node.args[0]
+        swapped: Any = node.args[0]
         while isinstance(swapped, fx.Node) and swapped.target is aten.clone.default:
             swapped = swapped.args[0]
         dealt = swapped.args[0] if isinstance(swapped, fx.Node) and swapped.target is aten.transpose.int else None
-        if not isinstance(dealt, fx.Node) or dealt.target not in views or {swapped.args[1], swapped.args[2]} != {1, 2}:  # type: ignore[union-attr]
+        if not isinstance(dealt, fx.Node) or dealt.target not in views or {swapped.args[1], swapped.args[2]} != {1, 2}:
             continue
         x, inner, outer = dealt.args[0], dealt.meta["val"], node.meta["val"]
         assert isinstance(x, fx.Node)
@@ -237,7 +239,7 @@ def expand_gated_linear_units(graph_module: fx.GraphModule) -> bool:
     for node in nodes:
         edit = Editor(graph_module, node)
         x, dim = node.args[0], node.args[1] if len(node.args) > 1 else -1
-        half = x.meta["val"].shape[dim] // 2  # type: ignore[union-attr, index]
+        half = x.meta["val"].shape[dim] // 2  # type: ignore[union-attr]
         first = edit.call(aten.slice.Tensor, x, dim, 0, half)
         second = edit.call(aten.sigmoid.default, edit.call(aten.slice.Tensor, x, dim, half, 2 * half))
         replace(node, edit.call(aten.mul.Tensor, first, second))
@@ -251,7 +253,7 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
         arguments = node.all_input_nodes
         if node.op != "call_function" or not arguments or any(n.op != "get_attr" for n in arguments):
             continue
-        real = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, n.target))
+        real = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, str(n.target)))
         value = node.target(*real[0], **real[1])
         if isinstance(value, Tensor):
             replace(node, Editor(graph_module, node).constant(node.name, value, node.meta["val"]))
@@ -269,10 +271,10 @@ def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
     """
     changed = False
     for item in list(graph_module.graph.nodes):
-        norm = item.args[0] if item.target is operator.getitem and item.args[1] == 0 else None
+        norm: Any = item.args[0] if item.target is operator.getitem and item.args[1] == 0 else None
         if not isinstance(norm, fx.Node) or norm.target is not aten._native_batch_norm_legit_no_training.default:
             continue
-        layer = norm.args[0]
+        layer: Any = norm.args[0]
         foldable = isinstance(layer, fx.Node) and len(layer.users) == 1 and len(norm.users) == 1
         if (
             not foldable

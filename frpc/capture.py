@@ -81,8 +81,8 @@ def snapshot(model: nn.Module) -> nn.Module:
     training = [name or "(the model itself)" for name, part in copied.named_modules() if part.training]
     if training:
         raise TrainingModeError(
-            f"{', '.join(training[:5])} of {type(model).__name__} stays in training mode after eval(): its train() is overridden. "
-            "Explain the model in evaluation mode: let train(False) reach every part."
+            f"{', '.join(training[:5])} of {type(model).__name__} stays in training mode after eval(): its train() is "
+            "overridden. Explain the model in evaluation mode: let train(False) reach every part."
         )
     return copied.requires_grad_(False)
 

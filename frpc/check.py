@@ -60,7 +60,8 @@ class Conservation:
         return max(self.rows, key=lambda row: row.error).worst if self.rows else ""
 
     def __str__(self) -> str:
-        head = f"conservation error {self.error:.1e} end to end, constants {self.constants:.1%} of the output, worst node {self.worst}"
+        totals = f"conservation error {self.error:.1e} end to end, constants {self.constants:.1%} of the output"
+        head = f"{totals}, worst node {self.worst}"
         cells = [("layer", "nodes", "error", "constants", "worst node")]
         cells += [(r.layer or "(top level)", str(r.nodes), f"{r.error:.1e}", f"{r.constants:.2%}", r.worst) for r in self.rows]
         return f"{head}\n{columns(cells)}"

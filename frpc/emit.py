@@ -113,7 +113,7 @@ def _matrices(assignment: Assignment, plan: Plan) -> dict[str, Tensor]:
 def _example_seed(output: Tensor, columns: bool, fake_mode: FakeTensorMode) -> Tensor:
     if not columns:
         return torch.empty_like(output)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
     with unset_fake_temporarily():
         columns_like = torch.empty(3, 1)
     counted = fake_mode.from_tensor(columns_like, source=LocalSource("columns"), symbolic_context=context)

@@ -25,7 +25,7 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutputFolderError",
-    "RuleDeclined",
+    "RuleDeclinedError",
     "ShapeError",
     "TargetError",
     "TrainingModeError",
@@ -103,7 +103,7 @@ class CompileError(FrpcError):
     """The compiled program disagrees with the model: a defect of frpc, never of the input."""
 
 
-class RuleDeclined(FrpcError):
+class RuleDeclinedError(FrpcError):
     """Raised inside a rule that cannot express this call as an affine map; becomes a :class:`Gap`."""
 
 

@@ -119,7 +119,8 @@ def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
         value: an example value with a symbolic batch, or with real sizes where the batch is fixed.
         fixed: the fixed batch size, or None where it is symbolic.
     """
-    for axis, size in enumerate(value.shape):
+    sizes: list[Any] = list(value.shape)
+    for axis, size in enumerate(sizes):
         if isinstance(size, torch.SymInt):
             expression = size.node.expr
             symbols = expression.free_symbols

@@ -63,7 +63,7 @@ def flip_transposed(graph_module: fx.GraphModule) -> list[Refusal]:
         with graph_module.graph.inserting_before(node):
             read = graph_module.graph.get_attr(name)
         read.meta = {**weight.meta, "val": value.new_empty(flipped.shape)}
-        border = [d * (int(k) - 1) - p for d, k, p in zip(dilation, value.shape[2:], padding, strict=True)]  # type: ignore[arg-type]
+        border = [d * (int(k) - 1) - p for d, k, p in zip(dilation, value.shape[2:], padding, strict=True)]
         node.args = (v, read, bias, stride, border, dilation, False, [0] * len(border), groups)
     graph_module.graph.eliminate_dead_code()
     return refused

@@ -9,13 +9,13 @@ import operator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import fx
 
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
 from frpc.errors import OptionError
 from frpc.maps import Cost
+from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
 
 __all__ = ["STRATEGIES", "Plan", "Query", "Segment", "make_plan"]
@@ -142,12 +142,8 @@ def _total(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
     for node in nodes:
         assigned = assignment.rules[node]
         value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
-        batch = _hint(value.shape[assigned.batch.axis]) / assigned.batch.factor
+        batch = size_hint(value.shape[assigned.batch.axis]) / assigned.batch.factor
         for linear_map in assigned.example.terms.values():
             one = linear_map.cost(value.element_size())
             cost = cost + Cost(one.flops / batch, one.bytes / batch)
     return cost
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -115,7 +115,7 @@ def pull(
         if node in wanted:
             found[node] = v
         if node.target is operator.getitem:
-            _accumulate(pulled, node.args[0], v)  # type: ignore[arg-type]
+            _accumulate(pulled, node.args[0], v)
         elif node in maps:
             assigned, affine = assignment.rules[node], maps[node]
             with observe(node, "pull"):

@@ -181,9 +181,7 @@ class Builder:
         dilation = self.pick(1, 1, 2)
         kernel = tuple(self.whole(1, min(3, 1 + (size + reach - 1) // dilation)) for size in x.shape[2:])
         stride = 1 if padding == "same" else self.pick(1, 1, 2)
-        copies = [
-            m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"
-        ]
+        copies = [m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"]
         mode = self.pick("zeros", "zeros", "zeros", *copies)
         layer = getattr(nn, f"Conv{dims}d")
         return self.seeded(
@@ -300,9 +298,7 @@ class Builder:
             return None
         layer, out = getattr(nn, f"Conv{dims}d"), self.whole(1, 4)
         body = nn.Sequential(self.seeded(layer(channels, out, 3, 2, 1)), nn.ReLU(inplace=True))
-        return Join(
-            self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False))
-        )
+        return Join(self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False)))
 
     def twice(self, x: Tensor) -> nn.Module:
         inner = nn.Sequential(self.same(x), nn.ReLU(inplace=self.pick(True, False)))

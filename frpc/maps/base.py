@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Compose", "Cost", "Identity", "LinearMap", "LinearOp", "Shape", "each", "folded", "numel", "same_size"]
+__all__ = ["Compose", "Cost", "Identity", "LinearMap", "LinearOp", "Shape", "each", "folded", "numel", "same_size", "size_hint"]
 
 
 Shape = Sequence[Any]  # ints, or SymInts while a program is traced
@@ -43,7 +43,13 @@ class Cost:
 
 def numel(shape: Shape) -> int:
     """Counts elements; a symbolic size (the batch) counts by its example value, without a guard."""
-    return math.prod(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in shape)
+    return math.prod([size_hint(s) for s in shape])
+
+
+def size_hint(size: Any) -> int:
+    """Returns a size as a number; a symbolic one by its example value."""
+    example: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(example)
 
 
 class LinearMap:
@@ -121,8 +127,8 @@ class LinearOp(LinearMap):
         # Any point serves: a linear function has the same transpose everywhere, and the primal pass is dead code. The
         # point is one stretched cell, so that where a traced program asks for its sizes nothing is filled.
         point = v.new_zeros([]).expand([*self.lead(v, self.result), *self.operand])
-        _, transpose = torch.func.vjp(self.function, point)
-        (pulled,) = transpose(v)
+        transpose: Any = torch.func.vjp(self.function, point)[1]
+        pulled: Tensor = transpose(v)[0]
         return pulled
 
 

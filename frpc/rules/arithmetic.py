@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
-from frpc.errors import RuleDeclined
+from frpc.errors import RuleDeclinedError
 from frpc.maps import LinearMap, Place, scaled
 
 aten = torch.ops.aten
@@ -106,23 +107,17 @@ def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     return [d if d < 0 else d - rank for d in listed]
 
 
-def _reject_batch(call: Call, dims: list[int], rank: int) -> list[int]:
-    if -rank in dims:
-        raise RuleDeclined("it reduces over the batch: the result mixes samples")
-    return dims
+def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """Returns, for a call of a reduction, the linear function it is; columns stay in front."""
+
+    def build(call: Call, a: Tensor, dim: Any, keepdim: bool = False, dtype: Any = None) -> Callable[[Tensor], Tensor]:
+        dims = _from_end(dim, a.dim())
+        if -a.dim() in dims:
+            raise RuleDeclinedError("it reduces over the batch: the result mixes samples")
+        return lambda u: reduce(u, dims, keepdim=keepdim)
+
+    return build
 
 
-linear_op(
-    aten.sum.dim_IntList,
-    lambda call, a, dim, keepdim=False, dtype=None: (
-        lambda u, d=_reject_batch(call, _from_end(dim, a.dim()), a.dim()): u.sum(d, keepdim=keepdim)
-    ),
-    formula="sum over dimensions",
-)
-linear_op(
-    aten.mean.dim,
-    lambda call, a, dim, keepdim=False, dtype=None: (
-        lambda u, d=_reject_batch(call, _from_end(dim, a.dim()), a.dim()): u.mean(d, keepdim=keepdim)
-    ),
-    formula="mean over dimensions",
-)
+linear_op(aten.sum.dim_IntList, _reduced(torch.sum), formula="sum over dimensions")
+linear_op(aten.mean.dim, _reduced(torch.mean), formula="mean over dimensions")
