@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from frpc.assign import Assigned
 from frpc.errors import OptionError
+from frpc.graph import first_result
 from frpc.propagate import inner
 from frpc.receptive import Field
 
@@ -73,13 +74,13 @@ class Tally:
             self.placed = placed if self.placed is None else self.placed + placed
             return
         value = assigned.node.meta["val"]
-        shape = (value[0] if isinstance(value, tuple | list) else value).shape
+        shape = first_result(value).shape
         share = inner(v, c, shape, assigned.batch)
         self.everywhere = share if self.everywhere is None else self.everywhere + share
 
     def _place(self, assigned: Assigned, v: Tensor, c: Tensor | float) -> Tensor:
         value = assigned.node.meta["val"]
-        spatial = (value[0] if isinstance(value, tuple | list) else value).dim() - 2
+        spatial = first_result(value).dim() - 2
         t = (v * c).sum(-1 - spatial)  # [*L, B, *spatial']
         for axis in range(spatial):
             matrix = self.matrices[f"field_{assigned.node.name}_{axis}"]

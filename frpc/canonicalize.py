@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from frpc.affine import bind
@@ -64,7 +65,8 @@ class Editor:
             new = self.module.graph.call_function(op, args, kwargs)
         new.meta["origin"] = origin_of(self.node)
         examples = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        new.meta["val"] = op(*examples[0], **examples[1])
+        with enable_python_dispatcher():  # else an operator written in C++ may fix the symbolic batch at its example size
+            new.meta["val"] = op(*examples[0], **examples[1])
         return new
 
     def constant(self, name: str, value: Tensor, like: Any) -> fx.Node:

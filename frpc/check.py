@@ -13,7 +13,7 @@ from frpc.assign import Assigned
 from frpc.errors import TargetError
 from frpc.explainer import Explainer
 from frpc.explanation import Explanation
-from frpc.graph import fetch, origin_of
+from frpc.graph import fetch, first_result, origin_of
 from frpc.printing import columns
 from frpc.propagate import affine_maps, evaluate, pull
 from frpc.targets import Target
@@ -128,7 +128,7 @@ class _Audit:
 
     def _value(self, node: fx.Node) -> Tensor:
         value = self.values[node]
-        first = value[0] if isinstance(value, tuple | list) else value
+        first = first_result(value)
         assert isinstance(first, Tensor)
         return first.double()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -20,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from frpc.assign import Assignment
 from frpc.bias import Tally, field_constants
-from frpc.graph import fetch, origin_of
+from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import Plan
 from frpc.propagate import affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
@@ -46,10 +47,8 @@ def run_eagerly(
     values = evaluate(graph, constants, inputs, **hooks)
     maps = affine_maps(assignment, values, plan.pulled, **hooks)
     tally = Tally(plan.query.bias, {k: v for k, v in constants.items() if k.startswith("field_")})
-    result = graph.output_node().args[0]
-    assert isinstance(result, fx.Node)
-    pulled = pull(assignment, maps, {result: seed}, plan.wanted, tally.add, **hooks)
-    output = values[result]
+    pulled = pull(assignment, maps, {plan.result: seed}, plan.wanted, tally.add, **hooks)
+    output = first_result(values[plan.result])
     return output, *_answers(assignment, plan, values, pulled, tally, seed, output)
 
 
@@ -66,8 +65,7 @@ def _answers(
     lead = seed.dim() - output.dim()
     cells = sum(_cells(n) for n in assignment.sources)
     for node in plan.wanted:
-        a = values[node]
-        a = a[0] if isinstance(a, tuple | list) else a
+        a = first_result(values[node])
         relevance = a * pulled[node] if node in pulled else (a * 0).expand([*seed.shape[:lead], *a.shape])
         yield relevance if plan.query.layers else tally.on_map(relevance, a.dim(), cells)
     # Summed over what is not batch: [*L, B], the shape of the total even where no constant was met.
@@ -92,11 +90,10 @@ def emit(assignment: Assignment, plan: Plan, fake_mode: FakeTensorMode) -> fx.Gr
     def program(fakes: list[Any], inputs: list[Any], seed: Tensor) -> tuple[Tensor, ...]:
         return run_eagerly(assignment, plan, dict(zip(names, fakes, strict=True)), inputs, seed, _mark)
 
-    with fake_mode, torch.no_grad():
+    # The dispatcher keeps sizes symbolic in operators whose C++ would fix the batch at its example size.
+    with fake_mode, torch.no_grad(), enable_python_dispatcher():
         fakes = [fake_mode.from_tensor(c, static_shapes=True) if isinstance(c, Tensor) else c for c in constants.values()]
-        result = module.graph.output_node().args[0]
-        assert isinstance(result, fx.Node)
-        seed = _example_seed(result.meta["val"], plan.query.columns, fake_mode)
+        seed = _example_seed(plan.result.meta["val"], plan.query.columns, fake_mode)
         traced = make_fx(program)(fakes, [n.meta["val"] for n in placeholders], seed)
     return _named(traced, constants, [n.name for n in placeholders])
 

@@ -21,6 +21,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "LayerNameError",
+    "MemoryLimitError",
     "ModelNameError",
     "NonFiniteError",
     "OptionError",
@@ -73,6 +74,10 @@ class LayerNameError(InputError):
 
 class OptionError(InputError):
     """An option has a value that frpc does not know."""
+
+
+class MemoryLimitError(InputError):
+    """What is asked for would not fit into the memory limit; the message gives its size and how to stream it."""
 
 
 class ImageError(InputError):

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from frpc import pipeline, printing
+from frpc.assign import Assignment
 from frpc.bias import check_policy
 from frpc.capture import snapshot
 from frpc.errors import InputError, LayerNameError, nearest
 from frpc.explanation import Explanation, LayerRelevance
-from frpc.graph import describe
+from frpc.graph import describe, first_result
+from frpc.layermaps import LayerMaps
+from frpc.layers import layer_maps
 from frpc.lower import Refusal
 from frpc.pipeline import Compiled, Front, Stage
-from frpc.plan import Plan, Query
+from frpc.plan import Plan, Query, layer_node
 from frpc.rules.ruleset import FRP, RuleSet
 from frpc.targets import Target, check_inputs, make_seed
 
@@ -43,6 +46,7 @@ class Explainer(nn.Module):
         self._rules, self._query, self._constant, self._output = rules, query, tuple(constant), output
         self._fronts: dict[Signature, Front] = {}
         self._compiled: dict[tuple[Signature, Query], Compiled] = {}
+        self._assignments: dict[tuple[Signature, str], Assignment] = {}
         self._ahead = False
         self.model_name = type(model).__name__
 
@@ -97,6 +101,73 @@ class Explainer(nn.Module):
         if columns:
             relevances = [r.movedim(0, 1) for r in relevances]
         return LayerRelevance(output, dict(zip(names, relevances, strict=True)))
+
+    def neurons(self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor) -> Explanation:
+        """Explains K neurons of a layer, for each sample, by one forward and K transposed passes.
+
+        Shapes: ``output [B, K]``, ``relevance [B, K, ...]`` like the input, ``bias [B, K]``.
+
+        Args:
+            layer: module path.
+            indices: ``(c, i, j)`` of each neuron; ``(c,)`` in linear layers.
+            inputs: as for calling the explainer.
+
+        Raises:
+            LayerNameError: if no layer has that path.
+            TargetError: if an index is out of range.
+        """
+        front = self._front(inputs)
+        self._check_layers(front, (layer,))
+        node = _layer_example(front, layer)
+        sizes = [int(n) for n in node.shape[1:]]
+        seeds = [make_seed(tuple(index), None, _empty_like(node), int(inputs[0].shape[0]))[0] for index in indices]
+        if not seeds:
+            raise InputError(f"Name at least one neuron of {layer} {sizes}.")
+        compiled = self._program(front, inputs, self._asked(columns=True, of=layer))
+        values, *relevances, bias = compiled.program(*(x.detach() for x in inputs), torch.stack(seeds))
+        relevances = [r.movedim(0, 1) for r in relevances]
+        chosen = torch.stack([values[(slice(None), *index)] for index in indices], 1)
+        return Explanation(
+            chosen, relevances[0] if len(relevances) == 1 else tuple(relevances), bias.movedim(0, 1), tuple(inputs)
+        )
+
+    def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor) -> Explanation:
+        """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
+        found = self.neurons(layer, [index], *inputs)
+        relevance = found.relevance
+        one = tuple(r[:, 0] for r in relevance) if isinstance(relevance, tuple) else relevance[:, 0]
+        return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs)
+
+    def layer(self, name: str, *inputs: Tensor, strategy: str = "auto", memory_limit: int = 4 * 10**9) -> LayerMaps:
+        """Returns the relevance map of every neuron of a layer.
+
+        Args:
+            name: module path, e.g. ``"features.3"``.
+            inputs: the input, batch first.
+            strategy: ``"auto"`` chooses by cost; ``"windows"``, ``"forward"`` (dense columns, thesis algorithm 1) and
+                ``"transposed"`` force one.
+            memory_limit: bytes that maps held at one time may take; larger layers are streamed by ``maps.blocks()``.
+
+        Raises:
+            LayerNameError: if no layer has that path.
+            OptionError: if a forced strategy cannot answer for this layer; says where windows end.
+
+        Source: thesis ch. 3; windows beyond it.
+        """
+        front = self._front(inputs)
+        self._check_layers(front, (name,))
+        query = self._asked(columns=True, of=name, bias="separate")
+        assignment = self._assignment(front, inputs, query)
+        node = layer_node(assignment, name)
+        assert node is not None
+
+        def pulled(seeds: Tensor) -> Tensor:
+            """Local pixel maps ``[K, B, H0, W0]`` of seeds at the layer."""
+            _, relevance, _ = self._program(front, inputs, query).program(*(x.detach() for x in inputs), seeds)
+            pixels = relevance.sum(2) if relevance.dim() > 3 else relevance.unsqueeze(-2)
+            return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
+
+        return layer_maps(assignment, name, node, inputs, self._query.bias, strategy, memory_limit, pulled)
 
     def predict(self, *inputs: Tensor) -> Tensor:
         """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
@@ -214,10 +285,16 @@ class Explainer(nn.Module):
                 self._compiled[key] = found
         return found
 
+    def _assignment(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Assignment:
+        key = (_signature(inputs), query.of)
+        found = self._assignments.get(key)
+        if found is None:
+            found = self._assignments[key] = pipeline.assign_rules(front, self._rules, self._constant, query)
+        return found
+
     def _seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         example = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
-        like = torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
-        return make_seed(target, seed, like, int(inputs[0].shape[0]))
+        return make_seed(target, seed, _empty_like(example), int(inputs[0].shape[0]))
 
     def _check_layers(self, front: Front, names: Sequence[str]) -> None:
         known = _layer_names(front)
@@ -238,6 +315,18 @@ class Explainer(nn.Module):
 
 def _signature(inputs: Sequence[Tensor]) -> Signature:
     return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
+
+
+def _empty_like(example: Tensor) -> Tensor:
+    """A real tensor without samples, of an example's other sizes."""
+    return torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
+
+
+def _layer_example(front: Front, layer: str) -> Tensor:
+    node = next(n for n in front.canonical.graph.nodes if layer in n.meta.get("layers", ()))
+    example = first_result(node.meta["val"])
+    assert isinstance(example, Tensor)
+    return example
 
 
 def _layer_names(front: Front) -> list[str]:

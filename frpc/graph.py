@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["NOWHERE", "Batch", "Origin", "batch_of", "describe", "fetch", "origin_of", "replace", "set_layers"]
+__all__ = ["NOWHERE", "Batch", "Origin", "batch_of", "describe", "fetch", "first_result", "origin_of", "replace", "set_layers"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def first_result(value: Any) -> Any:
+    """Returns a value, or the first of the values of an operator with several: the one that carries relevance."""
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 def describe(value: Any) -> str:

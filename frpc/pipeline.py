@@ -122,13 +122,7 @@ def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query:
         CompileError: if a pass breaks the graph.
     """
     clock = _Clock(list(shared.stages))
-    canonical = copy_graph(shared.canonical)
-    folded = canonicalize.fold_batch_norm(canonical, frozenset(query.layers))
-    canonical.recompile()
-    clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
-    fixed = shared.captured.inputs[0].batch
-    assignment = assign(canonical, rules, constant, fixed).demand_complete()
-    clock.note("assign", assignment)
+    assignment = assign_rules(shared, rules, constant, query, clock)
     plan = make_plan(assignment, query)
     clock.note("plan", plan)
     emitted = emit(assignment, plan, shared.captured.fake_mode)
@@ -143,6 +137,22 @@ def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query:
     if shared.captured.static_batch_reason:
         refusals.append(lower.Refusal("a free batch size", "capture", shared.captured.static_batch_reason))
     return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals))
+
+
+def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: Query, clock: _Clock | None = None) -> Assignment:
+    """Folds batch norm, layers the query names excepted, and gives every node its rule.
+
+    Raises:
+        UnsupportedOpError: if nodes have no rule.
+    """
+    clock = clock or _Clock([])
+    canonical = copy_graph(shared.canonical)
+    folded = canonicalize.fold_batch_norm(canonical, frozenset((*query.layers, query.of)))
+    canonical.recompile()
+    clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
+    assignment = assign(canonical, rules, constant, shared.captured.inputs[0].batch).demand_complete()
+    clock.note("assign", assignment)
+    return assignment
 
 
 class _Clock:

@@ -14,11 +14,12 @@ from torch import fx
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
 from frpc.errors import OptionError
+from frpc.graph import first_result
 from frpc.maps import Cost
 from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
 
-__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "make_plan"]
+__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "feeding", "layer_node", "make_plan", "total_cost"]
 
 Strategy = Literal["auto", "transposed"]
 STRATEGIES: tuple[Strategy, ...] = ("auto", "transposed")
@@ -31,18 +32,21 @@ class Query:
     Attributes:
         columns: several linear functionals of the output at once (``[K, B, ...]`` seeds) instead of one.
         layers: module paths whose relevance is asked for; empty means the inputs.
+        of: module path of the layer whose neurons are explained; empty means the model's output.
         bias: where constants go.
         strategy: ``auto`` or a forced one.
     """
 
     columns: bool = False
     layers: tuple[str, ...] = ()
+    of: str = ""
     bias: BiasPolicy = "uniform"
     strategy: Strategy = "auto"
 
     def __str__(self) -> str:
         what = f"relevance of {', '.join(self.layers)}" if self.layers else "relevance of the input"
-        return f"{what} for {'K targets' if self.columns else 'one target'} a sample, bias {self.bias}"
+        number = f"neurons of {self.of}" if self.of else "targets"
+        return f"{what} for {'K ' + number if self.columns else 'one of the ' + number} a sample, bias {self.bias}"
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ class Plan:
     Attributes:
         query: what is asked.
         segments: in the order they run.
+        result: the node whose neurons are explained.
         wanted: nodes whose pulled relevance the program returns.
         pulled: nodes relevance is pulled through.
     """
 
     query: Query
     segments: tuple[Segment, ...]
+    result: fx.Node
     wanted: tuple[fx.Node, ...]
     pulled: tuple[fx.Node, ...]
 
@@ -107,18 +113,22 @@ def make_plan(assignment: Assignment, query: Query) -> Plan:
     """
     if query.strategy not in STRATEGIES:
         raise OptionError(f"strategy={query.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+    result = _demanded(assignment, query.of) if query.of else assignment.graph_module.graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
+    upstream = feeding(assignment, result)
     wanted = assignment.sources if not query.layers else tuple(_demanded(assignment, name) for name in query.layers)
     reached = reached_from(assignment, wanted)
     # The wanted nodes themselves are not pulled through, unless another wanted node lies below them.
-    below = {n for w in wanted for n in _through(assignment, w, reached)}
+    below = {n for w in wanted for n in _through(assignment, w, reached)} & upstream
     pulled = tuple(n for n in assignment.rules if n in below)
-    values = _total(assignment, tuple(assignment.rules))
+    computed = tuple(n for n in assignment.rules if n in upstream)
+    values = total_cost(assignment, computed)
     why = "a few functionals of the output: one transposed pass each" if query.columns else "one functional of the output"
     segments = (
-        Segment("values", "forward", "the model's own forward pass", len(assignment.rules), values),
-        Segment("relevance", "transposed", why, len(pulled), _total(assignment, pulled)),
+        Segment("values", "forward", "the model's own forward pass", len(computed), values),
+        Segment("relevance", "transposed", why, len(pulled), total_cost(assignment, pulled)),
     )
-    return Plan(query, segments, wanted, pulled)
+    return Plan(query, segments, result, wanted, pulled)
 
 
 def _demanded(assignment: Assignment, layer: str) -> fx.Node:
@@ -137,11 +147,26 @@ def _through(assignment: Assignment, source: fx.Node, reached: set[fx.Node]) -> 
     return found - {source}
 
 
-def _total(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
+def feeding(assignment: Assignment, layer: fx.Node) -> set[fx.Node]:
+    """Returns the carrying nodes a layer is computed from, itself included."""
+    found: set[fx.Node] = {layer}
+    stack = [layer]
+    while stack:
+        node = stack.pop()
+        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
+        for feed in feeds:
+            if feed in assignment.carried and feed not in found:
+                found.add(feed)
+                stack.append(feed)
+    return found
+
+
+def total_cost(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
+    """Returns what one column through these nodes costs, for one sample."""
     cost = Cost(0.0, 0.0)
     for node in nodes:
         assigned = assignment.rules[node]
-        value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+        value = first_result(node.meta["val"])
         batch = size_hint(value.shape[assigned.batch.axis]) / assigned.batch.factor
         for linear_map in assigned.example.terms.values():
             one = linear_map.cost(value.element_size())

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from frpc.affine import Affine, Operand
 from frpc.assign import Assigned, Assignment, call_of
-from frpc.graph import Batch
+from frpc.graph import Batch, first_result
 
-__all__ = ["Observer", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "reached_from"]
+__all__ = ["Observer", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
 
 Observer = Callable[[fx.Node, str], AbstractContextManager[Any]]
 """Called around the work for each node with ``"value"``, ``"rule"`` or ``"pull"``; lets a tracer note whose work it sees."""
@@ -128,6 +129,41 @@ def pull(
             if record is not None:
                 record(assigned, v, passed)
     return found
+
+
+def push(
+    assignment: Assignment,
+    maps: Mapping[fx.Node, Affine],
+    columns: Mapping[fx.Node, Tensor],
+    layer: fx.Node,
+    values: Mapping[fx.Node, Any] | None = None,
+) -> Tensor | None:
+    """Carries columns forward: ``V_z = sum_k M_k V_k`` (thesis eqs. 3.5, 3.8, algorithm 1).
+
+    Args:
+        assignment: rules of the graph.
+        maps: affine form of every node up to the layer.
+        columns: what the sources start with, ``[*L, *shape]``; empty for the bias field, which starts with nothing.
+        layer: where to stop.
+        values: given for the bias field, ``beta_z = sum_k M_k beta_k + c``: the value of every node.
+
+    Returns:
+        the layer's columns ``[*L, *shape]``, or None where nothing reaches it.
+    """
+    carried: dict[fx.Node, Tensor] = dict(columns)
+    for node in assignment.graph_module.graph.nodes:
+        if node.target is operator.getitem and node in assignment.carried and node.args[0] in carried:
+            carried[node] = carried[node.args[0]]
+        elif node in maps:
+            assigned, affine = assignment.rules[node], maps[node]
+            parts = [affine.terms[k].push(carried[n]) for k, n in assigned.operands.items() if n in carried]
+            if values is not None and affine.constant is not None:
+                parts.append(torch.zeros_like(first_result(values[node])) + affine.constant)
+            if parts:
+                carried[node] = sum(parts[1:], parts[0])
+        if node is layer:
+            break
+    return carried.get(layer)
 
 
 def _accumulate(pulled: dict[fx.Node, Tensor], node: fx.Node, v: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from frpc.affine import bind
 from frpc.assign import Assignment
+from frpc.graph import first_result
 
 __all__ = ["Field", "receptive_fields"]
 
@@ -82,7 +83,7 @@ def _field(node: fx.Node, assignment: Assignment, fields: dict[fx.Node, Field]) 
 def _fits(node: fx.Node, field: Field, widen: Callable[..., Any]) -> bool:
     """Elementwise operators must keep the spatial shape; other operators must be known."""
     assert field.axes is not None
-    value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    value = first_result(node.meta["val"])
     if value.dim() != len(field.axes) + 2:
         return False
     if widen is not _keep:
@@ -147,7 +148,7 @@ def _transposed_windows(interval: Interval, count: int, kernel: int, stride: int
 
 def _pool(node: fx.Node, axes: tuple[Interval, ...]) -> tuple[Interval, ...]:
     given = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    value = first_result(node.meta["val"])
     sizes, count = value.shape[2:], len(axes)
     kernel = _each(given["kernel_size"], count)
     stride = _each(given["stride"], count) or kernel
@@ -157,7 +158,7 @@ def _pool(node: fx.Node, axes: tuple[Interval, ...]) -> tuple[Interval, ...]:
 
 def _adaptive(node: fx.Node, axes: tuple[Interval, ...]) -> tuple[Interval, ...]:
     """Window i of an adaptive pool covers ``floor(i n/m) .. ceil((i + 1) n/m)``."""
-    value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    value = first_result(node.meta["val"])
     out = []
     for (low, high), m in zip(axes, value.shape[2:], strict=True):
         n, i = len(low), torch.arange(int(m))

@@ -6,14 +6,18 @@ canonical graph (a copy, an alias), the case names the call itself with `direct`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
+import mpmath
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
+
+from reference import ACTIVATIONS
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -54,7 +58,7 @@ class Case:
         twin: where the expected map comes from. "reference": `reference.py` knows the function. "jacobian": the function is
             J x + f(0) at its input, so the map is x * J^T seed. "quotient": elementwise, the map is f(x) - f(0).
         positive: the function is defined for positive operands only.
-        kept: the operator stands in the canonical graph; else the rule is asked about the call itself.
+        arguments: None where the operator stands in the canonical graph; else the call's own, and the rule is asked directly.
     """
 
     op: OpOverload
@@ -63,7 +67,7 @@ class Case:
     shapes: tuple[Shape, ...]
     twin: Twin = "reference"
     positive: bool = False
-    kept: bool = True
+    arguments: tuple[object, ...] | None = None
 
     @property
     def id(self) -> str:
@@ -73,7 +77,7 @@ class Case:
         """The model in float64 and evaluation mode; batch statistics and affine parameters are no identities."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = self.build().double().eval()
+            module = nn.Sequential(self.build()).double().eval()
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.running_mean.normal_()
@@ -99,9 +103,9 @@ def both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module
     return lambda: Two(function)
 
 
-def direct(op: OpOverload, *arguments: object, shape: Shape, note: str = "") -> Case:
+def direct(op: OpOverload, *arguments: object, shape: Shape, twin: Twin = "jacobian") -> Case:
     """A call that the canonical graph spells in another way."""
-    return Case(op, note, of(lambda a: op(a, *arguments)), (shape,), "jacobian", kept=False)
+    return Case(op, "", of(lambda a: op(a, *arguments)), (shape,), twin, arguments=arguments)
 
 
 def constant(*shape: int) -> Tensor:
@@ -177,8 +181,8 @@ CASES: tuple[Case, ...] = (
     Case(aten.tanh.default, "", of(torch.tanh), (I,)),
     Case(aten.softplus.default, "", of(F.softplus), (I,)),
     Case(aten.softplus.default, "beta, threshold", of(lambda a: F.softplus(a, 2.5, 3.0)), (I,)),
-    Case(aten.softshrink.default, "", of(lambda a: F.softshrink(a, 0.3)), (I,)),
-    Case(aten.hardshrink.default, "", of(lambda a: F.hardshrink(a, 0.4)), (I,)),
+    direct(aten.softshrink.default, 0.3, shape=I, twin="quotient"),
+    direct(aten.hardshrink.default, 0.4, shape=I),
     Case(aten.threshold.default, "", of(lambda a: F.threshold(a, 0.1, 0.5)), (I,)),
     Case(aten.threshold.default, "below 0", of(lambda a: F.threshold(a, -0.4, -2.0)), (I,)),
     Case(aten.exp.default, "", of(torch.exp), (V,)),
@@ -256,7 +260,7 @@ CASES: tuple[Case, ...] = (
     # copies
     Case(aten.clone.default, "", of(lambda a: a.clone()), (V,)),
     Case(aten.detach.default, "", of(lambda a: a.detach()), (V,)),
-    Case(aten.lift_fresh_copy.default, "", of(lambda a: aten.lift_fresh_copy(a)), (V,), "jacobian"),
+    direct(aten.lift_fresh_copy.default, shape=V),
     direct(aten.alias.default, shape=V),
     direct(aten.contiguous.default, shape=V),
     direct(aten.dropout.default, 0.5, False, shape=V),
@@ -266,13 +270,14 @@ CASES: tuple[Case, ...] = (
     Case(aten.expand.default, "new dimension", of(lambda a: a.unsqueeze(2).expand(-1, -1, 5)), (V,)),
     Case(aten.slice.Tensor, "", of(lambda a: a[:, 1:3]), (I,)),
     Case(aten.slice.Tensor, "steps, from the end", of(lambda a: a[..., -5:-1:3]), (I,)),
-    Case(aten.slice.Tensor, "pieces", of(lambda a: a.split([1, 3], 1)[1] * a.chunk(3, 2)[1].mean()), (V,), "jacobian"),
+    Case(aten.slice.Tensor, "pieces", of(lambda a: torch.cat([a.split([1, 3], 1)[1], a.chunk(3, 1)[0]], 1)), (I,)),
     Case(aten.view.default, "", of(lambda a: a.view(a.shape[0], 2, -1)), (I,)),
     Case(aten.view.default, "samples spread over two dimensions", of(lambda a: a.view(-1, 2, 2).view(-1, 4) * 2), (V,)),
     Case(aten._unsafe_view.default, "", of(lambda a: aten._unsafe_view(a, [a.shape[0], 24])), (S,), "jacobian"),
-    Case(aten.reshape.default, "", of(lambda a: a.transpose(1, 2).reshape(a.shape[0], -1)), (I,)),
-    Case(aten.flatten.using_ints, "", of(lambda a: a.flatten(2)), (I,)),
-    Case(aten.unflatten.int, "", of(lambda a: a.unflatten(1, (2, -1))), (I,)),
+    Case(aten._unsafe_view.default, "reshape of a transposed", of(lambda a: a.transpose(1, 2).reshape(a.shape[0], -1)), (I,)),
+    direct(aten.reshape.default, [2, 5, -1], shape=I),
+    direct(aten.flatten.using_ints, 1, 2, shape=I),
+    direct(aten.unflatten.int, 1, [2, -1], shape=I),
     Case(aten.squeeze.default, "", of(lambda a: a.squeeze()), ((3, 1, 4, 1),)),
     Case(aten.squeeze.dim, "", of(lambda a: a.squeeze(-1)), ((3, 1, 4, 1),)),
     Case(aten.squeeze.dims, "", of(lambda a: a.squeeze((1, 2, 3))), ((3, 1, 4, 1),)),
@@ -316,5 +321,104 @@ CASES: tuple[Case, ...] = (
     Case(aten._upsample_bicubic2d_aa.vec, "", of(lambda a: F.interpolate(a, size=(3, 4), mode="bicubic", antialias=True)), (I,)),
     Case(aten.pixel_shuffle.default, "", of(lambda a: F.pixel_shuffle(a, 2)), ((2, 8, 3, 2),)),
     Case(aten.pixel_unshuffle.default, "", of(lambda a: F.pixel_unshuffle(a, 2)), ((2, 2, 4, 6),), "jacobian"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An elementwise operator and what it ought to compute.
+
+    Attributes:
+        op: the row of the rule table.
+        exact: the function in arithmetic of many digits.
+        arguments, named: of the operator, after the operand.
+        low, high: the function is defined in between, both excluded.
+        whole: it has no value at 0 to subtract, so that all of the result is carried.
+    """
+
+    op: OpOverload
+    exact: Callable[[Any], Any]
+    arguments: tuple[Any, ...] = ()
+    low: float = -float("inf")
+    high: float = float("inf")
+    whole: bool = False
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        name = str(self.op).removeprefix("aten.").removesuffix(".default")
+        values = [x if not isinstance(x, Tensor) else x.item() for x in (*self.arguments, *self.named.values())]
+        return " ".join(map(str, (name, *values)))
+
+
+def known(name: str, **options: Any) -> Callable[[Any], Any]:
+    """A function of `reference.py`."""
+    return partial(ACTIVATIONS[name], **options)
+
+
+SLOPE = torch.tensor([0.25])
+
+# fmt: off
+CURVES: tuple[Curve, ...] = (
+    Curve(aten.relu.default, known("relu")),
+    Curve(aten.prelu.default, known("leaky_relu", negative_slope=0.25), (SLOPE,)),
+    Curve(aten._prelu_kernel.default, known("leaky_relu", negative_slope=0.25), (SLOPE,)),
+    Curve(aten.log_sigmoid_forward.default, known("logsigmoid")),
+    Curve(aten.relu6.default, known("relu6")),
+    Curve(aten.hardtanh.default, known("hardtanh")),
+    Curve(aten.hardtanh.default, known("hardtanh", min_val=0.25, max_val=2.0), (0.25, 2.0)),
+    Curve(aten.clamp.default, known("clamp", min=-0.5, max=0.75), (-0.5, 0.75)),
+    Curve(aten.clamp.default, known("clamp", min=0.0), (0.0,)),
+    Curve(aten.clamp.default, known("clamp", max=0.0), (None, 0.0)),
+    Curve(aten.clamp.default, known("clamp", min=-4.0, max=-0.5), (-4.0, -0.5)),
+    Curve(aten.clamp_min.default, known("clamp", min=0.25), (0.25,)),
+    Curve(aten.clamp_min.default, known("clamp", min=-0.25), (-0.25,)),
+    Curve(aten.clamp_max.default, known("clamp", max=-0.25), (-0.25,)),
+    Curve(aten.clamp_max.default, known("clamp", max=0.25), (0.25,)),
+    Curve(aten.leaky_relu.default, known("leaky_relu", negative_slope=0.125), (0.125,)),
+    Curve(aten.elu.default, known("elu")),
+    Curve(aten.elu.default, lambda z: 2 * z if z > 0 else mpmath.expm1(4 * z), (0.5, 2.0, 4.0)),
+    Curve(aten.celu.default, known("celu", alpha=0.5), (0.5,)),
+    Curve(aten.selu.default, known("selu")),
+    Curve(aten.gelu.default, known("gelu")),
+    Curve(aten.gelu.default, known("gelu", approximate="tanh"), named={"approximate": "tanh"}),
+    Curve(aten.silu.default, known("silu")),
+    Curve(aten.mish.default, known("mish")),
+    Curve(aten.hardswish.default, known("hardswish")),
+    Curve(aten.sigmoid.default, known("sigmoid")),
+    Curve(aten.hardsigmoid.default, known("hardsigmoid")),
+    Curve(aten.tanh.default, known("tanh")),
+    Curve(aten.softplus.default, known("softplus")),
+    Curve(aten.softplus.default, known("softplus", beta=0.5, threshold=2.0), (0.5, 2.0)),
+    Curve(aten.softplus.default, known("softplus", beta=2.0, threshold=100.0), (2.0, 100.0)),
+    Curve(aten.softshrink.default, known("softshrink")),
+    Curve(aten.softshrink.default, known("softshrink", lambd=0.0), (0.0,)),
+    Curve(aten.hardshrink.default, known("hardshrink")),
+    Curve(aten.threshold.default, known("threshold", threshold=0.5, value=2.0), (0.5, 2.0)),
+    Curve(aten.threshold.default, known("threshold", threshold=-0.5, value=2.0), (-0.5, 2.0)),
+    Curve(aten.threshold.default, known("threshold", threshold=0.0, value=0.0), (0.0, 0.0)),
+    Curve(aten.exp.default, known("exp")),
+    Curve(aten.expm1.default, known("expm1")),
+    Curve(aten.log1p.default, known("log1p"), low=-1.0),
+    Curve(aten.sin.default, known("sin")),
+    Curve(aten.cos.default, known("cos")),
+    Curve(aten.tan.default, mpmath.tan),
+    Curve(aten.atan.default, known("atan")),
+    Curve(aten.erf.default, known("erf")),
+    Curve(aten.abs.default, known("abs")),
+    Curve(aten.neg.default, lambda z: -z),
+    Curve(aten.square.default, known("square")),
+    Curve(aten.pow.Tensor_Scalar, lambda z: z**3, (3,)),
+    Curve(aten.pow.Tensor_Scalar, lambda z: z**2, (2.0,)),
+    Curve(aten.pow.Tensor_Scalar, lambda z: z, (1,)),
+    Curve(aten.pow.Tensor_Scalar, lambda z: mpmath.mpf(1), (0,)),
+    Curve(aten.pow.Tensor_Scalar, lambda z: z**1.5, (1.5,), low=0.0),
+    Curve(aten.pow.Tensor_Scalar, lambda z: 1 / z, (-1,), low=0.0, whole=True),
+    Curve(aten.sqrt.default, mpmath.sqrt, low=0.0, whole=True),
+    Curve(aten.rsqrt.default, lambda z: 1 / mpmath.sqrt(z), low=0.0, whole=True),
+    Curve(aten.reciprocal.default, lambda z: 1 / z, low=0.0, whole=True),
+    Curve(aten.reciprocal.default, lambda z: 1 / z, high=0.0, whole=True),
+    Curve(aten.log.default, mpmath.log, low=0.0, whole=True),
 )
 # fmt: on

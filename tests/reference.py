@@ -182,9 +182,9 @@ def mul(a: Any, b: Any) -> Carried:
 
 def div(a: Any, b: Any) -> Carried:
     """V = V_a / b: the numerator is carried, the denominator is a coefficient at this input."""
-    if isinstance(b, Carried):
-        return scale(fixed(a, b.share), 1 / b.value)
-    return scale(a, 1 / torch.as_tensor(b, dtype=torch.float64))
+    if not isinstance(a, Carried):
+        raise NotImplementedError("a constant over a carried value: 1/z has no value at 0 to draw a secant from")
+    return scale(a, 1 / torch.as_tensor(b.value if isinstance(b, Carried) else b, dtype=torch.float64))
 
 
 def cat(tensors: Sequence[Any], dim: int = 0) -> Carried:
@@ -192,7 +192,9 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Carried:
     share = share_of(*tensors)
     parts = [fixed(x, share) for x in tensors]
     columns = zip(*(x.columns for x in parts), strict=True)
-    return Carried(torch.cat([x.value for x in parts], dim), torch.stack([torch.cat(c, dim) for c in columns], -1), share)
+    return Carried(
+        torch.cat([x.value for x in parts], dim), torch.stack([torch.cat(c, dim) for c in columns], -1), share
+    )
 
 
 def view(a: Carried, move: Callable[[Tensor], Any]) -> Any:
@@ -357,10 +359,12 @@ def adaptive_positions(size: int, count: int | None) -> Index:
     return [list(range(o * size // n, -((-(o + 1) * size) // n))) for o in range(n)]
 
 
-def windows(per_dim: Sequence[Index], sizes: Sequence[int]) -> Iterator[tuple[list[int], tuple[list[int], ...]]]:
+def windows(per_dim: Sequence[Index], sizes: Sequence[int]) -> Iterator[tuple[list[int], tuple[Sequence[int], ...]]]:
     """Each window over several dimensions: flat indices of its positions inside the input, and its raw positions."""
     for window in itertools.product(*per_dim):
-        inside = [taps for taps in itertools.product(*window) if all(0 <= t < n for t, n in zip(taps, sizes, strict=True))]
+        inside = [
+            taps for taps in itertools.product(*window) if all(0 <= t < n for t, n in zip(taps, sizes, strict=True))
+        ]
         flat = [sum(t * math.prod(sizes[d + 1 :]) for d, t in enumerate(taps)) for taps in inside]
         yield flat, window
 
@@ -379,7 +383,9 @@ def pool_max(a: Carried, per_dim: Sequence[Index]) -> Carried:
     return Carried(torch.cat(values, -1).unflatten(-1, shape), torch.cat(chosen, -2).unflatten(-2, shape), a.share)
 
 
-def pool_mean(a: Carried, per_dim: Sequence[Index], divisor: Callable[[tuple[list[int], ...], int], int]) -> Carried:
+def pool_mean(
+    a: Carried, per_dim: Sequence[Index], divisor: Callable[[tuple[Sequence[int], ...], int], int]
+) -> Carried:
     """The pool as a matrix of a fully connected layer (as T 4.9): 1/divisor at each position inside the input."""
     dims = len(per_dim)
     rows = []
@@ -403,7 +409,9 @@ def max_pool(
 ) -> Carried:
     """Max pooling over `dims` dimensions."""
     options = [spread(x, dims) for x in (kernel_size, stride or kernel_size, padding, dilation)]
-    return pool_max(a, [window_positions(n, *o, ceil_mode) for n, *o in zip(a.value.shape[-dims:], *options, strict=True)])
+    return pool_max(
+        a, [window_positions(n, *o, ceil_mode) for n, *o in zip(a.value.shape[-dims:], *options, strict=True)]
+    )
 
 
 def avg_pool(
@@ -420,7 +428,7 @@ def avg_pool(
     sizes, pads = a.value.shape[-dims:], spread(padding, dims)
     options = zip(sizes, spread(kernel_size, dims), spread(stride or kernel_size, dims), pads, strict=True)
 
-    def divisor(window: tuple[list[int], ...], inside: int) -> int:
+    def divisor(window: tuple[Sequence[int], ...], inside: int) -> int:
         padded = math.prod(sum(t < n + p for t in taps) for taps, n, p in zip(window, sizes, pads, strict=True))
         return divisor_override or (padded if count_include_pad else inside)
 
@@ -429,7 +437,9 @@ def avg_pool(
 
 def adaptive_max_pool(dims: int, a: Carried, output_size: Any, return_indices: bool = False) -> Carried:
     """Max pooling to a given size."""
-    return pool_max(a, [adaptive_positions(*o) for o in zip(a.value.shape[-dims:], spread(output_size, dims), strict=True)])
+    return pool_max(
+        a, [adaptive_positions(*o) for o in zip(a.value.shape[-dims:], spread(output_size, dims), strict=True)]
+    )
 
 
 def adaptive_avg_pool(dims: int, a: Carried, output_size: Any) -> Carried:
@@ -449,9 +459,9 @@ def amax(a: Carried, dim: int, keepdim: bool = False) -> Carried:
 
 # fmt: off
 VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "swapaxes", "squeeze", "unsqueeze",
-    "expand", "narrow", "select", "getitem", "contiguous", "clone", "detach", "chunk", "split", "unbind", "flip", "roll",
-    "repeat", "tile", "pixel_shuffle",
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "swapaxes", "squeeze",
+    "unsqueeze", "expand", "narrow", "select", "getitem", "contiguous", "clone", "detach", "chunk", "split", "unbind",
+    "flip", "roll", "repeat", "tile", "pixel_shuffle",
 }
 LINEAR = {"sum", "mean", "neg", "cumsum", "interpolate", "upsample"}
 SHAPES = {"size", "dim", "numel"}
@@ -476,7 +486,8 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Threshold: ("threshold", ("threshold", "value")), nn.ELU: ("elu", ("alpha",)), nn.CELU: ("celu", ("alpha",)),
     nn.SELU: ("selu", ()), nn.GELU: ("gelu", ("approximate",)), nn.SiLU: ("silu", ()), nn.Mish: ("mish", ()),
     nn.Hardswish: ("hardswish", ()), nn.Hardsigmoid: ("hardsigmoid", ()),
-    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")), nn.Softplus: ("softplus", ("beta", "threshold")), nn.Softsign: ("softsign", ()), nn.Tanh: ("tanh", ()),
+    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
+    nn.Softplus: ("softplus", ("beta", "threshold")), nn.Softsign: ("softsign", ()), nn.Tanh: ("tanh", ()),
     nn.Sigmoid: ("sigmoid", ()), nn.LogSigmoid: ("logsigmoid", ()), nn.Tanhshrink: ("tanhshrink", ()),
     nn.Hardshrink: ("hardshrink", ("lambd",)), nn.Softshrink: ("softshrink", ("lambd",)),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")),
@@ -628,7 +639,8 @@ def relevance_maps(
     model = copy.deepcopy(model).double().eval()
     several = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with torch.no_grad():
-        traced = fx.GraphModule(model, Tracer().trace(model))
+        whole = nn.Sequential(model) if Tracer().is_leaf_module(model, "") else model
+        traced = fx.GraphModule(whole, Tracer().trace(whole))
         return Reference(traced, record).run(*sources(several, cells, ledger))
 
 

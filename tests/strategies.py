@@ -56,10 +56,11 @@ VIEWS = {
     3: ("x.permute(0, 2, 1)", "x.transpose(1, 2).contiguous()", "x[..., 1:]", "x.narrow(2, 0, 1)", "x.flatten(1)"),
     4: ("x.permute(0, 2, 3, 1)", "x.transpose(-1, -2)", "x[:, :, ::2, 1:]", "x[:, 0]", "x.reshape(x.size(0), -1)",
         "x.flatten(2)", "x.roll((1, -1), (2, 3))", "x.flip(-1)", "x.unflatten(1, (1, -1)).squeeze(1)", "x.mean(1)",
-        "F.pad(x, (1, 0, 2, 1))", "F.pad(x, (0, 1, 1, 1), value=0.7)", "F.pad(x, (1, 1, 1, 1), mode='reflect')",
-        "F.pad(x, (1, 2, 0, 1), mode='replicate')", "F.pad(x, (1, 0, 0, 1), mode='circular')",
+        "F.pad(x, (1, 0, 2, 1))", "F.pad(x, (0, 1, 1, 1), value=0.7)", "F.pad(x, (1, 2, 0, 1), mode='replicate')",
+        "F.pad(x, (1, 1, 1, 1), mode='reflect')", "F.pad(x, (1, 0, 0, 1), mode='circular')",
         "F.pad(x, (0, -1, -1, 1))", "torch.cat(x.chunk(2, 2)[::-1], 2)", "x.sum(-1)", "x.mean((2, 3), keepdim=True) + x",
-        "F.interpolate(x, scale_factor=2.0, mode='nearest')", "x.view(x.shape[0], x.shape[1], -1)", "x.movedim(1, -1)"),
+        "F.interpolate(x, scale_factor=2.0, mode='nearest')", "x.view(x.shape[0], x.shape[1], -1)",
+        "x.movedim(1, -1)"),
     5: ("x.permute(0, 1, 4, 2, 3)", "x[:, :, 0]", "x.mean(2)", "x.flatten(3)", "x[:, :, ::2]", "x.sum((2, 3))"),
 }
 UNIONS = (
@@ -124,7 +125,7 @@ class Plan(nn.Sequential):
 class Case(NamedTuple):
     """A drawn network and one sample [1, ...] for it."""
 
-    module: Plan
+    module: nn.Module
     x: Tensor
 
 
@@ -181,7 +182,9 @@ class Builder:
         dilation = self.pick(1, 1, 2)
         kernel = tuple(self.whole(1, min(3, 1 + (size + reach - 1) // dilation)) for size in x.shape[2:])
         stride = 1 if padding == "same" else self.pick(1, 1, 2)
-        copies = [m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"]
+        copies = [
+            m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"
+        ]
         mode = self.pick("zeros", "zeros", "zeros", *copies)
         layer = getattr(nn, f"Conv{dims}d")
         return self.seeded(
@@ -298,7 +301,9 @@ class Builder:
             return None
         layer, out = getattr(nn, f"Conv{dims}d"), self.whole(1, 4)
         body = nn.Sequential(self.seeded(layer(channels, out, 3, 2, 1)), nn.ReLU(inplace=True))
-        return Join(self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False)))
+        return Join(
+            self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False))
+        )
 
     def twice(self, x: Tensor) -> nn.Module:
         inner = nn.Sequential(self.same(x), nn.ReLU(inplace=self.pick(True, False)))

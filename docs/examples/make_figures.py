@@ -146,7 +146,7 @@ def pipeline(coffee: Photo) -> Figure:
         )
     axes.text(-0.06, 0, "module\n+ inputs", ha="right", va="center", fontsize=12)
     axes.text(len(STAGES) + 0.16, 0, "output\n+ relevance", ha="left", va="center", fontsize=12)
-    note = "below: what each stage leaves of SqueezeNet; every stage can be printed, and every graph run"
+    note = "in colour: what each stage leaves of SqueezeNet; every stage can be printed, and every graph run"
     axes.text(3.55, -0.92, note, ha="center", va="center", fontsize=11)
     return figure
 

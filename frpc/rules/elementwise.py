@@ -34,10 +34,14 @@ def _tanh_over(a: Tensor) -> Tensor:
     return _quotient(a, torch.tanh(a), 1.0 - a * a / 3.0)
 
 
+def _sin_over(a: Tensor) -> Tensor:
+    """``sin(a) / a``; torch.sinc, which multiplies by pi again, loses the phase of a large a."""
+    return _quotient(a, torch.sin(a), 1.0 - a * a / 6.0)
+
+
 def _softplus_over(a: Tensor) -> Tensor:
-    """``(log(1 + e^a) - log 2) / a``; log1p(expm1(a)/2) loses no digits near 0, and above 20 the softplus is a itself."""
-    inner = torch.log1p(torch.expm1(a.clamp(max=20.0)) * 0.5)
-    return _quotient(a, torch.where(a > 20.0, a - LOG2, inner), 0.5 + 0.125 * a)
+    """``(log(1 + e^a) - log 2) / a``, as ``(max(a, 0) + log1p(expm1(-|a|)/2)) / a``: no digits are lost near 0 or far out."""
+    return _quotient(a, a.clamp(min=0.0) + torch.log1p(torch.expm1(-a.abs()) * 0.5), 0.5 + 0.125 * a)
 
 
 def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -45,6 +49,10 @@ def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     h = a * beta
     linear = (h - LOG2) / torch.where(h > threshold, h, 1.0)
     return torch.where(h > threshold, linear, _softplus_over(h))
+
+
+def _leaky_relu(a: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(a > 0, torch.ones_like(a), slope)  # of two numbers, where would make float32
 
 
 def _gelu(a: Tensor, approximate: str = "none") -> Tensor:
@@ -79,7 +87,7 @@ def _hardsigmoid(a: Tensor) -> Tensor:
 
 def _softshrink(a: Tensor, bound: float = 0.5) -> Tensor:
     outside = a.abs() > bound
-    return torch.where(outside, 1.0 - bound / torch.where(outside, a.abs(), 1.0), 0.0)
+    return torch.where(outside, (a.abs() - bound) / torch.where(outside, a.abs(), 1.0), 0.0)
 
 
 def _threshold_at_zero(threshold: float, value: float) -> float:
@@ -93,7 +101,9 @@ def _threshold(a: Tensor, threshold: float, value: float) -> Tensor:
 
 
 def _power(a: Tensor, exponent: float) -> Tensor:
-    # a^p = a^(p-1) * a; a negative or fractional p has no value at 0 to subtract, so the whole result is carried.
+    # a^p = a^(p-1) * a; a negative p has no value at 0 to subtract, so the whole result is carried.
+    if exponent == 0:
+        return torch.zeros_like(a)
     return torch.where(a == 0, 1.0 if exponent == 1 else 0.0, torch.pow(torch.where(a == 0, 1.0, a), exponent - 1))
 
 
@@ -135,7 +145,7 @@ elementwise(
     lambda high: _clamp_at_zero(None, high),
     formula="(clamp(a) - clamp(0)) / a",
 )
-elementwise(aten.leaky_relu.default, lambda a, slope=0.01: torch.where(a > 0, 1.0, slope), formula="1 if a > 0 else slope")
+elementwise(aten.leaky_relu.default, _leaky_relu, formula="1 if a > 0 else slope")
 elementwise(aten.elu.default, _elu, formula="1 if a > 0 else (e^a - 1)/a")
 elementwise(
     aten.celu.default, lambda a, alpha=1.0: _elu(a, alpha, 1.0, 1.0 / alpha), formula="1 if a > 0 else alpha (e^(a/alpha) - 1)/a"
@@ -157,10 +167,8 @@ elementwise(aten.threshold.default, _threshold, _threshold_at_zero, formula="(f(
 elementwise(aten.exp.default, _expm1_over, 1.0, formula="(e^a - 1) / a, c = 1")
 elementwise(aten.expm1.default, _expm1_over, formula="(e^a - 1) / a")
 elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a")
-elementwise(aten.sin.default, lambda a: torch.sinc(a / math.pi), formula="sin(a) / a")
-elementwise(
-    aten.cos.default, lambda a: -torch.sin(0.5 * a) * torch.sinc(a / (2.0 * math.pi)), 1.0, formula="(cos(a) - 1) / a, c = 1"
-)
+elementwise(aten.sin.default, _sin_over, formula="sin(a) / a")
+elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1")
 elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a")
 elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a")
 elementwise(

@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine
 from frpc.assign import Assignment
+from frpc.graph import first_result
 from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
-from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SourceRows, Span, SumRows
+from frpc.plan import feeding
+from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, Span, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 
-__all__ = ["LocalityEndsError", "build_rows", "set_columns", "stream"]
+__all__ = ["LocalityEndsError", "build_rows", "producers", "set_columns", "stream"]
 
 
 class LocalityEndsError(Exception):
@@ -49,88 +51,93 @@ def build_rows(
     Raises:
         LocalityEndsError: at the first operator that windows do not survive.
     """
-    made: dict[fx.Node, Rows] = {source: SourceRows(x if x.dim() == 4 else x.unsqueeze(2))}
-    order: list[Rows] = [made[source]]
+    start = SourceRows(x if x.dim() == 4 else x.unsqueeze(2))
+    builder = _Builder(assignment, maps, {source: start}, (start.size[1], start.size[2]))
+    below = feeding(assignment, layer)
     for node in assignment.graph_module.graph.nodes:
-        if node in made or node not in assignment.carried or not _below(node, layer, assignment):
-            continue
-        if node not in assignment.rules:  # an operator's first result
-            made[node] = made[node.args[0]]
-        else:
-            made[node] = _build(node, assignment, maps[node], made, order)
-        if node is layer:
-            break
-    return made[layer], order
+        if node in below and node not in builder.made:
+            builder.add(node)
+    return builder.made[layer], producers(builder.made[layer])
 
 
-def _below(node: fx.Node, layer: fx.Node, assignment: Assignment) -> bool:
-    return node is layer or node in _feeding(layer, assignment)
-
-
-def _feeding(layer: fx.Node, assignment: Assignment) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [layer]
+def producers(layer: Rows) -> list[Rows]:
+    """Returns all producers behind a layer, operands before what is computed from them."""
+    order: list[Rows] = []
+    seen: set[int] = set()
+    stack: list[tuple[Rows, bool]] = [(layer, False)]
     while stack:
-        node = stack.pop()
-        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
-        for feed in feeds:
-            if feed in assignment.carried and feed not in found:
-                found.add(feed)
-                stack.append(feed)
-    return found
+        rows, finished = stack.pop()
+        if finished:
+            order.append(rows)
+        elif id(rows) not in seen:
+            seen.add(id(rows))
+            stack.append((rows, True))
+            stack.extend((operand, False) for operand in rows.operands)
+    return order
 
 
-def _build(node: fx.Node, assignment: Assignment, affine: Affine, made: Mapping[fx.Node, Rows], order: list[Rows]) -> Rows:
-    assigned = assignment.rules[node]
-    parts: list[Rows] = []
-    starts: list[int] = []
-    for name, operand in assigned.operands.items():
-        linear_map = affine.terms[name]
-        if isinstance(linear_map, Place) and linear_map.cut.dim == 1 - len(linear_map.operand):
-            starts.append(linear_map.cut.start)
-            parts.append(made[operand])
-            continue
-        part = _of_map(node, linear_map, made[operand])
-        parts.append(part)
-        order.extend(_new(part, made[operand]))
-    if not parts:
-        raise LocalityEndsError(node, "nothing of its operands is carried")
-    if len({(p.grids[0].jump, p.grids[1].jump) for p in parts}) > 1:
-        raise LocalityEndsError(node, "its operands step over the input at different strides")
-    if starts and len(starts) == len(parts):
-        joined: Rows = ConcatRows(parts, starts, _size(node))
-    elif starts:
-        raise LocalityEndsError(node, "it joins values along a dimension other than the channels")
-    elif len(parts) == 1:
-        return parts[0]
-    else:
-        joined = SumRows(parts)
-    order.append(joined)
-    return joined
+class _Builder:
+    """Makes one producer for each node, from the input on."""
 
+    def __init__(
+        self, assignment: Assignment, maps: Mapping[fx.Node, Affine], made: dict[fx.Node, Rows], cells: tuple[int, int]
+    ) -> None:
+        self.assignment, self.maps, self.made, self.cells = assignment, maps, made, cells
 
-def _new(part: Rows, operand: Rows) -> list[Rows]:
-    """The producers between an operand and what was just made of it, first one first."""
-    chain: list[Rows] = []
-    while part is not operand:
-        chain.append(part)
-        part = part.operands[0]
-    return chain[::-1]
+    def add(self, node: fx.Node) -> None:
+        if node not in self.assignment.rules:  # an operator's first result
+            feed: Any = node.args[0]
+            self.made[node] = self.made[feed]
+            return
+        assigned, affine = self.assignment.rules[node], self.maps[node]
+        parts: list[Rows] = []
+        starts: list[int] = []
+        for name, operand in assigned.operands.items():
+            linear_map = affine.terms[name]
+            if isinstance(linear_map, Place) and linear_map.cut.dim == 1 - len(linear_map.operand):
+                starts.append(linear_map.cut.start)
+                parts.append(self.made[operand])
+            else:
+                parts.append(self.of_map(node, linear_map, self.made[operand]))
+        self.made[node] = self.join(node, self.agreed(node, parts), starts)
+
+    def join(self, node: fx.Node, parts: list[Rows], starts: list[int]) -> Rows:
+        if starts and len(starts) != len(parts):
+            raise LocalityEndsError(node, "it joins values along a dimension other than the channels")
+        if starts:
+            return ConcatRows(parts, starts, _size(node))
+        return parts[0] if len(parts) == 1 else SumRows(parts)
+
+    def agreed(self, node: fx.Node, parts: list[Rows]) -> list[Rows]:
+        """Brings branches to one layout: where one has settled on absolute places, all do."""
+        for axis in (0, 1):
+            jumps = {p.grids[axis].jump for p in parts}
+            if len(jumps) > 1 and 0 not in jumps:
+                raise LocalityEndsError(node, "its operands step over the input at different strides")
+            if len(jumps) > 1:
+                parts = [p if p.grids[axis].jump == 0 else SettledRows(p, axis, self.cells[axis]) for p in parts]
+        return parts
+
+    def of_map(self, node: fx.Node, linear_map: LinearMap, operand: Rows) -> Rows:
+        if isinstance(linear_map, Compose):
+            return self.of_map(node, linear_map.second, self.of_map(node, linear_map.first, operand))
+        for kind, build in _BUILDERS:
+            if isinstance(linear_map, kind):
+                made = build(node, linear_map, operand)
+                outgrown = [a for a in (0, 1) if operand.grids[a].jump and made.grids[a].side > self.cells[a]]
+                if not outgrown:
+                    return made
+                operand.uses -= 1  # the producer just tried is dropped
+                for axis in outgrown:
+                    operand = SettledRows(operand, axis, self.cells[axis])
+                return build(node, linear_map, operand)
+        raise LocalityEndsError(node, f"{str(node.target).removeprefix('aten.')} mixes positions")
 
 
 def _size(node: fx.Node) -> tuple[int, int, int]:
-    value = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    value = first_result(node.meta["val"])
     c, *spatial = (int(n) for n in value.shape[1:])
     return (c, 1, spatial[0]) if len(spatial) == 1 else (c, spatial[0], spatial[1])
-
-
-def _of_map(node: fx.Node, linear_map: LinearMap, operand: Rows) -> Rows:
-    if isinstance(linear_map, Compose):
-        return _of_map(node, linear_map.second, _of_map(node, linear_map.first, operand))
-    for kind, build in _BUILDERS:
-        if isinstance(linear_map, kind):
-            return build(node, linear_map, operand)
-    raise LocalityEndsError(node, f"{str(node.target).removeprefix('aten.')} mixes positions")
 
 
 def _identity(node: fx.Node, linear_map: Identity, operand: Rows) -> Rows:

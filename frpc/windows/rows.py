@@ -18,7 +18,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["ChannelRows", "ConcatRows", "FramedRows", "Grid", "Grids", "PointRows", "Rows", "SourceRows", "Span", "SumRows"]
+__all__ = [
+    "ChannelRows",
+    "ConcatRows",
+    "FramedRows",
+    "Grid",
+    "Grids",
+    "PointRows",
+    "Rows",
+    "SettledRows",
+    "SourceRows",
+    "Span",
+    "SumRows",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class Rows:
         self._kept: dict[int, Tensor] = {}
         for operand in operands:
             operand.uses += 1
+            first, last = self.needs_rows(0)
+            operand.lookback = max(operand.lookback, float(last - first))
 
     def row(self, i: int) -> Tensor:
         """Returns row ``i``, ``[B, C, w, Rh, Rw]``; it must not be changed."""
@@ -95,9 +109,26 @@ class Rows:
         return span
 
     def flops(self) -> float:
-        """Multiply-adds, counted as two, of the whole value."""
-        c, h, w = self.size
-        return float(c * h * w * self.grids[0].side * self.grids[1].side)
+        """Floating-point operations for the whole value of one sample."""
+        return self.row_elements() * self.size[1]
+
+    def moved(self) -> float:
+        """Elements read and written for the whole value of one sample."""
+        return 2.0 * self.row_elements() * self.size[1]
+
+    def calls(self) -> float:
+        """Operator calls for the whole value."""
+        return 2.0 * self.size[1]
+
+    def row_elements(self) -> float:
+        """Elements of one full row of one sample."""
+        return float(self.size[0] * self.size[2] * self.grids[0].side * self.grids[1].side)
+
+    def kept(self) -> float:
+        """Elements held at one time while the layer streams: the rows its users look back on."""
+        return self.row_elements() * self.lookback
+
+    lookback = 1.0
 
 
 class SourceRows(Rows):
@@ -129,6 +160,38 @@ class PointRows(Rows):
             g = g if g.shape[-1] == 1 else g[..., self.span[0] : self.span[1]]
             g = g[..., 0, :, None, None]
         return windows.mul_(g)
+
+
+class SettledRows(Rows):
+    """Windows along one axis laid out over the whole input: where they would outgrow it, absolute places are cheaper.
+
+    From here on the axis has jump 0: all positions share one window, the input itself.
+    """
+
+    def __init__(self, operand: Rows, axis: int, size: int) -> None:
+        whole = Grid(0, 0, size)
+        grids = (whole, operand.grids[1]) if axis == 0 else (operand.grids[0], whole)
+        super().__init__((operand,), grids, operand.size)
+        self.axis = axis
+
+    def compute(self, i: int) -> Tensor:
+        source = self.operands[0].row(i)
+        rows, columns = self.grids
+        out = source.new_zeros([*source.shape[:3], rows.side, columns.side])
+        if self.axis == 0:
+            inner, outer = self._overlap(i)
+            out[..., outer, :] = source[..., inner, :]
+            return out
+        for j in range(*self.span):
+            inner, outer = self._overlap(j)
+            out[:, :, j - self.span[0], :, outer] = source[:, :, j - self.span[0], :, inner]
+        return out
+
+    def _overlap(self, position: int) -> tuple[slice, slice]:
+        grid, size = self.operands[0].grids[self.axis], self.grids[self.axis].side
+        corner = position * grid.jump + grid.offset
+        low, high = max(0, corner), max(0, min(size, corner + grid.side))
+        return slice(low - corner, max(low, high) - corner), slice(low, max(low, high))
 
 
 class SumRows(Rows):

@@ -27,8 +27,8 @@ class TapRows(Rows):
     def __init__(self, operand: Rows, geometry: Window, size: tuple[int, int, int]) -> None:
         rows, columns = geometry
         grids = (operand.grids[0].taps(*rows), operand.grids[1].taps(*columns))
-        super().__init__((operand,), grids, size)
         self.geometry = (rows, columns)
+        super().__init__((operand,), grids, size)
 
     def needs_rows(self, i: int) -> Span:
         k, t, p, d = self.geometry[0]
@@ -116,6 +116,20 @@ class ConvRows(TapRows):
                 torch.matmul(matrix, flat, out=product)
             out[:, :, :, down + top : down + top + height].add_(product.view(batch, -1, n, height, rw))
         return scratch
+
+    def moved(self) -> float:
+        taps = self.weight.shape[0] * self.weight.shape[1]
+        return taps * (3.0 * self.row_elements() + self.operands[0].row_elements()) * self.size[1] * self._share()
+
+    def calls(self) -> float:
+        taps = self.weight.shape[0] * self.weight.shape[1]
+        chunk = self.row_elements() * self._share() / _CHUNK
+        return 4.0 * taps * self.size[1] * max(1.0, chunk)
+
+    def _share(self) -> float:
+        """How much of its own window one tap touches."""
+        mine, theirs = self.grids, self.operands[0].grids
+        return (theirs[0].side * theirs[1].side) / (mine[0].side * mine[1].side)
 
     def flops(self) -> float:
         source = self.operands[0]

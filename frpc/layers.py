@@ -1,0 +1,297 @@
+"""Answering for a whole layer: the strategies, what each would cost, and the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from frpc.affine import Affine
+from frpc.assign import Assignment
+from frpc.bias import BiasPolicy
+from frpc.errors import InputError, OptionError
+from frpc.graph import fetch, first_result
+from frpc.layermaps import LayerMaps, human_bytes
+from frpc.plan import feeding, total_cost
+from frpc.propagate import affine_maps, evaluate, push
+from frpc.windows import Grid, LocalityEndsError, Rows, build_rows, stream
+from frpc.windows.build import producers
+
+__all__ = ["LAYER_STRATEGIES", "Candidate", "LayerPlan", "layer_maps"]
+
+LayerStrategy = Literal["windows", "forward", "transposed"]
+LAYER_STRATEGIES: tuple[LayerStrategy, ...] = ("windows", "forward", "transposed")
+Pulled = Callable[[Tensor], Tensor]
+"""Answers seeds at the layer, ``[K, B, *layer]``, with local pixel maps ``[K, B, H0, W0]``."""
+
+# What the cost model takes one core pair to do; only ratios between strategies matter.
+_FLOPS_PER_SECOND = 2e11
+_BYTES_PER_SECOND = 1.2e10
+_SECONDS_PER_CALL = 8e-6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to answer for the layer.
+
+    Attributes:
+        strategy: ``windows``, ``forward`` (dense columns, thesis algorithm 1) or ``transposed`` (one pass a neuron).
+        flops, bytes: what it costs.
+        seconds: the cost model's weight of the two; a comparison, not a promise.
+    """
+
+    strategy: LayerStrategy
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How all neurons of a layer are answered; prints as a table.
+
+    Attributes:
+        strategy: the chosen one.
+        why: the reason.
+        candidates: all that can answer, cheapest first.
+        ended: the operator at which windows end and why, or None.
+    """
+
+    layer: str
+    strategy: LayerStrategy
+    why: str
+    candidates: tuple[Candidate, ...]
+    ended: str | None
+    working_bytes: float
+    width: int
+
+    def column_spans(self, limit: int) -> list[tuple[int, int]]:
+        """Splits the layer's columns so that one run's working memory stays under ``limit`` bytes."""
+        parts = min(self.width, max(1, math.ceil(self.working_bytes / (0.8 * limit))))
+        bounds = [round(k * self.width / parts) for k in range(parts + 1)]
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    def __str__(self) -> str:
+        lines = [f"all neurons of {self.layer}: {self.strategy} ({self.why})"]
+        if self.ended:
+            lines.append(f"windows end at {self.ended}")
+        lines.append(f"{'strategy':<12} {'GFLOP':>12} {'GB moved':>10} {'weight':>10}")
+        lines += [f"{c.strategy:<12} {c.flops / 1e9:>12.2f} {c.bytes / 1e9:>10.3f} {c.seconds:>10.3f}" for c in self.candidates]
+        lines.append(f"working memory {human_bytes(self.working_bytes)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One layer at one input."""
+
+    assignment: Assignment
+    maps: Mapping[fx.Node, Affine]
+    layer: fx.Node
+    x: Tensor
+    values: Tensor
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        *_, height, width = (1, 1, *self.x.shape[2:]) if self.x.dim() > 2 else (1, *self.x.shape[1:])
+        return int(height), int(width)
+
+
+def layer_maps(
+    assignment: Assignment,
+    name: str,
+    layer: fx.Node,
+    inputs: Sequence[Tensor],
+    policy: BiasPolicy,
+    strategy: str,
+    memory_limit: int,
+    pulled: Pulled,
+) -> LayerMaps:
+    """Returns the maps of every neuron of a layer.
+
+    Args:
+        assignment: rules of the graph.
+        name, layer: the layer's module path and node.
+        inputs: the model's inputs; exactly one.
+        policy: where constants go.
+        strategy: ``auto`` or a forced one.
+        memory_limit: bytes the maps may take.
+        pulled: answers seeds at the layer by the compiled transposed pass.
+
+    Raises:
+        InputError: for models with several inputs.
+        OptionError: for an unknown strategy, or one that cannot answer for this layer.
+    """
+    if len(assignment.sources) != 1:
+        raise InputError("Maps of whole layers are over one input; this model has several. Use explainer.neurons().")
+    if policy == "receptive_field":
+        raise OptionError(
+            'Maps of whole layers know bias="uniform" and "separate"; use explainer.neurons() for "receptive_field".'
+        )
+    module = assignment.graph_module
+    constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
+    upstream = feeding(assignment, layer)
+    with torch.no_grad():
+        everything = evaluate(module.graph, constants, [x.detach() for x in inputs])
+        nodes = tuple(n for n in assignment.rules if n in upstream)
+        maps = affine_maps(assignment, everything, nodes)
+        values = first_result(everything[layer])
+        field = push(assignment, maps, {}, layer, everything)
+    bias = torch.zeros_like(values) if field is None else field.expand_as(values).contiguous()
+    context = _Context(assignment, maps, layer, everything[assignment.sources[0]], values, nodes)
+    rows, ended = _windows(context)
+    plan = _choose(context, name, rows, ended, strategy)
+    produce, window = _producer(context, plan.strategy, rows, pulled)
+    shape, batch = values.shape, int(values.shape[0])
+
+    def channel_maps(chosen: list[int] | None) -> Tensor:
+        channels = list(range(int(shape[1]))) if chosen is None else chosen
+        local = _pull_chunks(pulled, values, [_channel_seed(values, c) for c in channels])
+        share = bias.flatten(2).sum(-1) if bias.dim() > 2 else bias
+        return _uniform(local.movedim(0, 1), share[:, channels], policy)
+
+    def neuron(sample: int, index: tuple[int, ...]) -> Tensor:
+        seed = torch.zeros_like(values)
+        seed[(sample, *index)] = 1
+        return _uniform(pulled(seed[None])[0, sample], bias[(sample, *index)], policy)
+
+    del batch
+    return LayerMaps(name, values, bias, window, context.cells, policy, plan, produce, channel_maps, neuron, memory_limit)
+
+
+def _uniform(local: Tensor, bias: Tensor, policy: BiasPolicy) -> Tensor:
+    if policy == "separate":
+        return local
+    return local + (bias / (local.shape[-1] * local.shape[-2]))[..., None, None]
+
+
+def _channel_seed(values: Tensor, channel: int) -> Tensor:
+    seed = torch.zeros_like(values)
+    seed[:, channel] = 1
+    return seed
+
+
+def _pull_chunks(pulled: Pulled, values: Tensor, seeds: Sequence[Tensor]) -> Tensor:
+    """Answers many seeds, as many at a time as keep one activation-sized tensor near 64 MB."""
+    size = max(1, min(32, (1 << 24) // max(1, values.numel())))
+    chunks = [torch.stack(list(seeds[k : k + size])) for k in range(0, len(seeds), size)]
+    return torch.cat([pulled(chunk) for chunk in chunks])
+
+
+def _windows(context: _Context) -> tuple[Rows | None, str | None]:
+    """Builds the producers of windows, or says where locality ends."""
+    if context.x.dim() not in (3, 4):
+        return None, "the input: it has no spatial axes"
+    try:
+        source = context.assignment.sources[0]
+        return build_rows(context.assignment, context.maps, source, context.x, context.layer)[0], None
+    except LocalityEndsError as ended:
+        return None, str(ended)
+
+
+def _choose(context: _Context, name: str, rows: Rows | None, ended: str | None, strategy: str) -> LayerPlan:
+    batch, cost = int(context.values.shape[0]), total_cost(context.assignment, context.nodes)
+    neurons, cells = context.values[0].numel(), context.cells[0] * context.cells[1]
+    calls = 4.0 * len(context.nodes)
+    found = [
+        _weigh("forward", cells * batch * cost.flops, cells * batch * cost.bytes, calls * max(1.0, cells / 64)),
+        _weigh("transposed", neurons * batch * cost.flops, neurons * batch * cost.bytes, calls * max(1.0, neurons / 32)),
+    ]
+    working = float(context.values.numel() * cells * context.values.element_size())
+    width = int(context.values.shape[-1]) if context.values.dim() > 2 else 1
+    if rows is not None:
+        order = producers(rows)
+        flops, moved = sum(r.flops() for r in order), sum(r.moved() for r in order)
+        size = context.values.element_size() * batch
+        found.append(_weigh("windows", batch * flops, size * moved, sum(r.calls() for r in order)))
+    candidates = tuple(sorted(found, key=lambda c: c.seconds))
+    chosen, why = candidates[0].strategy, "the least work"
+    if strategy != "auto":
+        chosen, why = _forced(strategy, candidates, ended), "asked for"
+    if chosen == "windows" and rows is not None:
+        working = sum(r.kept() for r in producers(rows)) * context.values.element_size() * batch
+    return LayerPlan(name, chosen, why, candidates, ended, working, width)
+
+
+def _weigh(strategy: LayerStrategy, flops: float, moved: float, calls: float) -> Candidate:
+    seconds = flops / _FLOPS_PER_SECOND + moved / _BYTES_PER_SECOND + calls * _SECONDS_PER_CALL
+    return Candidate(strategy, flops, moved, seconds)
+
+
+def _forced(strategy: str, candidates: Sequence[Candidate], ended: str | None) -> LayerStrategy:
+    for candidate in candidates:
+        if candidate.strategy == strategy:
+            return candidate.strategy
+    if strategy == "windows":
+        raise OptionError(f'strategy="windows" cannot answer for this layer: windows end at {ended}.')
+    raise OptionError(f"strategy={strategy!r} is unknown for a layer; choose auto, {', '.join(LAYER_STRATEGIES)}.")
+
+
+Produce = Callable[[tuple[int, int], tuple[int, int]], Iterator[tuple[int, Tensor]]]
+
+
+def _producer(context: _Context, strategy: LayerStrategy, rows: Rows | None, pulled: Pulled) -> tuple[Produce, tuple[Grid, Grid]]:
+    """Returns what yields the layer's rows of windows, and the windows' geometry."""
+    height, width = context.cells
+    whole = (Grid(0, 0, height), Grid(0, 0, width))
+    if strategy == "windows":
+        assert rows is not None
+        order = producers(rows)
+        return lambda span, columns: stream(rows, order, columns, span), rows.grids
+    if strategy == "forward":
+        return lambda span, columns: _dense_rows(context, span, columns), whole
+    return lambda span, columns: _transposed_rows(context, pulled, span, columns), whole
+
+
+def _dense_rows(context: _Context, span: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Thesis algorithm 1: every input cell is a column of a batch that goes through the net's own operators."""
+    x, (height, width) = context.x, context.cells
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(1)
+    cells = flat.shape[-1]
+    chunk = max(1, min(64, (1 << 24) // max(1, max(first_result(n.meta["val"])[:1].numel() for n in context.nodes))))
+    parts = []
+    with torch.no_grad():
+        for low in range(0, cells, chunk):
+            here = torch.zeros([min(chunk, cells - low), *flat.shape], dtype=x.dtype)
+            index = torch.arange(low, low + here.shape[0])
+            here[torch.arange(here.shape[0]), :, :, index] = flat[..., index].movedim(-1, 0)
+            carried = push(
+                context.assignment, context.maps, {context.assignment.sources[0]: here.reshape([-1, *x.shape])}, context.layer
+            )
+            spatial = _spatial(
+                torch.zeros_like(context.values).expand([here.shape[0], *context.values.shape]) if carried is None else carried
+            )
+            parts.append(spatial[:, :, :, slice(*span), slice(*columns)].movedim(0, -1).contiguous())
+    whole = torch.cat(parts, -1).unflatten(-1, (height, width))
+    for i in range(*span):
+        yield i, whole[:, :, i - span[0]]
+
+
+def _spatial(columns: Tensor) -> Tensor:
+    """``[n, B, C, *spatial] -> [n, B, C, H, W]``."""
+    if columns.dim() == 5:
+        return columns
+    return columns[..., None, None] if columns.dim() == 3 else columns.unsqueeze(-2)
+
+
+def _transposed_rows(
+    context: _Context, pulled: Pulled, span: tuple[int, int], columns: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """One transposed pass for every neuron, many at a time."""
+    values = context.values
+    channels = int(values.shape[1])
+    for i in range(*span):
+        seeds = []
+        for c in range(channels):
+            for j in range(*columns):
+                seed = torch.zeros_like(values)
+                place = (c,) if values.dim() == 2 else (c, j) if values.dim() == 3 else (c, i, j)
+                seed[(slice(None), *place)] = 1
+                seeds.append(seed)
+        local = _pull_chunks(pulled, values, seeds)  # [C * w, B, H0, W0]
+        yield i, local.unflatten(0, (channels, -1)).movedim(2, 0)

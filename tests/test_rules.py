@@ -1,0 +1,203 @@
+"""Every rule: it conserves, its maps rebuild the operator's result, and its relevance is that of an independent twin."""
+
+from __future__ import annotations
+
+import math
+
+import frpc
+import mpmath
+import pytest
+import torch
+from frpc.affine import TABLE, Affine, Call, bind
+from frpc.graph import fetch
+from frpc.pipeline import Compiled
+from frpc.propagate import affine_maps, evaluate
+from torch import Tensor, nn
+
+from cases import CASES, CURVES, Case, Curve
+from reference import relevance_maps
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's note on its speed
+
+
+def randn_like(x: Tensor, seed: int = 7) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+def agrees(found: Tensor, expected: Tensor, bound: float = 1e-10) -> bool:
+    """Relative L1; where nothing is expected nothing may be found."""
+    return found.shape == expected.shape and bool((found - expected).abs().sum() <= bound * expected.abs().sum())
+
+
+# Every operator ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_has_a_case() -> None:
+    missing = [str(op) for op in TABLE.rules if op not in {case.op for case in CASES}]
+    assert not missing, f"add a line to tests/cases.py for {', '.join(missing)}"
+
+
+def test_case_names_are_unique() -> None:
+    names = [case.id for case in CASES]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_rule(case: Case) -> None:
+    """The compiled program conserves and equals the twin; the operators' own maps rebuild their results."""
+    module, inputs = case.module(), case.inputs()
+    with torch.no_grad():
+        output = module(*inputs)
+    seed = randn_like(output)
+    explainer = frpc.compile(module, inputs)
+    explanation = explainer(*inputs, seed=seed)
+    assert agrees(explanation.output, output, 1e-13)
+    maps = explanation.relevance if isinstance(explanation.relevance, tuple) else (explanation.relevance,)
+    flat = torch.cat([m.flatten(1) for m in maps], 1)
+    error = (flat.sum(1) - (seed * output).flatten(1).sum(1)).abs()
+    assert bool((error <= 1e-12 * flat.abs().sum(1)).all()), "the map does not sum to the explained output"
+    assert agrees(flat, TWINS[case.twin](module, inputs, seed)), "the map is not the twin's"
+
+    compiled = explainer.compiled(*inputs)
+    met = {node.target for node in compiled.assignment.rules}
+    if case.arguments is None:
+        assert case.op in met, f"the canonical graph has no {case.op}, only {', '.join(map(str, met))}"
+        check_maps(compiled, inputs)
+    else:
+        assert case.op not in met, f"{case.op} stands in the canonical graph: let the case find it there"
+        (a,) = inputs
+        affine, result = rule_at(case.op, a, *case.arguments)
+        assert agrees(rebuilt(affine, {name: a for name in affine.terms}), result, 1e-14)
+
+
+def check_maps(compiled: Compiled, inputs: tuple[Tensor, ...]) -> None:
+    """`sum_k M_k a_k + c` is the operator's result, and each M_k is the transpose of its transpose."""
+    module = compiled.assignment.graph_module
+    constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
+    values = evaluate(module.graph, constants, inputs)
+    values = {node: value[0] if isinstance(value, tuple | list) else value for node, value in values.items()} | {
+        node: values[node] for node in compiled.assignment.rules
+    }
+    for node, affine in affine_maps(compiled.assignment, values, compiled.assignment.rules).items():
+        result = values[node][0] if isinstance(values[node], tuple | list) else values[node]
+        operands = {name: values[n] for name, n in compiled.assignment.rules[node].operands.items()}
+        terms = [affine.terms[name].push(a) for name, a in operands.items()]
+        size = sum((t.abs().sum() for t in terms), result.abs().sum())
+        assert bool((rebuilt(affine, operands) - result).abs().sum() <= 1e-14 * size), f"{node.target}: M a + c is not the result"
+        v = randn_like(result)
+        for name, a in operands.items():
+            u = randn_like(a, 8)
+            pushed, pulled = affine.terms[name].push(u), affine.terms[name].pull(v)
+            assert (pushed.shape, pulled.shape) == (result.shape, a.shape)
+            bound = 1e-12 * (pushed.abs() * v.abs()).sum()
+            assert bool(((pushed * v).sum() - (u * pulled).sum()).abs() <= bound), f"{node.target}: pull is not push's transpose"
+
+
+def rebuilt(affine: Affine, operands: dict[str | tuple[str, int], Tensor]) -> Tensor:
+    """`sum_k M_k a_k + c`."""
+    terms = [affine.terms[name].push(a) for name, a in operands.items()]
+    total = sum(terms[1:], terms[0])
+    return total if affine.constant is None else total + affine.constant
+
+
+def rule_at(op: torch._ops.OpOverload, a: Tensor, *arguments: object, **named: object) -> tuple[Affine, Tensor]:
+    """The rule's affine form of one call, and the call's result."""
+    out = op(a, *arguments, **named)
+    first = op._schema.arguments[0].name
+    call = Call(op, bind(op, (a, *arguments), named), out, frozenset({first}))
+    return TABLE.rules[op](call), call.value
+
+
+# Twins ------------------------------------------------------------------------------------------------------------------
+
+
+def from_reference(module: nn.Module, inputs: tuple[Tensor, ...], seed: Tensor) -> Tensor:
+    """The thesis's recursion, dense: `sum_o seed_o V_o` of each sample."""
+    maps = relevance_maps(module, inputs).maps.flatten(1, -2)  # [B, O, N]
+    return torch.einsum("bo,bon->bn", seed.flatten(1), maps)
+
+
+def from_jacobian(module: nn.Module, inputs: tuple[Tensor, ...], seed: Tensor) -> Tensor:
+    """`x * J^T seed + <f(0), seed> / N`, which is the map wherever `f(x) = J x + f(0)`."""
+    output, gradients = torch.autograd.functional.vjp(module, inputs, seed)
+    at_zero = module(*(torch.zeros_like(x) for x in inputs)).detach()
+    local = torch.cat([(x * g).flatten(1) for x, g in zip(inputs, gradients, strict=True)], 1)
+    share = (at_zero * seed).flatten(1).sum(1)
+    assert torch.allclose(local.sum(1) + share, (output * seed).flatten(1).sum(1), rtol=1e-11, atol=1e-11), "f is not J x + f(0)"
+    return local + share[:, None] / local.shape[1]
+
+
+def from_quotient(module: nn.Module, inputs: tuple[Tensor, ...], seed: Tensor) -> Tensor:
+    """Elementwise: `seed (f(x) - f(0)) + <f(0), seed> / N`, with f(0) = 0 where there is none."""
+    (x,) = inputs
+    with torch.no_grad():
+        at_zero = module(torch.zeros_like(x)).nan_to_num(0.0, 0.0, 0.0)
+        local = (seed * (module(x) - at_zero)).flatten(1)
+    return local + (seed * at_zero).flatten(1).mean(1, keepdim=True)
+
+
+TWINS = {"reference": from_reference, "jacobian": from_jacobian, "quotient": from_quotient}
+
+
+# Secants where division fails -------------------------------------------------------------------------------------------
+
+
+def is_elementwise(op: torch._ops.OpOverload) -> bool:
+    function = TABLE.rules[op].function
+    return function.__module__ == "frpc.rules.elementwise" or function.__qualname__.startswith("elementwise.")
+
+
+def test_every_elementwise_operator_has_a_curve() -> None:
+    missing = [str(op) for op in TABLE.rules if is_elementwise(op) and op not in {curve.op for curve in CURVES}]
+    assert not missing, f"add a line to CURVES in tests/cases.py for {', '.join(missing)}"
+
+
+def points(curve: Curve, dtype: torch.dtype) -> list[float]:
+    """Zeros, denormals, either side of the switch to a series, knees, saturation: where f and its secant are numbers."""
+    info = torch.finfo(dtype)
+    root = math.sqrt(info.eps)
+    denormal = info.smallest_normal * info.eps
+    sizes = (denormal, 3 * denormal, info.smallest_normal / 2, info.smallest_normal, 1e-30, 1e-8, 0.99 * root, 1.01 * root)
+    sizes += (1e-3, 0.1, 0.3, 0.4999, 0.5001, 1.0, 2.5, 2.999, 3.001, 5.9, 6.1, 9.0, 15.0, 19.9, 20.1, 25.0, 30.0, 40.0, 100.0, 1e4)
+    rounded = torch.tensor([0.0, *sizes, -0.0, *(-s for s in sizes)], dtype=dtype).tolist()
+    return [z for z in rounded if curve.low < z < curve.high and max(map(abs, exactly(curve, z))) < info.max]
+
+
+def exactly(curve: Curve, z: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
+    """f(z) and, from the left and from the right where z = 0, the secant; with digits enough for the subtraction."""
+    with mpmath.workdps(40 + (max(0, -math.frexp(z)[1]) if z else 400)):
+        a = mpmath.mpf(z)
+        value, zero = curve.exact(a), mpmath.mpf(0) if curve.whole else curve.exact(mpmath.mpf(0))
+        steps = (a, a) if z else (mpmath.mpf("-1e-360"), mpmath.mpf("1e-360"))
+        return value, *((curve.exact(h) - zero) / h for h in steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("curve", CURVES, ids=lambda curve: curve.id)
+def test_secant(curve: Curve, dtype: torch.dtype) -> None:
+    """`secant * a + f(0)` is PyTorch's f(a) to rounding, and the secant is the true one, down to a = 0.
+
+    Where PyTorch's own f(a) is off (GELU far below 0 is a difference of near equals), the account may be off by as much.
+    """
+    at = points(curve, dtype)
+    a = torch.tensor(at, dtype=dtype)
+    arguments = [x.to(dtype) if isinstance(x, Tensor) else x for x in curve.arguments]
+    affine, result = rule_at(curve.op, a, *arguments, **curve.named)
+    (only,) = affine.terms.values()
+    secant, carried = only.push(torch.ones_like(a)).double(), only.push(a).double()
+    base = 0.0 if affine.constant is None else float(affine.constant)
+    assert bool(torch.isfinite(secant).all()), f"no finite secant at {a[~torch.isfinite(secant)].tolist()}"
+
+    eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    wrong = []
+    for i, z in enumerate(at):
+        exact, *slopes = exactly(curve, z)
+        own = abs(float(exact - mpmath.mpf(result[i].item())))
+        account = abs(carried[i].item() + base - result[i].item())
+        if account > 4 * eps * (abs(carried[i].item()) + abs(base)) + 2 * own + smallest:
+            wrong.append(f"at {z!r}: {carried[i].item()!r} + {base!r} is not {result[i].item()!r}")
+        low, high = sorted(float(s) for s in slopes)
+        allowed = 16 * eps * max(abs(low), abs(high)) + (2 * own / abs(z) if abs(z) > smallest else 0.0) + smallest
+        if not low - allowed <= secant[i].item() <= high + allowed:
+            wrong.append(f"at {z!r}: secant {secant[i].item()!r}, exactly {low!r}")
+    assert not wrong, "\n".join(wrong)
