@@ -186,7 +186,7 @@ def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int |
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             copies[node].meta["origin"] = _origin(node)
-    set_layers(graph, [name for name, _ in model.named_modules() if name])
+    set_layers(graph, {name for name, _ in model.named_modules(remove_duplicate=False) if name})
     return fx.GraphModule(_tree(constants), graph, class_name="Captured")
 
 

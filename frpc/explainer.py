@@ -14,12 +14,14 @@ from frpc import pipeline, printing
 from frpc.assign import Assignment
 from frpc.bias import check_policy
 from frpc.capture import snapshot
-from frpc.errors import InputError, LayerNameError, nearest
+from frpc.context import layer_context
+from frpc.errors import InputError, LayerNameError, OptionError, nearest
 from frpc.explanation import Explanation, LayerRelevance
 from frpc.graph import describe, first_result
 from frpc.layermaps import LayerMaps
 from frpc.layers import layer_maps
 from frpc.lower import Refusal
+from frpc.neurons import cones_are_cheaper, neuron_maps
 from frpc.pipeline import Compiled, Front, Stage
 from frpc.plan import Plan, Query, layer_node
 from frpc.rules.ruleset import FRP, RuleSet
@@ -102,8 +104,8 @@ class Explainer(nn.Module):
             relevances = [r.movedim(0, 1) for r in relevances]
         return LayerRelevance(output, dict(zip(names, relevances, strict=True)))
 
-    def neurons(self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor) -> Explanation:
-        """Explains K neurons of a layer, for each sample, by one forward and K transposed passes.
+    def neurons(self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto") -> Explanation:
+        """Explains K neurons of a layer, for each sample.
 
         Shapes: ``output [B, K]``, ``relevance [B, K, ...]`` like the input, ``bias [B, K]``.
 
@@ -111,9 +113,12 @@ class Explainer(nn.Module):
             layer: module path.
             indices: ``(c, i, j)`` of each neuron; ``(c,)`` in linear layers.
             inputs: as for calling the explainer.
+            strategy: ``"transposed"`` runs a whole transposed pass for each neuron, ``"windows"`` pulls each back through its
+                receptive field alone, ``"auto"`` takes the cheaper.
 
         Raises:
             LayerNameError: if no layer has that path.
+            OptionError: if a forced strategy cannot answer.
             TargetError: if an index is out of range.
         """
         front = self._front(inputs)
@@ -123,6 +128,8 @@ class Explainer(nn.Module):
         seeds = [make_seed(tuple(index), None, _empty_like(node), int(inputs[0].shape[0]))[0] for index in indices]
         if not seeds:
             raise InputError(f"Name at least one neuron of {layer} {sizes}.")
+        if (found := self._cones(front, layer, indices, inputs, strategy)) is not None:
+            return found
         compiled = self._program(front, inputs, self._asked(columns=True, of=layer))
         values, *relevances, bias = compiled.program(*(x.detach() for x in inputs), torch.stack(seeds))
         relevances = [r.movedim(0, 1) for r in relevances]
@@ -130,6 +137,29 @@ class Explainer(nn.Module):
         return Explanation(
             chosen, relevances[0] if len(relevances) == 1 else tuple(relevances), bias.movedim(0, 1), tuple(inputs)
         )
+
+    def _cones(
+        self, front: Front, layer: str, indices: Sequence[tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
+    ) -> Explanation | None:
+        """Answers by transposed windows, or returns None where a program is to answer."""
+        if strategy not in ("auto", "transposed", "windows"):
+            raise OptionError(f"strategy={strategy!r} is unknown for neurons; choose auto, transposed or windows.")
+        possible = len(inputs) == 1 and inputs[0].dim() in (3, 4) and self._query.bias != "receptive_field"
+        if strategy == "transposed" or (strategy == "auto" and not possible):
+            return None
+        query = self._asked(columns=True, of=layer, bias="separate")
+        assignment = self._assignment(front, inputs, query)
+        node = layer_node(assignment, layer)
+        assert node is not None
+        context = layer_context(assignment, node, inputs)
+        if strategy == "windows" and (context.rows is None or not possible):
+            raise OptionError(f'strategy="windows" cannot answer for {layer}: windows end at {context.ended}.')
+        if strategy == "auto" and not cones_are_cheaper(context, indices):
+            return None
+        values, local, bias = neuron_maps(context, indices)
+        if self._query.bias == "uniform":
+            local = local + (bias / inputs[0][0].numel()).reshape([*bias.shape, *[1] * (inputs[0].dim() - 1)])
+        return Explanation(values, local, bias, tuple(inputs))
 
     def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -50,12 +50,18 @@ def origin_of(node: fx.Node) -> Origin:
     return found
 
 
-def set_layers(graph: fx.Graph, known: Sequence[str]) -> None:
-    """Notes on each node the modules whose output it is: the last node computed inside them."""
+def set_layers(graph: fx.Graph, known: Collection[str]) -> None:
+    """Notes on each node the modules whose output it is: the last node computed inside them.
+
+    Args:
+        graph: a captured graph.
+        known: the model's module paths; a second call of a module is captured as ``path@1``.
+    """
     last: dict[str, fx.Node] = {}
     for node in graph.nodes:
         for path in origin_of(node).modules:
-            last[path] = node
+            if path.partition("@")[0] in known:
+                last[path] = node
     for path, node in last.items():
         node.meta["layers"] = (*node.meta.get("layers", ()), path)
 

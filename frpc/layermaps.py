@@ -106,8 +106,9 @@ class LayerMaps:
 
     def __repr__(self) -> str:
         return (
-            f"LayerMaps({self.name}: {len(self)} neurons {list(self.values.shape)}, windows {self.window[0].side}x{self.window[1].side} "
-            f"of {self.cells[0]}x{self.cells[1]} cells, {human_bytes(self.nbytes())}, by {self.plan.strategy})"
+            f"LayerMaps({self.name}: {len(self)} neurons {list(self.values.shape)}, "
+            f"windows {self.window[0].side}x{self.window[1].side} of {self.cells[0]}x{self.cells[1]} cells, "
+            f"{human_bytes(self.nbytes())}, by {self.plan.strategy})"
         )
 
     # ---- maps ---------------------------------------------------------------------------------------------------

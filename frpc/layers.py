@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
-from frpc.errors import InputError, OptionError
-from frpc.graph import fetch, first_result
+from frpc.context import LayerContext, layer_context
+from frpc.errors import OptionError
+from frpc.graph import first_result
 from frpc.layermaps import LayerMaps, human_bytes
-from frpc.plan import feeding, total_cost
-from frpc.propagate import affine_maps, evaluate, push
-from frpc.windows import Grid, LocalityEndsError, Rows, build_rows, stream
+from frpc.plan import total_cost
+from frpc.propagate import push
+from frpc.windows import Grid, Rows, stream
 from frpc.windows.build import producers
 
 __all__ = ["LAYER_STRATEGIES", "Candidate", "LayerPlan", "layer_maps"]
@@ -73,7 +74,7 @@ class LayerPlan:
         """Splits the layer's columns so that one run's working memory stays under ``limit`` bytes."""
         parts = min(self.width, max(1, math.ceil(self.working_bytes / (0.8 * limit))))
         bounds = [round(k * self.width / parts) for k in range(parts + 1)]
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
 
     def __str__(self) -> str:
         lines = [f"all neurons of {self.layer}: {self.strategy} ({self.why})"]
@@ -83,23 +84,6 @@ class LayerPlan:
         lines += [f"{c.strategy:<12} {c.flops / 1e9:>12.2f} {c.bytes / 1e9:>10.3f} {c.seconds:>10.3f}" for c in self.candidates]
         lines.append(f"working memory {human_bytes(self.working_bytes)}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Context:
-    """One layer at one input."""
-
-    assignment: Assignment
-    maps: Mapping[fx.Node, Affine]
-    layer: fx.Node
-    x: Tensor
-    values: Tensor
-    nodes: tuple[fx.Node, ...]
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        *_, height, width = (1, 1, *self.x.shape[2:]) if self.x.dim() > 2 else (1, *self.x.shape[1:])
-        return int(height), int(width)
 
 
 def layer_maps(
@@ -127,30 +111,17 @@ def layer_maps(
         InputError: for models with several inputs.
         OptionError: for an unknown strategy, or one that cannot answer for this layer.
     """
-    if len(assignment.sources) != 1:
-        raise InputError("Maps of whole layers are over one input; this model has several. Use explainer.neurons().")
     if policy == "receptive_field":
         raise OptionError(
             'Maps of whole layers know bias="uniform" and "separate"; use explainer.neurons() for "receptive_field".'
         )
-    module = assignment.graph_module
-    constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
-    upstream = feeding(assignment, layer)
-    with torch.no_grad():
-        everything = evaluate(module.graph, constants, [x.detach() for x in inputs])
-        nodes = tuple(n for n in assignment.rules if n in upstream)
-        maps = affine_maps(assignment, everything, nodes)
-        values = first_result(everything[layer])
-        field = push(assignment, maps, {}, layer, everything)
-    bias = torch.zeros_like(values) if field is None else field.expand_as(values).contiguous()
-    context = _Context(assignment, maps, layer, everything[assignment.sources[0]], values, nodes)
-    rows, ended = _windows(context)
+    context = layer_context(assignment, layer, inputs)
+    values, bias, rows, ended = context.values, context.bias, context.rows, context.ended
     plan = _choose(context, name, rows, ended, strategy)
     produce, window = _producer(context, plan.strategy, rows, pulled)
-    shape, batch = values.shape, int(values.shape[0])
 
     def channel_maps(chosen: list[int] | None) -> Tensor:
-        channels = list(range(int(shape[1]))) if chosen is None else chosen
+        channels = list(range(int(values.shape[1]))) if chosen is None else chosen
         local = _pull_chunks(pulled, values, [_channel_seed(values, c) for c in channels])
         share = bias.flatten(2).sum(-1) if bias.dim() > 2 else bias
         return _uniform(local.movedim(0, 1), share[:, channels], policy)
@@ -160,7 +131,6 @@ def layer_maps(
         seed[(sample, *index)] = 1
         return _uniform(pulled(seed[None])[0, sample], bias[(sample, *index)], policy)
 
-    del batch
     return LayerMaps(name, values, bias, window, context.cells, policy, plan, produce, channel_maps, neuron, memory_limit)
 
 
@@ -183,18 +153,7 @@ def _pull_chunks(pulled: Pulled, values: Tensor, seeds: Sequence[Tensor]) -> Ten
     return torch.cat([pulled(chunk) for chunk in chunks])
 
 
-def _windows(context: _Context) -> tuple[Rows | None, str | None]:
-    """Builds the producers of windows, or says where locality ends."""
-    if context.x.dim() not in (3, 4):
-        return None, "the input: it has no spatial axes"
-    try:
-        source = context.assignment.sources[0]
-        return build_rows(context.assignment, context.maps, source, context.x, context.layer)[0], None
-    except LocalityEndsError as ended:
-        return None, str(ended)
-
-
-def _choose(context: _Context, name: str, rows: Rows | None, ended: str | None, strategy: str) -> LayerPlan:
+def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | None, strategy: str) -> LayerPlan:
     batch, cost = int(context.values.shape[0]), total_cost(context.assignment, context.nodes)
     neurons, cells = context.values[0].numel(), context.cells[0] * context.cells[1]
     calls = 4.0 * len(context.nodes)
@@ -235,7 +194,9 @@ def _forced(strategy: str, candidates: Sequence[Candidate], ended: str | None) -
 Produce = Callable[[tuple[int, int], tuple[int, int]], Iterator[tuple[int, Tensor]]]
 
 
-def _producer(context: _Context, strategy: LayerStrategy, rows: Rows | None, pulled: Pulled) -> tuple[Produce, tuple[Grid, Grid]]:
+def _producer(
+    context: LayerContext, strategy: LayerStrategy, rows: Rows | None, pulled: Pulled
+) -> tuple[Produce, tuple[Grid, Grid]]:
     """Returns what yields the layer's rows of windows, and the windows' geometry."""
     height, width = context.cells
     whole = (Grid(0, 0, height), Grid(0, 0, width))
@@ -248,26 +209,24 @@ def _producer(context: _Context, strategy: LayerStrategy, rows: Rows | None, pul
     return lambda span, columns: _transposed_rows(context, pulled, span, columns), whole
 
 
-def _dense_rows(context: _Context, span: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+def _dense_rows(context: LayerContext, span: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
     """Thesis algorithm 1: every input cell is a column of a batch that goes through the net's own operators."""
-    x, (height, width) = context.x, context.cells
-    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(1)
-    cells = flat.shape[-1]
-    chunk = max(1, min(64, (1 << 24) // max(1, max(first_result(n.meta["val"])[:1].numel() for n in context.nodes))))
+    x, source = context.x, context.assignment.sources[0]
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(1)  # [B, C, cells]
+    cells = int(flat.shape[-1])
+    largest = max(first_result(n.meta["val"])[:1].numel() for n in context.nodes)
+    chunk = max(1, min(64, (1 << 24) // max(1, largest)))
     parts = []
-    with torch.no_grad():
-        for low in range(0, cells, chunk):
-            here = torch.zeros([min(chunk, cells - low), *flat.shape], dtype=x.dtype)
-            index = torch.arange(low, low + here.shape[0])
-            here[torch.arange(here.shape[0]), :, :, index] = flat[..., index].movedim(-1, 0)
-            carried = push(
-                context.assignment, context.maps, {context.assignment.sources[0]: here.reshape([-1, *x.shape])}, context.layer
-            )
-            spatial = _spatial(
-                torch.zeros_like(context.values).expand([here.shape[0], *context.values.shape]) if carried is None else carried
-            )
-            parts.append(spatial[:, :, :, slice(*span), slice(*columns)].movedim(0, -1).contiguous())
-    whole = torch.cat(parts, -1).unflatten(-1, (height, width))
+    for low in range(0, cells, chunk):
+        index = torch.arange(low, min(low + chunk, cells))
+        here = x.new_zeros([len(index), *flat.shape])
+        here[torch.arange(len(index)), :, :, index] = flat[..., index].movedim(-1, 0)
+        with torch.no_grad():
+            carried = push(context.assignment, context.maps, {source: here.reshape([-1, *x.shape])}, context.layer)
+        if carried is None:  # the layer does not depend on the input
+            carried = torch.zeros_like(context.values).expand([len(index), *context.values.shape])
+        parts.append(_spatial(carried)[:, :, :, slice(*span), slice(*columns)].movedim(0, -1).contiguous())
+    whole = torch.cat(parts, -1).unflatten(-1, context.cells)
     for i in range(*span):
         yield i, whole[:, :, i - span[0]]
 
@@ -280,7 +239,7 @@ def _spatial(columns: Tensor) -> Tensor:
 
 
 def _transposed_rows(
-    context: _Context, pulled: Pulled, span: tuple[int, int], columns: tuple[int, int]
+    context: LayerContext, pulled: Pulled, span: tuple[int, int], columns: tuple[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
     """One transposed pass for every neuron, many at a time."""
     values = context.values

@@ -35,7 +35,11 @@ def _unobserved(node: fx.Node, phase: str) -> AbstractContextManager[Any]:
 
 
 def evaluate(
-    graph: fx.Graph, constants: Mapping[str, Any], inputs: Sequence[Tensor], observe: Observer = _unobserved
+    graph: fx.Graph,
+    constants: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    observe: Observer = _unobserved,
+    until: fx.Node | None = None,
 ) -> dict[fx.Node, Any]:
     """Runs the graph and returns the value of every node.
 
@@ -43,6 +47,8 @@ def evaluate(
         graph: a canonical graph.
         constants: value of each ``get_attr`` target.
         inputs: in placeholder order.
+        observe: see :data:`Observer`.
+        until: the last node wanted; all by default.
     """
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
@@ -57,6 +63,8 @@ def evaluate(
                 values[node] = node.target(*args, **kwargs)
         else:
             values[node] = values[node.args[0]]
+        if node is until:
+            break
     return values
 
 

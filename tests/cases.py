@@ -54,7 +54,7 @@ class Case:
         op: the row of the rule table it is for.
         note: what is odd about it.
         build: makes the module; parameters are drawn from the seed the caller set.
-        shapes: of the operands, batch first.
+        shapes: of the operands, batch first. The batch is 3: capture looks at two samples, and what it bakes in must show.
         twin: where the expected map comes from. "reference": `reference.py` knows the function. "jacobian": the function is
             J x + f(0) at its input, so the map is x * J^T seed. "quotient": elementwise, the map is f(x) - f(0).
         positive: the function is defined for positive operands only.
@@ -77,7 +77,7 @@ class Case:
         """The model in float64 and evaluation mode; batch statistics and affine parameters are no identities."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = nn.Sequential(self.build()).double().eval()
+            module = self.build().double().eval()
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.running_mean.normal_()
@@ -85,7 +85,7 @@ class Case:
                     if part.affine:
                         nn.init.normal_(part.weight)
                         nn.init.normal_(part.bias)
-        return module
+        return module if len(self.shapes) > 1 else nn.Sequential(module)
 
     def inputs(self, batch: int | None = None, seed: int = 1) -> tuple[Tensor, ...]:
         """Operands, all with a batch of `batch` samples in place of the case's own."""
@@ -113,7 +113,7 @@ def constant(*shape: int) -> Tensor:
     return 0.3 + torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape) / 4
 
 
-V, S, I, D = (3, 4), (3, 4, 6), (2, 4, 7, 5), (2, 2, 4, 5, 3)  # noqa: E741 - a vector, a sequence, an image, a volume
+V, S, I, D = (3, 4), (3, 4, 6), (3, 4, 7, 5), (3, 2, 4, 5, 3)  # noqa: E741 - a vector, a sequence, an image, a volume
 K4, K1 = constant(4), constant(4, 1, 1)
 
 # fmt: off
@@ -121,10 +121,10 @@ CASES: tuple[Case, ...] = (
     # sums, products, quotients
     Case(aten.add.Tensor, "two carried", both(lambda a, b: a + b), (I, I)),
     Case(aten.add.Tensor, "alpha", both(lambda a, b: torch.add(a, b, alpha=-0.5)), (V, V)),
-    Case(aten.add.Tensor, "broadcast", both(lambda a, b: a + b), (I, (2, 1, 7, 1))),
+    Case(aten.add.Tensor, "broadcast", both(lambda a, b: a + b), (I, (3, 1, 7, 1))),
     Case(aten.add.Tensor, "lower rank result", both(lambda a, b: a[:, :1] + b), (V, V)),
     Case(aten.add.Tensor, "constant", of(lambda a: a + K4), (V,)),
-    Case(aten.add.Tensor, "constant that enlarges", of(lambda a: a + K1), ((2, 1, 3, 2),)),
+    Case(aten.add.Tensor, "constant that enlarges", of(lambda a: a + K1), ((3, 1, 3, 2),)),
     Case(aten.add.Tensor, "number", of(lambda a: 1.5 + a), (V,)),
     Case(aten.add.Tensor, "itself", of(lambda a: a + a), (V,)),
     Case(aten.sub.Tensor, "two carried", both(lambda a, b: torch.sub(a, b, alpha=2)), (I, I)),
@@ -135,17 +135,17 @@ CASES: tuple[Case, ...] = (
     Case(aten.rsub.Scalar, "alpha", of(lambda a: torch.rsub(a, 2.0, alpha=3)), (V,), "jacobian"),
     Case(aten.rsub.Tensor, "", both(lambda a, b: torch.rsub(a, b)), (V, V), "jacobian"),
     Case(aten.mul.Tensor, "two carried", both(lambda a, b: a * b), (I, I)),
-    Case(aten.mul.Tensor, "two carried, broadcast", both(lambda a, b: a * b), (I, (2, 4, 1, 1))),
+    Case(aten.mul.Tensor, "two carried, broadcast", both(lambda a, b: a * b), (I, (3, 4, 1, 1))),
     Case(aten.mul.Tensor, "square of itself", of(lambda a: a * a), (V,)),
     Case(aten.mul.Tensor, "constant", of(lambda a: K4 * a), (V,)),
-    Case(aten.mul.Tensor, "constant that enlarges", of(lambda a: a * K1), ((2, 1, 3, 2),)),
+    Case(aten.mul.Tensor, "constant that enlarges", of(lambda a: a * K1), ((3, 1, 3, 2),)),
     Case(aten.mul.Tensor, "number", of(lambda a: -0.3 * a), (V,)),
     Case(aten.mul.Tensor, "one", of(lambda a: a * 1), (V,)),
     Case(aten.div.Tensor, "two carried", both(lambda a, b: a / (2 + b.square())), (I, I)),
     Case(aten.div.Tensor, "constant", of(lambda a: a / K4), (V,)),
     Case(aten.div.Tensor, "number", of(lambda a: a / 3), (V,)),
     Case(aten.div.Tensor, "of a constant", of(lambda a: torch.div(K4, a)), (V,), "quotient", positive=True),
-    Case(aten.cat.default, "", both(lambda a, b: torch.cat([a, b, a], 1)), (I, (2, 3, 7, 5))),
+    Case(aten.cat.default, "", both(lambda a, b: torch.cat([a, b, a], 1)), (I, (3, 3, 7, 5))),
     Case(aten.cat.default, "last, with a constant", of(lambda a: torch.cat([a, a.new_ones(a.shape[0], 2), 2 * a], -1)), (V,), "jacobian"),
     Case(aten.lerp.Scalar, "", both(lambda a, b: torch.lerp(a, b, 0.3)), (V, V), "jacobian"),
     Case(aten.sum.dim_IntList, "", of(lambda a: a.sum((1, -1))), (I,)),
@@ -209,11 +209,11 @@ CASES: tuple[Case, ...] = (
     # layers
     Case(aten.linear.default, "", lambda: nn.Linear(4, 5), (V,)),
     Case(aten.linear.default, "of tokens, no bias", lambda: nn.Linear(6, 3, bias=False), (S,)),
-    Case(aten.convolution.default, "1d", lambda: nn.Conv1d(4, 6, 3, 2, 1, 2, 2), ((2, 4, 9),)),
-    Case(aten.convolution.default, "1d same, even kernel", lambda: nn.Conv1d(4, 3, 4, padding="same", dilation=3), ((2, 4, 9),)),
-    Case(aten.convolution.default, "1d valid", lambda: nn.Conv1d(4, 3, 2, padding="valid", bias=False), ((2, 4, 9),)),
-    Case(aten.convolution.default, "2d", lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), ((2, 4, 8, 9),)),
-    Case(aten.convolution.default, "2d, rest", lambda: nn.Conv2d(4, 3, 3, 3), ((2, 4, 8, 10),)),
+    Case(aten.convolution.default, "1d", lambda: nn.Conv1d(4, 6, 3, 2, 1, 2, 2), ((3, 4, 9),)),
+    Case(aten.convolution.default, "1d same, even kernel", lambda: nn.Conv1d(4, 3, 4, padding="same", dilation=3), ((3, 4, 9),)),
+    Case(aten.convolution.default, "1d valid", lambda: nn.Conv1d(4, 3, 2, padding="valid", bias=False), ((3, 4, 9),)),
+    Case(aten.convolution.default, "2d", lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), ((3, 4, 8, 9),)),
+    Case(aten.convolution.default, "2d, rest", lambda: nn.Conv2d(4, 3, 3, 3), ((3, 4, 8, 10),)),
     Case(aten.convolution.default, "2d same", lambda: nn.Conv2d(4, 3, (2, 5), padding="same"), (I,)),
     Case(aten.convolution.default, "2d depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), (I,)),
     Case(aten.convolution.default, "2d 1x1, strided", lambda: nn.Conv2d(4, 3, 1, 2), (I,)),
@@ -234,7 +234,7 @@ CASES: tuple[Case, ...] = (
 
     # pooling
     Case(aten.max_pool2d_with_indices.default, "", of(lambda a: F.max_pool2d(a, (3, 2), (2, 1), (1, 0), (1, 2))), (I,)),
-    Case(aten.max_pool2d_with_indices.default, "ceil", of(lambda a: F.max_pool2d(a, 3, 2, 1, ceil_mode=True)), ((2, 3, 6, 8),)),
+    Case(aten.max_pool2d_with_indices.default, "ceil", of(lambda a: F.max_pool2d(a, 3, 2, 1, ceil_mode=True)), ((3, 3, 6, 8),)),
     Case(aten.max_pool2d_with_indices.default, "with indices", of(lambda a: F.max_pool2d(a, 2, return_indices=True)[0]), (I,), "jacobian"),
     Case(aten.max_pool2d_with_indices.default, "1d", of(lambda a: F.max_pool1d(a, 3, 2, 1, 1, True)), (S,)),
     Case(aten.max_pool2d_with_indices.default, "1d, stride not given", of(lambda a: F.max_pool1d(a, 2)), (S,)),
@@ -245,7 +245,7 @@ CASES: tuple[Case, ...] = (
     Case(aten.avg_pool1d.default, "", of(lambda a: F.avg_pool1d(a, 3, 2, 1)), (S,)),
     Case(aten.avg_pool1d.default, "ceil, padding not counted", of(lambda a: F.avg_pool1d(a, 3, 2, 1, True, False)), (S,)),
     Case(aten.avg_pool2d.default, "", of(lambda a: F.avg_pool2d(a, (3, 2), (2, 1), (1, 0))), (I,)),
-    Case(aten.avg_pool2d.default, "ceil", of(lambda a: F.avg_pool2d(a, 3, 2, 1, ceil_mode=True)), ((2, 3, 6, 8),)),
+    Case(aten.avg_pool2d.default, "ceil", of(lambda a: F.avg_pool2d(a, 3, 2, 1, ceil_mode=True)), ((3, 3, 6, 8),)),
     Case(aten.avg_pool2d.default, "padding not counted", of(lambda a: F.avg_pool2d(a, 3, 2, 1, count_include_pad=False)), (I,)),
     Case(aten.avg_pool2d.default, "divisor", of(lambda a: F.avg_pool2d(a, 2, divisor_override=3)), (I,)),
     Case(aten.avg_pool3d.default, "", of(lambda a: F.avg_pool3d(a, (2, 3, 2), (2, 1, 1), (1, 1, 0), True)), (D,)),
@@ -275,7 +275,7 @@ CASES: tuple[Case, ...] = (
     Case(aten.view.default, "samples spread over two dimensions", of(lambda a: a.view(-1, 2, 2).view(-1, 4) * 2), (V,)),
     Case(aten._unsafe_view.default, "", of(lambda a: aten._unsafe_view(a, [a.shape[0], 24])), (S,), "jacobian"),
     Case(aten._unsafe_view.default, "reshape of a transposed", of(lambda a: a.transpose(1, 2).reshape(a.shape[0], -1)), (I,)),
-    direct(aten.reshape.default, [2, 5, -1], shape=I),
+    direct(aten.reshape.default, [-1, 5, 28], shape=I),
     direct(aten.flatten.using_ints, 1, 2, shape=I),
     direct(aten.unflatten.int, 1, [2, -1], shape=I),
     Case(aten.squeeze.default, "", of(lambda a: a.squeeze()), ((3, 1, 4, 1),)),
@@ -295,9 +295,9 @@ CASES: tuple[Case, ...] = (
     Case(aten.repeat.default, "new dimension", of(lambda a: a.unsqueeze(1).repeat(1, 3, 2)), (V,)),
     Case(aten.constant_pad_nd.default, "", of(lambda a: F.pad(a, (1, 2, 0, 3))), (I,)),
     Case(aten.constant_pad_nd.default, "a value, cropping", of(lambda a: F.pad(a, (1, -2, -1, 3, 1, 0), value=0.7)), (I,)),
-    Case(aten.channel_shuffle.default, "", of(lambda a: F.channel_shuffle(a, 3)), ((2, 6, 3, 2),), "jacobian"),
+    Case(aten.channel_shuffle.default, "", of(lambda a: F.channel_shuffle(a, 3)), ((3, 6, 3, 2),), "jacobian"),
     Case(aten.channel_shuffle.default, "as written in ShuffleNet",
-         of(lambda a: a.view(a.shape[0], 2, 3, 3, 2).transpose(1, 2).contiguous().view(a.shape[0], 6, 3, 2)), ((2, 6, 3, 2),)),
+         of(lambda a: a.view(a.shape[0], 2, 3, 3, 2).transpose(1, 2).contiguous().view(a.shape[0], 6, 3, 2)), ((3, 6, 3, 2),)),
     Case(aten.reflection_pad1d.default, "", of(lambda a: F.pad(a, (2, 1), "reflect")), (S,)),
     Case(aten.reflection_pad2d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3), "reflect")), (I,)),
     Case(aten.reflection_pad3d.default, "", of(lambda a: F.pad(a, (2, 1, 0, 3, 1, 1), "reflect")), (D,)),
@@ -318,9 +318,8 @@ CASES: tuple[Case, ...] = (
     Case(aten.upsample_trilinear3d.vec, "", of(lambda a: F.interpolate(a, size=(3, 6, 7), mode="trilinear")), (D,)),
     Case(aten.upsample_bicubic2d.vec, "", of(lambda a: F.interpolate(a, size=(9, 4), mode="bicubic")), (I,)),
     Case(aten._upsample_bilinear2d_aa.vec, "", of(lambda a: F.interpolate(a, size=(3, 9), mode="bilinear", antialias=True)), (I,)),
-    Case(aten._upsample_bicubic2d_aa.vec, "", of(lambda a: F.interpolate(a, size=(3, 4), mode="bicubic", antialias=True)), (I,)),
-    Case(aten.pixel_shuffle.default, "", of(lambda a: F.pixel_shuffle(a, 2)), ((2, 8, 3, 2),)),
-    Case(aten.pixel_unshuffle.default, "", of(lambda a: F.pixel_unshuffle(a, 2)), ((2, 2, 4, 6),), "jacobian"),
+    Case(aten.pixel_shuffle.default, "", of(lambda a: F.pixel_shuffle(a, 2)), ((3, 8, 3, 2),)),
+    Case(aten.pixel_unshuffle.default, "", of(lambda a: F.pixel_unshuffle(a, 2)), ((3, 2, 4, 6),), "jacobian"),
 )
 # fmt: on
 
@@ -393,7 +392,6 @@ CURVES: tuple[Curve, ...] = (
     Curve(aten.softplus.default, known("softplus", beta=0.5, threshold=2.0), (0.5, 2.0)),
     Curve(aten.softplus.default, known("softplus", beta=2.0, threshold=100.0), (2.0, 100.0)),
     Curve(aten.softshrink.default, known("softshrink")),
-    Curve(aten.softshrink.default, known("softshrink", lambd=0.0), (0.0,)),
     Curve(aten.hardshrink.default, known("hardshrink")),
     Curve(aten.threshold.default, known("threshold", threshold=0.5, value=2.0), (0.5, 2.0)),
     Curve(aten.threshold.default, known("threshold", threshold=-0.5, value=2.0), (-0.5, 2.0)),

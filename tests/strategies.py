@@ -58,9 +58,9 @@ VIEWS = {
         "x.flatten(2)", "x.roll((1, -1), (2, 3))", "x.flip(-1)", "x.unflatten(1, (1, -1)).squeeze(1)", "x.mean(1)",
         "F.pad(x, (1, 0, 2, 1))", "F.pad(x, (0, 1, 1, 1), value=0.7)", "F.pad(x, (1, 2, 0, 1), mode='replicate')",
         "F.pad(x, (1, 1, 1, 1), mode='reflect')", "F.pad(x, (1, 0, 0, 1), mode='circular')",
-        "F.pad(x, (0, -1, -1, 1))", "torch.cat(x.chunk(2, 2)[::-1], 2)", "x.sum(-1)", "x.mean((2, 3), keepdim=True) + x",
+        "F.pad(x, (0, -1, -1, 1))", "torch.cat(x.chunk(2, 2)[::-1], 2)", "x.mean((2, 3), keepdim=True) + x",
         "F.interpolate(x, scale_factor=2.0, mode='nearest')", "x.view(x.shape[0], x.shape[1], -1)",
-        "x.movedim(1, -1)"),
+        "x.movedim(1, -1)", "x.sum(-1)"),
     5: ("x.permute(0, 1, 4, 2, 3)", "x[:, :, 0]", "x.mean(2)", "x.flatten(3)", "x[:, :, ::2]", "x.sum((2, 3))"),
 }
 UNIONS = (

@@ -157,6 +157,17 @@ def test_ledger_keeps_constants_apart() -> None:
     assert close(uniform.maps, local + beta / 4)
 
 
+def test_piecewise_linear_nets_are_input_times_gradient() -> None:
+    """For ReLU and max pooling the local part is x * dy/dx, which PyTorch's autograd finds the other way round."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 2), nn.ReLU(), nn.Flatten(1)
+    ).double()
+    x = randn(1, 2, 6, 8)
+    jacobian = torch.autograd.functional.jacobian(model, x)  # [1, O, 1, C, H, W]
+    local = relevance_maps(model, x, ledger=True).maps[..., :-1]
+    assert close(local.view(jacobian.shape), jacobian * x)
+
+
 def test_several_inputs_share_one_set_of_cells() -> None:
     """N counts the elements of all inputs (T 3.7)."""
 

@@ -128,7 +128,6 @@ for _op in (
     aten.upsample_trilinear3d.vec,
     aten.upsample_bicubic2d.vec,
     aten._upsample_bilinear2d_aa.vec,
-    aten._upsample_bicubic2d_aa.vec,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 ):

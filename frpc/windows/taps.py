@@ -75,7 +75,7 @@ class ConvRows(TapRows):
         g = conv.groups
         # [kh, kw, G, C'/G, C/G]: one small matrix for each tap and group
         self.weight = weight.reshape(g, -1, *weight.shape[1:]).permute(3, 4, 0, 1, 2).contiguous()
-        self.groups = g
+        self.groups, self.kernel = g, weight
 
     def compute(self, i: int) -> Tensor:
         taps = list(self.row_taps(i))
@@ -91,6 +91,10 @@ class ConvRows(TapRows):
                         out[:, :, ours, :, right : right + rw], source[:, :, theirs], self.weight[a, b], down, scratch
                     )
         return out
+
+    def taps_each(self) -> float:
+        """Multiplications for one result: taps times channels of a group."""
+        return float(self.weight.shape[0] * self.weight.shape[1] * self.weight.shape[4])
 
     def _add(self, out: Tensor, source: Tensor, matrix: Tensor, down: int, scratch: Tensor) -> Tensor:
         """Adds ``matrix @ source`` to ``out``, ``down`` rows into its windows; returns the scratch memory for the next call.
@@ -163,19 +167,23 @@ class WinnerRows(TapRows):
         super().__init__(operand, geometry, size)
         self.indices = select.indices if select.indices.dim() == 4 else select.indices.unsqueeze(2)
 
-    def compute(self, i: int) -> Tensor:
+    def won(self, row: int, column: int, height: int, width: int, a: int, b: int) -> Tensor:
+        """Says where tap (a, b) won, ``[B, C, height, width]`` from position (row, column) on."""
         (_, t, p, d), (_, tw, pw, dw) = self.geometry
+        here = self.indices[:, :, row : row + height, column : column + width]
+        tap_row = torch.arange(row, row + height)[:, None] * t - p + a * d
+        tap_column = torch.arange(column, column + width) * tw - pw + b * dw
+        inside = (tap_column >= 0) & (tap_column < self.operands[0].size[2])
+        return (here == tap_row * self.operands[0].size[2] + tap_column) & inside
+
+    def compute(self, i: int) -> Tensor:
         rh, rw = (g.side for g in self.operands[0].grids)
-        width = self.operands[0].size[2]
-        winners = self.indices[:, :, i, self.span[0] : self.span[1]]  # [B, C, w]
-        column = torch.arange(self.span[0], self.span[1], device=winners.device)
-        won_row = (torch.div(winners, width, rounding_mode="floor") - (i * t - p)) // d
-        won_column = (winners % width - (column * tw - pw)) // dw
+        low, high = self.span
         out: Tensor | None = None
         for a, down, source in self.row_taps(i):
             out = self.empty_row(source) if out is None else out
             for b, right, theirs, ours in self.column_taps(*self.span):
-                mask = ((won_row == a) & (won_column == b))[:, :, ours, None, None].to(source.dtype)
+                mask = self.won(i, low, 1, high - low, a, b)[:, :, 0, ours, None, None].to(source.dtype)
                 out[:, :, ours, down : down + rh, right : right + rw].addcmul_(source[:, :, theirs], mask)
         assert out is not None, "a pooling window holds at least one cell"
         return out

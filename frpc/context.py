@@ -1,0 +1,87 @@
+"""One layer at one input: its values, their bias field, the affine forms behind it, and its windows where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from frpc.affine import Affine
+from frpc.assign import Assignment
+from frpc.errors import InputError
+from frpc.graph import fetch, first_result
+from frpc.plan import feeding
+from frpc.propagate import affine_maps, evaluate, push
+from frpc.windows import LocalityEndsError, Rows, build_rows
+
+__all__ = ["LayerContext", "layer_context"]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What every strategy for a layer starts from.
+
+    Attributes:
+        assignment: rules of the graph.
+        maps: affine form, at this input, of every node up to the layer.
+        layer: the layer's node.
+        x: the input's value, ``[B, C, *spatial]``.
+        values: the layer's values.
+        bias: the constants' share of each, like values.
+        nodes: the nodes with rules, up to the layer.
+        rows: producer of the layer's windows, or None.
+        ended: where windows end and why, or None.
+    """
+
+    assignment: Assignment
+    maps: Mapping[fx.Node, Affine]
+    layer: fx.Node
+    x: Tensor
+    values: Tensor
+    bias: Tensor
+    nodes: tuple[fx.Node, ...]
+    rows: Rows | None
+    ended: str | None
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of input cells; inputs with fewer axes count as one row."""
+        sizes = [int(n) for n in self.x.shape[2:]] if self.x.dim() > 2 else [int(self.x.shape[1])]
+        return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tensor]) -> LayerContext:
+    """Evaluates a graph up to a layer.
+
+    Raises:
+        InputError: for models with several inputs, or an input with more than two spatial axes.
+    """
+    if len(assignment.sources) != 1:
+        raise InputError("Maps of layers are over one input; this model has several. Use explainer.neurons().")
+    x = inputs[assignment.graph_module.graph.find_nodes(op="placeholder").index(assignment.sources[0])].detach()
+    if x.dim() > 4:
+        raise InputError(f"Maps of layers cover inputs with one or two spatial axes, not {x.dim() - 2}. Use explainer.neurons().")
+    module = assignment.graph_module
+    constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
+    upstream = feeding(assignment, layer)
+    nodes = tuple(n for n in assignment.rules if n in upstream)
+    with torch.no_grad():
+        everything = evaluate(module.graph, constants, [t.detach() for t in inputs], until=layer)
+        maps = affine_maps(assignment, everything, nodes)
+        field = push(assignment, maps, {}, layer, everything)
+        values = first_result(everything[layer])
+        bias = torch.zeros_like(values) if field is None else field.expand_as(values).contiguous()
+        rows, ended = _windows(assignment, maps, x, layer)
+    return LayerContext(assignment, maps, layer, x, values, bias, nodes, rows, ended)
+
+
+def _windows(assignment: Assignment, maps: Mapping[fx.Node, Affine], x: Tensor, layer: fx.Node) -> tuple[Rows | None, str | None]:
+    """Builds the producers of windows, or says where locality ends."""
+    if x.dim() not in (3, 4):
+        return None, "the input: it has no spatial axes"
+    try:
+        return build_rows(assignment, maps, assignment.sources[0], x, layer)[0], None
+    except LocalityEndsError as ended:
+        return None, str(ended)
