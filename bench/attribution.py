@@ -21,14 +21,15 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, used for memory, is talkative; read when torch is imported
 
-import frpc
 import torch
-from frpc.pretrained import build_model, recipe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+import frpc
+from frpc.pretrained import build_model, recipe
 
 __all__ = ["run"]
 

@@ -153,7 +153,7 @@ def _may_carry(node: fx.Node, carried: set[fx.Node], constant: Sequence[str]) ->
     first = value[0] if isinstance(value, tuple | list) and value else value
     if not isinstance(first, torch.Tensor) or not first.is_floating_point() or node.target in _VALUE_FREE:
         return False
-    modules = origin_of(node).modules
+    modules = origin_of(node).modules or ("",)
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):
         return False
     if node.target is operator.getitem and node.args[1] != 0:
@@ -164,6 +164,8 @@ def _may_carry(node: fx.Node, carried: set[fx.Node], constant: Sequence[str]) ->
 def _assign_one(node: fx.Node, carried: set[fx.Node], rules: RuleSet, fixed_batch: int | None) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
+    if node.target._schema.is_mutable:
+        raise RuleDeclinedError("it writes into its operand")
     rule = rules.rule_for(node.target, origin_of(node).module)
     if rule is None:
         raise RuleDeclinedError("no rule")

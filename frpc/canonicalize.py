@@ -16,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from frpc.affine import bind
+from frpc.decompose import expand_composites
 from frpc.errors import TrainingModeError
 from frpc.graph import fetch, origin_of, replace
 from frpc.rules.linear import batch_norm_affine
@@ -41,15 +42,6 @@ _COPIES = {
     aten.alpha_dropout.default,
     aten.contiguous.default,
     aten.alias.default,
-}
-_RANDOM = {
-    aten.bernoulli.default,
-    aten.bernoulli.p,
-    aten.rand.default,
-    aten.randn.default,
-    aten.rand_like.default,
-    aten.randn_like.default,
-    aten.native_dropout.default,
 }
 
 
@@ -95,8 +87,7 @@ def _calls(graph_module: fx.GraphModule, ops: set[Any]) -> list[fx.Node]:
 def refuse_random(graph_module: fx.GraphModule) -> bool:
     """Refuses operators that draw random numbers: their result has no account of its own."""
     for node in graph_module.graph.nodes:
-        training_dropout = node.target in _COPIES and len(node.args) > 2 and node.args[2] is True
-        if node.target in _RANDOM or training_dropout:
+        if _draws(node):
             origin = origin_of(node)
             raise TrainingModeError(
                 f"{node.target} draws random numbers in evaluation mode\n    {origin.module}   {origin.where}   {origin.source}\n"
@@ -105,15 +96,33 @@ def refuse_random(graph_module: fx.GraphModule) -> bool:
     return False
 
 
+def _draws(node: fx.Node) -> bool:
+    """Says whether a call draws random numbers; dropout and its like do so in training alone."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = bind(node.target, node.args, node.kwargs)
+    return given.get("train") is not False and given.get("training") is not False and given.get("dropout_p") != 0
+
+
 def remove_copies(graph_module: fx.GraphModule) -> bool:
-    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``; ``x + 0`` stays: values are not looked at."""
+    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``, ``x[:] -> x``.
+
+    ``x + 0`` stays: values are not looked at.
+    """
     changed = False
     for node in graph_module.graph.nodes:
         cast = node.target in (aten._to_copy.default, aten.to.dtype) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        if node.op == "call_function" and (node.target in _COPIES or cast) and isinstance(node.args[0], fx.Node):
+        copies = node.target in _COPIES or cast or (node.target is aten.slice.Tensor and _takes_all(node))
+        if node.op == "call_function" and copies and isinstance(node.args[0], fx.Node):
             replace(node, node.args[0])
             changed = True
     return changed
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Says whether a slice starts at 0, steps by 1 and reaches past any end."""
+    given = bind(aten.slice.Tensor, node.args, node.kwargs)
+    return given["start"] in (0, None) and given["end"] in (None, 2**63 - 1) and given["step"] == 1
 
 
 def remove_assertions(graph_module: fx.GraphModule) -> bool:
@@ -235,6 +244,35 @@ def unify_shuffles(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
+def unroll_circular_pads(graph_module: fx.GraphModule) -> bool:
+    """``pad(x, [l, r], "circular") -> cat([x[-l:], x, x[:r]])``, axis by axis; PyTorch's own way writes in place."""
+    nodes = [
+        n for n in _calls(graph_module, {aten.pad.default}) if bind(aten.pad.default, n.args, n.kwargs)["mode"] == "circular"
+    ]
+    for node in nodes:
+        given = bind(aten.pad.default, node.args, node.kwargs)
+        x, edit = given["self"], Editor(graph_module, node)
+        pairs = list(zip(given["pad"][::2], given["pad"][1::2], strict=True))
+        for axis, (before, after) in enumerate(pairs, start=1):
+            dim = node.meta["val"].dim() - axis
+            size = x.meta["val"].shape[dim]
+            parts = [edit.call(aten.slice.Tensor, x, dim, size - before, size)] if before else []
+            parts = [*parts, x, edit.call(aten.slice.Tensor, x, dim, 0, after)] if after else [*parts, x]
+            x = edit.call(aten.cat.default, parts, dim) if len(parts) > 1 else x
+        replace(node, x)
+    return bool(nodes)
+
+
+def stack_to_cat(graph_module: fx.GraphModule) -> bool:
+    """``stack([a, b], d) -> cat([unsqueeze(a, d), unsqueeze(b, d)], d)``."""
+    nodes = _calls(graph_module, {aten.stack.default})
+    for node in nodes:
+        edit, given = Editor(graph_module, node), bind(aten.stack.default, node.args, node.kwargs)
+        dim = given["dim"] % node.meta["val"].dim()
+        replace(node, edit.call(aten.cat.default, [edit.call(aten.unsqueeze.default, a, dim) for a in given["tensors"]], dim))
+    return bool(nodes)
+
+
 def expand_gated_linear_units(graph_module: fx.GraphModule) -> bool:
     """``glu(x) -> x[:half] * sigmoid(x[half:])``."""
     nodes = _calls(graph_module, {aten.glu.default})
@@ -284,6 +322,8 @@ def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
             or keep & set(layer.meta.get("layers", ()))
         ):
             continue
+        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+            continue  # the norm's channels are the second dimension, the layer's features the last
         weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
         statistics = [n for n in (*norm.args[1:5], weight, bias) if n is not None]
         if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics):
@@ -331,7 +371,10 @@ PASSES: tuple[Pass, ...] = (
     split_to_slices,
     expose_winners,
     unify_shuffles,
+    unroll_circular_pads,
+    stack_to_cat,
     expand_gated_linear_units,
+    expand_composites,
     fold_constants,
 )
 """In this order; :func:`fold_batch_norm` follows, knowing which layers must stay."""

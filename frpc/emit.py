@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import LocalSource
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
@@ -49,6 +50,8 @@ def run_eagerly(
     tally = Tally(plan.query.bias, {k: v for k, v in constants.items() if k.startswith("field_")})
     pulled = pull(assignment, maps, {plan.result: seed}, plan.wanted, tally.add, **hooks)
     output = first_result(values[plan.result])
+    if plan.result not in assignment.carried:  # an output of constants alone is all bias
+        tally.everywhere = (seed * output).flatten(seed.dim() - output.dim() + 1).sum(-1) if output.dim() > 1 else seed * output
     return output, *_answers(assignment, plan, values, pulled, tally, seed, output)
 
 
@@ -158,12 +161,18 @@ def _named(traced: fx.GraphModule, constants: Mapping[str, Any], inputs: Sequenc
     return fx.GraphModule(root, graph, class_name="Program")
 
 
-def only_aten(graph_module: fx.GraphModule) -> list[str]:
-    """Returns the calls that are neither ATen operators nor arithmetic on sizes; empty for every emitted program."""
+def only_aten(graph_module: fx.GraphModule, model: fx.GraphModule) -> list[str]:
+    """Returns the calls that are no ATen operators, none of the model's own and no arithmetic on sizes; empty for every program.
+
+    Args:
+        graph_module: an emitted program.
+        model: the captured graph, in which operators registered with ``torch.library`` stay whole.
+    """
+    own = {n.target for n in model.graph.nodes if isinstance(n.target, OpOverload)}
     arithmetic = (operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod)
     return [
         str(n.target)
         for n in graph_module.graph.nodes
         if n.op in ("call_module", "call_method")
-        or (n.op == "call_function" and n.target not in arithmetic and getattr(n.target, "namespace", "") != "aten")
+        or (n.op == "call_function" and n.target not in (*arithmetic, *own) and getattr(n.target, "namespace", "") != "aten")
     ]

@@ -132,7 +132,7 @@ def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query:
     lowered = copy_graph(optimized)
     refusals = [r for p in lower.PASSES for r in _checked(p, lowered)]
     clock.note("lower", lowered, tuple(p.__name__ for p in lower.PASSES))
-    if foreign := only_aten(lowered):
+    if foreign := only_aten(lowered, shared.captured.graph_module):
         raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
     if shared.captured.static_batch_reason:
         refusals.append(lower.Refusal("a free batch size", "capture", shared.captured.static_batch_reason))

@@ -51,8 +51,8 @@ def _comment(node: fx.Node, rules: Mapping[str, str]) -> str:
     parts = [describe(node.meta.get("val"))]
     if node.op == "get_attr" and "constant" in node.meta:
         parts.append(str(node.meta["constant"]))
-    if origin.module:
-        parts.append(f"{origin.module} {origin.where}")
+    if origin.file:
+        parts.append(f"{origin.module} {origin.where}".strip())
     rule = rules.get(node.meta.get("of", ""))
     if rule and node.meta.get("phase") != "value":
         parts.append(f"rule {rule}")

@@ -42,7 +42,7 @@ class Field:
         """Returns the ``[positions, size]`` matrix whose row i is ``1/(high - low)`` inside ``[low, high)`` and 0 outside."""
         assert self.axes is not None
         low, high = self.axes[axis]
-        cells = torch.arange(size)
+        cells = torch.arange(size, device=low.device)
         inside = (cells >= low[:, None]) & (cells < high[:, None])
         return inside.to(dtype) / (high - low)[:, None].to(dtype)
 

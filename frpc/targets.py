@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -88,15 +89,7 @@ def make_seed(target: Target | None, seed: Tensor | None, like: Tensor, batch: i
     if isinstance(target, Tensor):
         return _from_indices(target, like, sizes, batch)
     one = like.new_zeros([1, *sizes])
-    index = (
-        ()
-        if target is None and not sizes
-        else (0,)
-        if target is None
-        else (target,)
-        if isinstance(target, int)
-        else tuple(target)
-    )
+    index = _as_index(target, sizes)
     _check_index(index, sizes)
     one[(0, *index)] = 1
     return one.expand([batch, *sizes]), False
@@ -106,9 +99,20 @@ def _outline(sizes: Sequence[int]) -> str:
     return f"[{', '.join(['B', *map(str, sizes)])}]"
 
 
+def _as_index(target: object, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Reads an int, or a tuple of ints; numpy's count too, and None stands for the only output there is."""
+    if target is None:
+        return (0,) * len(sizes)
+    entries = tuple(target) if isinstance(target, tuple | list) else (target,)
+    try:
+        if any(isinstance(i, bool) for i in entries):
+            raise TypeError
+        return tuple(operator.index(i) for i in entries)
+    except TypeError as error:
+        raise TargetError(f"target={target!r} is no index: use an int, a tuple of ints, or a tensor of class indices.") from error
+
+
 def _check_index(index: tuple[int, ...], sizes: Sequence[int]) -> None:
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in index):
-        raise TargetError(f"target={index!r} is no index: use an int, a tuple of ints, or a tensor of class indices.")
     if len(index) != len(sizes):
         how = "an int" if len(sizes) == 1 else f"a tuple of {len(sizes)} ints"
         raise TargetError(

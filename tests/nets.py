@@ -101,9 +101,7 @@ class CifarResNet(nn.Module):
     @staticmethod
     def stage(inner: int, outer: int, stride: int, blocks: int) -> nn.Sequential:
         """Blocks of one width, the first of which may halve the image."""
-        return nn.Sequential(
-            BasicBlock(inner, outer, stride), *(BasicBlock(outer, outer, 1) for _ in range(blocks - 1))
-        )
+        return nn.Sequential(BasicBlock(inner, outer, stride), *(BasicBlock(outer, outer, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -192,9 +192,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Carried:
     share = share_of(*tensors)
     parts = [fixed(x, share) for x in tensors]
     columns = zip(*(x.columns for x in parts), strict=True)
-    return Carried(
-        torch.cat([x.value for x in parts], dim), torch.stack([torch.cat(c, dim) for c in columns], -1), share
-    )
+    return Carried(torch.cat([x.value for x in parts], dim), torch.stack([torch.cat(c, dim) for c in columns], -1), share)
 
 
 def view(a: Carried, move: Callable[[Tensor], Any]) -> Any:
@@ -297,7 +295,7 @@ def slope_at_zero(name: str, *options: Any, **named: Any) -> float:
         h = mpmath.mpf("1e-40")
         left, right = (float((f(s * h, *options) - f(mpmath.mpf(0), *options)) / (s * h)) for s in (-1, 1))
     if math.isclose(left, right, rel_tol=1e-14, abs_tol=1e-30):
-        return (left + right) / 2
+        return (left + right) / 2 if abs(right) > 1e-30 else 0.0
     zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
     with torch.inference_mode(False), torch.enable_grad():
         return float(torch.autograd.grad(torch_function(name)(zero, *options, **named), zero)[0])
@@ -362,9 +360,7 @@ def adaptive_positions(size: int, count: int | None) -> Index:
 def windows(per_dim: Sequence[Index], sizes: Sequence[int]) -> Iterator[tuple[list[int], tuple[Sequence[int], ...]]]:
     """Each window over several dimensions: flat indices of its positions inside the input, and its raw positions."""
     for window in itertools.product(*per_dim):
-        inside = [
-            taps for taps in itertools.product(*window) if all(0 <= t < n for t, n in zip(taps, sizes, strict=True))
-        ]
+        inside = [taps for taps in itertools.product(*window) if all(0 <= t < n for t, n in zip(taps, sizes, strict=True))]
         flat = [sum(t * math.prod(sizes[d + 1 :]) for d, t in enumerate(taps)) for taps in inside]
         yield flat, window
 
@@ -383,9 +379,7 @@ def pool_max(a: Carried, per_dim: Sequence[Index]) -> Carried:
     return Carried(torch.cat(values, -1).unflatten(-1, shape), torch.cat(chosen, -2).unflatten(-2, shape), a.share)
 
 
-def pool_mean(
-    a: Carried, per_dim: Sequence[Index], divisor: Callable[[tuple[Sequence[int], ...], int], int]
-) -> Carried:
+def pool_mean(a: Carried, per_dim: Sequence[Index], divisor: Callable[[tuple[Sequence[int], ...], int], int]) -> Carried:
     """The pool as a matrix of a fully connected layer (as T 4.9): 1/divisor at each position inside the input."""
     dims = len(per_dim)
     rows = []
@@ -409,9 +403,7 @@ def max_pool(
 ) -> Carried:
     """Max pooling over `dims` dimensions."""
     options = [spread(x, dims) for x in (kernel_size, stride or kernel_size, padding, dilation)]
-    return pool_max(
-        a, [window_positions(n, *o, ceil_mode) for n, *o in zip(a.value.shape[-dims:], *options, strict=True)]
-    )
+    return pool_max(a, [window_positions(n, *o, ceil_mode) for n, *o in zip(a.value.shape[-dims:], *options, strict=True)])
 
 
 def avg_pool(
@@ -437,9 +429,7 @@ def avg_pool(
 
 def adaptive_max_pool(dims: int, a: Carried, output_size: Any, return_indices: bool = False) -> Carried:
     """Max pooling to a given size."""
-    return pool_max(
-        a, [adaptive_positions(*o) for o in zip(a.value.shape[-dims:], spread(output_size, dims), strict=True)]
-    )
+    return pool_max(a, [adaptive_positions(*o) for o in zip(a.value.shape[-dims:], spread(output_size, dims), strict=True)])
 
 
 def adaptive_avg_pool(dims: int, a: Carried, output_size: Any) -> Carried:

@@ -182,9 +182,7 @@ class Builder:
         dilation = self.pick(1, 1, 2)
         kernel = tuple(self.whole(1, min(3, 1 + (size + reach - 1) // dilation)) for size in x.shape[2:])
         stride = 1 if padding == "same" else self.pick(1, 1, 2)
-        copies = [
-            m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"
-        ]
+        copies = [m for m, least in (("reflect", 3), ("circular", 2)) if min(x.shape[2:]) >= least and padding != "valid"]
         mode = self.pick("zeros", "zeros", "zeros", *copies)
         layer = getattr(nn, f"Conv{dims}d")
         return self.seeded(
@@ -291,7 +289,7 @@ class Builder:
             body.append(self.same(x))
         a, b = nn.Sequential(*body), self.pick(nn.Identity(), self.same(x))
         writes = not isinstance(body[-1], (Expression, nn.Identity, nn.Dropout))
-        texts = (*UNIONS, *IN_PLACE_UNIONS, *IN_PLACE_UNIONS) if writes else UNIONS
+        texts = (*UNIONS, *IN_PLACE_UNIONS) if writes else UNIONS
         return Join(self.pick(*texts), a, b)
 
     def shrinking(self, x: Tensor) -> nn.Module | None:
@@ -301,9 +299,7 @@ class Builder:
             return None
         layer, out = getattr(nn, f"Conv{dims}d"), self.whole(1, 4)
         body = nn.Sequential(self.seeded(layer(channels, out, 3, 2, 1)), nn.ReLU(inplace=True))
-        return Join(
-            self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False))
-        )
+        return Join(self.pick("a + b", "operator.iadd(a, b)"), body, self.seeded(layer(channels, out, 1, 2, bias=False)))
 
     def twice(self, x: Tensor) -> nn.Module:
         inner = nn.Sequential(self.same(x), nn.ReLU(inplace=self.pick(True, False)))
@@ -316,10 +312,11 @@ class Builder:
         return x.untyped_storage().data_ptr() != self.source.untyped_storage().data_ptr()
 
     def step(self, x: Tensor) -> nn.Module:
+        layers = (self.linear,) * 2 if x.ndim == 2 else (self.conv, self.conv, self.pool, self.pool, self.conv_transpose)
         kinds: list[Callable[[Tensor], nn.Module | None]] = [
-            *(self.conv, self.conv, self.pool, self.conv_transpose, self.shrinking),
-            *(self.activation, self.activation, self.batch_norm, self.constant, self.rearranged, self.join, self.twice),
-            *((self.linear,) * (3 if x.ndim == 2 else 1)),
+            *layers,
+            *(self.activation, self.activation, self.batch_norm, self.constant, self.rearranged, self.rearranged),
+            *(self.join, self.join, self.shrinking, self.twice, self.linear),
         ]
         return self.pick(*kinds)(x) or self.activation(x)
 
@@ -367,7 +364,7 @@ def cases(draw: Draw[Any], head: bool | None = None, steps: int = 6) -> Case:
     """A network of up to `steps` steps and one sample for it, in float64; `head` asks for an output [1, K]."""
     builder = Builder(draw, draw(st.integers(0, 2**20)))
     x = builder.normal(1, *draw(SHAPES))
-    drawn, value = builder.grow(x.clone(), draw(st.integers(1, steps)))
+    drawn, value = builder.grow(x.clone(), draw(st.integers(2, steps)))
     if draw(st.booleans()) if head is None else head:
         drawn += builder.head(value)
     return Case(Plan(*(drawn or [nn.Tanh()])).eval(), x)

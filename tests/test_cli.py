@@ -6,18 +6,19 @@ import json
 import os
 from pathlib import Path
 
-import frpc
 import numpy as np
 import pytest
 import torch
-from frpc import pretrained
-from frpc.cli import app
-from frpc.errors import CompileError, OutputFolderError
-from frpc.outputs import OutputFolder
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
+
+import frpc
+from frpc import pretrained
+from frpc.cli import app
+from frpc.errors import CompileError, OutputFolderError
+from frpc.outputs import OutputFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"trained weights and photos are not at {DATA}")

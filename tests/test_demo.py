@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from frpc import demo
 from PIL import Image
 from rich.console import Console
+
+from frpc import demo
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason=f"MNIST is not at {MNIST}")

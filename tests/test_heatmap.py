@@ -10,10 +10,11 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from frpc import heatmap, panels
-from frpc.errors import ImageError, NonFiniteError, OptionError, OutputFolderError, ShapeError
 from matplotlib.colors import Normalize
 from PIL import Image
+
+from frpc import heatmap, panels
+from frpc.errors import ImageError, NonFiniteError, OptionError, OutputFolderError, ShapeError
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from frpc.errors import ImageError
 from frpc.images import Recipe, prepare, read_image
-from PIL import Image
 
 SIZES = {"landscape": (90, 60), "portrait": (33, 71), "square": (256, 256), "tiny": (3, 2)}
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import frpc.maps
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import frpc.maps
 from frpc.maps import (
     Broadcast,
     Compose,
@@ -29,7 +31,6 @@ from frpc.maps import (
     Slice,
     scaled,
 )
-from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
 aten = torch.ops.aten
@@ -95,6 +96,14 @@ def average(name: str, operand: tuple[int, ...], kernel: int, stride: int, paddi
     return Sample(name, LinearPool(operator, operand, result, window, counted, given.get("divisor_override")), operator)
 
 
+def uneven(u: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(u, (3, 2))
+
+
+def summed(u: Tensor) -> Tensor:
+    return u.roll(2, -1).cumsum(-1)
+
+
 def samples() -> list[Sample]:
     coefficient, ties = randn(3, 1, 5), randn(2, 3, 4).relu()
     winners3d = F.max_pool3d(randn(2, 2, 4, 5, 3), 2, 2, 1, ceil_mode=True, return_indices=True)[1]
@@ -125,7 +134,8 @@ def samples() -> list[Sample]:
         conv("transposed conv 2d", randn(3, 5, 3, 2), (2, 3, 4, 5), True, stride=(2, 1), padding=(2, 0), dilation=(1, 2)),
         conv("transposed conv 2d, output padding larger than the stride", randn(3, 2, 2, 2), (2, 3, 4, 5), True,
              output_padding=4, dilation=5),
-        conv("transposed conv 3d", randn(2, 1, 2, 1, 3), (2, 2, 3, 4, 2), True, stride=(2, 1, 1), output_padding=(1, 0, 0), groups=2),
+        conv("transposed conv 3d", randn(2, 1, 2, 1, 3), (2, 2, 3, 4, 2), True, stride=(2, 1, 1), output_padding=(1, 0, 0),
+             groups=2),
         Sample("slice", Slice(1, 1, 6, 2, (2, 7, 5), (2, 3, 5)), lambda u: u[:, 1:6:2]),
         Sample("slice from the end", Slice(-1, -4, 2**63 - 1, 1, (2, 7, 5), (2, 7, 4)), lambda u: u[..., -4:]),
         Sample("slice of samples", Slice(0, 1, 3, 1, (3, 5), (2, 5)), lambda u: u[1:3]),
@@ -134,7 +144,7 @@ def samples() -> list[Sample]:
         Sample("pad that crops", Pad([-1, 2, 3, -2], (2, 3, 5), (2, 4, 6)), lambda u: F.pad(u, (-1, 2, 3, -2))),
         Sample("shuffle", Shuffle(3, (2, 6, 5)), lambda u: F.channel_shuffle(u, 3)),
         Sample("shuffle in space", Shuffle(2, (2, 6, 3, 1)), lambda u: F.channel_shuffle(u, 2)),
-        Sample("pool", Pool(lambda u: F.adaptive_avg_pool2d(u, (3, 2)), (2, 3, 7, 5), (2, 3, 3, 2)), lambda u: F.adaptive_avg_pool2d(u, (3, 2))),
+        Sample("pool", Pool(uneven, (2, 3, 7, 5), (2, 3, 3, 2)), uneven),
         average("average", (2, 3, 7, 5), 3, 2, 1),
         average("average, ceil", (2, 3, 6, 8), 3, 2, 1, ceil_mode=True),
         average("average, padding not counted", (2, 3, 7, 5), 3, 2, 1, count_include_pad=False),
@@ -143,7 +153,7 @@ def samples() -> list[Sample]:
         max_pool2d("winners by the operator's own transpose", (2, 3, 7, 5), [3, 3], [2, 2], [1, 1], [1, 1], True, native=True),
         Sample("winners 3d", Select(winners3d, (2, 2, 4, 5, 3)),
                lambda u: u.flatten(2).gather(2, winners3d.flatten(2)).view(winners3d.shape)),
-        Sample("any linear operator", LinearOp(lambda u: u.roll(2, -1).cumsum(-1), (2, 3, 5), (2, 3, 5)), lambda u: u.roll(2, -1).cumsum(-1)),
+        Sample("any linear operator", LinearOp(summed, (2, 3, 5), (2, 3, 5)), summed),
         Sample("composition", Compose(MatMul(randn(5, 7), (2, 7)), flip), lambda u: (u @ randn(5, 7).T).flip(-1)),
     ]  # fmt: skip
 
@@ -215,19 +225,13 @@ def test_shapes_of_pads_and_shuffles() -> None:
     assert torch.equal(Shuffle(3, (1, 6, 2)).push(u), u[:, Shuffle(3, (1, 6, 2)).order(6)])
 
 
-@pytest.mark.parametrize(
-    "sample", [s for s in SAMPLES if isinstance(s.map, LinearPool)], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if isinstance(s.map, LinearPool)], ids=lambda s: s.name)
 def test_divisors_of_averages(sample: Sample) -> None:
     """One over the divisor at each position, which is what a map of ones is averaged to."""
     m = sample.map
     assert isinstance(m, LinearPool)
+    kernel, stride, padding, _ = m.window[0]
     ones = torch.ones(1, 1, *m.operand[2:], dtype=torch.float64)
-    inside = F.conv2d(F.pad(ones, [1, 4, 1, 4]), torch.ones(1, 1, m.window[0][0], m.window[0][0], dtype=torch.float64), stride=m.window[0][1])
-    padding = m.window[0][2]
-    start = 1 - padding
-    counts = F.pad(ones, [padding, 6, padding, 6]).unfold(2, m.window[0][0], m.window[0][1]).unfold(3, m.window[0][0], m.window[0][1])
-    counts = counts.sum((-1, -2))[..., : m.result[2], : m.result[3]]
-    assert start >= 0
-    assert inside.numel() > 0
-    assert torch.allclose(m.inverse_divisor() * counts[0, 0], sample.operator(ones)[0, 0])
+    framed = F.pad(ones, [padding, padding + kernel] * 2)
+    inside = framed.unfold(2, kernel, stride).unfold(3, kernel, stride).sum((-1, -2))[0, 0, : m.result[2], : m.result[3]]
+    assert torch.allclose(m.inverse_divisor() * inside, sample.operator(ones)[0, 0])

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from frpc import pretrained
-from frpc.errors import ModelNameError, TargetError, WeightsError
 from safetensors.torch import save_file
 from torch import nn
+
+from frpc import pretrained
+from frpc.errors import ModelNameError, TargetError, WeightsError
 
 
 class Trap:

@@ -57,8 +57,7 @@ def test_two_layers_by_hand() -> None:
         for row, b, out in zip(w1, b1, hidden, strict=True)
     ]
     second = [
-        [sum(row[j] * first[j][cell] for j in range(2)) + b / n for cell in range(n)]
-        for row, b in zip(w2, b2, strict=True)
+        [sum(row[j] * first[j][cell] for j in range(2)) + b / n for cell in range(n)] for row, b in zip(w2, b2, strict=True)
     ]
     assert hidden == [0.25, 0.0]
 
@@ -90,9 +89,7 @@ def test_convolution_of_equation_4_9() -> None:
 def degenerate(weight: Tensor, size: list[int], stride: int, padding: int, dilation: int, groups: int) -> Tensor:
     """The fully connected weights [outputs, inputs] of a 2d convolution, entry by entry (T 4.5 to 4.9)."""
     outer, inner, kh, kw = weight.shape
-    height, width = (
-        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, (kh, kw), strict=True)
-    )
+    height, width = ((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, (kh, kw), strict=True))
     matrix = torch.zeros(outer, height, width, inner * groups, *size, dtype=torch.float64)
     for o, c, i, j in itertools.product(range(outer), range(inner), range(height), range(width)):
         for m, n in itertools.product(range(kh), range(kw)):
@@ -102,9 +99,7 @@ def degenerate(weight: Tensor, size: list[int], stride: int, padding: int, dilat
     return matrix.flatten(3).flatten(0, 2)
 
 
-@pytest.mark.parametrize(
-    ("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 2), (1, 2, 2, 1), (3, 1, 2, 4)]
-)
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 2), (1, 2, 2, 1), (3, 1, 2, 4)])
 def test_convolution_degenerates(stride: int, padding: int, dilation: int, groups: int) -> None:
     """Convolving the columns is the fully connected layer of T 4.9, carried columns included."""
     weight, bias = randn(8, 4 // groups, 3, 2), randn(8, seed=1)
@@ -117,9 +112,7 @@ def test_convolution_degenerates(stride: int, padding: int, dilation: int, group
     assert close(convolved.maps.flatten(1, -2), dense.maps)
 
 
-@pytest.mark.parametrize(
-    ("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 2), (1, 2, 2, 1), (2, 1, 2, 4)]
-)
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 2), (1, 2, 2, 1), (2, 1, 2, 4)])
 def test_transposed_convolution_degenerates(stride: int, padding: int, dilation: int, groups: int) -> None:
     """Its fully connected weights are those of the convolution, transposed."""
     weight = randn(8, 4 // groups, 3, 2)
@@ -137,9 +130,7 @@ def test_transposed_convolution_degenerates(stride: int, padding: int, dilation:
 
 def test_pixel_maps_are_the_channel_sums_of_element_maps() -> None:
     """The thesis merges colour channels, N = H*W; so does summing an element map over C."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 5)
-    ).double()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 5)).double()
     x = randn(1, 3, 4, 6)
     elements, pixels = relevance_maps(model, x), relevance_maps(model, x, cells="pixels")
     assert pixels.maps.shape == (1, 5, 24)
@@ -241,9 +232,7 @@ def test_secants_at_a_kink() -> None:
 
 POOLS = [
     (size, kernel, stride, padding, ceil_mode)
-    for size, kernel, stride, padding, ceil_mode in itertools.product(
-        (4, 7), (1, 2, 3), (1, 2, 3), (0, 1), (False, True)
-    )
+    for size, kernel, stride, padding, ceil_mode in itertools.product((4, 7), (1, 2, 3), (1, 2, 3), (0, 1), (False, True))
     if padding <= kernel // 2
 ]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-import frpc
 import mpmath
 import pytest
 import torch
+from torch import Tensor, nn
+
+import frpc
+from cases import CASES, CURVES, Case, Curve
 from frpc.affine import TABLE, Affine, Call, bind
 from frpc.graph import fetch
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate
-from torch import Tensor, nn
-
-from cases import CASES, CURVES, Case, Curve
 from reference import relevance_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's note on its speed
@@ -67,7 +67,7 @@ def test_rule(case: Case) -> None:
         assert case.op not in met, f"{case.op} stands in the canonical graph: let the case find it there"
         (a,) = inputs
         affine, result = rule_at(case.op, a, *case.arguments)
-        assert agrees(rebuilt(affine, {name: a for name in affine.terms}), result, 1e-14)
+        assert agrees(rebuilt(affine, dict.fromkeys(affine.terms, a)), result, 1e-14)
 
 
 def check_maps(compiled: Compiled, inputs: tuple[Tensor, ...]) -> None:
@@ -158,7 +158,28 @@ def points(curve: Curve, dtype: torch.dtype) -> list[float]:
     root = math.sqrt(info.eps)
     denormal = info.smallest_normal * info.eps
     sizes = (denormal, 3 * denormal, info.smallest_normal / 2, info.smallest_normal, 1e-30, 1e-8, 0.99 * root, 1.01 * root)
-    sizes += (1e-3, 0.1, 0.3, 0.4999, 0.5001, 1.0, 2.5, 2.999, 3.001, 5.9, 6.1, 9.0, 15.0, 19.9, 20.1, 25.0, 30.0, 40.0, 100.0, 1e4)
+    sizes += (
+        1e-3,
+        0.1,
+        0.3,
+        0.4999,
+        0.5001,
+        1.0,
+        2.5,
+        2.999,
+        3.001,
+        5.9,
+        6.1,
+        9.0,
+        15.0,
+        19.9,
+        20.1,
+        25.0,
+        30.0,
+        40.0,
+        100.0,
+        1e4,
+    )
     rounded = torch.tensor([0.0, *sizes, -0.0, *(-s for s in sizes)], dtype=dtype).tolist()
     return [z for z in rounded if curve.low < z < curve.high and max(map(abs, exactly(curve, z))) < info.max]
 

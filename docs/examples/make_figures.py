@@ -17,21 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import frpc
 import numpy as np
 import skimage.data
 import torch
-from frpc import heatmap, pretrained
-from frpc.assign import Assignment
-from frpc.images import prepare
-from frpc.panels import AGAINST, FOR, pixel_map
-from frpc.plan import Plan
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+
+import frpc
+from frpc import heatmap, pretrained
+from frpc.assign import Assignment
+from frpc.images import prepare
+from frpc.panels import AGAINST, FOR, pixel_map
+from frpc.plan import Plan
 
 FIGURES = Path(__file__).parents[1] / "figures"
 NET = "squeezenet1_0"

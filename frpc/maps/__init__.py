@@ -1,6 +1,6 @@
 """Linear maps: how relevance moves through one operand of one operator; see :mod:`frpc.maps.base`."""
 
-from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp
+from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp, Transpose
 from frpc.maps.contraction import Conv, MatMul
 from frpc.maps.movement import Pad, Place, Shuffle, Slice
 from frpc.maps.pointwise import Broadcast, Gate, Scale, scaled
@@ -24,6 +24,7 @@ __all__ = [
     "Select",
     "Shuffle",
     "Slice",
+    "Transpose",
     "Window",
     "scaled",
 ]

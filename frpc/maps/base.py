@@ -21,7 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Compose", "Cost", "Identity", "LinearMap", "LinearOp", "Shape", "each", "folded", "numel", "same_size", "size_hint"]
+__all__ = [
+    "Compose",
+    "Cost",
+    "Identity",
+    "LinearMap",
+    "LinearOp",
+    "Shape",
+    "Transpose",
+    "each",
+    "folded",
+    "numel",
+    "same_size",
+    "size_hint",
+]
 
 
 Shape = Sequence[Any]  # ints, or SymInts while a program is traced
@@ -107,6 +120,23 @@ class Compose(LinearMap):
 
     def cost(self, itemsize: int = 4) -> Cost:
         return self.first.cost(itemsize) + self.second.cost(itemsize)
+
+
+class Transpose(LinearMap):
+    """``z = M^T a`` of another map."""
+
+    def __init__(self, of: LinearMap) -> None:
+        self.of = of
+        self.operand, self.result = of.result, of.operand
+
+    def push(self, u: Tensor) -> Tensor:
+        return self.of.pull(u)
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.of.push(v)
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        return self.of.cost(itemsize)
 
 
 class LinearOp(LinearMap):

@@ -99,6 +99,20 @@ def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     return _sum(call, {"self": (a, 1.0 - float(weight)), "end": (b, float(weight))})
 
 
+@rule(aten.where.self, carries=("self", "other"), formula="[condition] on a, [not condition] on b", source="method §2: selection")
+def where(call: Call, condition: Tensor, a: Tensor, b: Tensor) -> Affine:
+    result = call.value.shape
+    terms: dict[Operand, LinearMap] = {}
+    constant: Tensor | None = None
+    for name, operand, mask in (("self", a, condition), ("other", b, ~condition)):
+        chosen = mask.to(call.value.dtype)
+        if call.carries(name):
+            terms[name] = scaled(chosen, operand.shape, result)
+        else:
+            constant = chosen * operand if constant is None else constant + chosen * operand
+    return Affine(terms, constant)
+
+
 def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     """Counts dimensions from the end, so that columns may come in front; none named means all."""
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):

@@ -23,6 +23,17 @@ def linear(call: Call, a: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return Affine({"input": MatMul(weight, a.shape)}, bias)
 
 
+@rule(aten.mm.default, formula="a W", source="method §2: matmul with a constant")
+def mm(call: Call, a: Tensor, weight: Tensor) -> Affine:
+    return Affine({"self": MatMul(weight.t(), a.shape)})
+
+
+@rule(aten.addmm.default, carries="mat1", formula="alpha a W, c = beta b", source="method §2: matmul with a constant")
+def addmm(call: Call, bias: Tensor, a: Tensor, weight: Tensor, beta: float = 1, alpha: float = 1) -> Affine:
+    scaled_weight = weight if alpha == 1 else weight * alpha
+    return Affine({"mat1": MatMul(scaled_weight.t(), a.shape)}, bias if beta == 1 else bias * beta)
+
+
 @rule(aten.convolution.default, carries="input", formula="K * a, c = b", source="T 4.10, 4.11, algorithm 1")
 def convolution(
     call: Call,

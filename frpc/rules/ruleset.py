@@ -36,14 +36,15 @@ class FRP:
     """Forward relevance propagation: ``V_z = sum_k M_k V_k + c/N`` with ``sum(V_z) == z``.
 
     Args:
-        overrides: module path pattern (``"features.*"``) or operator overload -> rule function, as for :func:`frpc.rule`.
+        overrides: where -> rule function, as for :func:`frpc.rule`. Where is an operator overload, a module path pattern
+            (``"features.*"``: every operator there), or a pair of both.
 
     Exact when: always; every operator's rule is an identity at the given input.
 
     Source: thesis eqs. 3.5, 3.8, 3.12; operators beyond it in closed form (``docs/rules.md``).
     """
 
-    overrides: Mapping[str | OpOverload, RuleFunction] = field(default_factory=dict)
+    overrides: Mapping[str | OpOverload | tuple[str, OpOverload], RuleFunction] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,7 +54,8 @@ class FRP:
         """Returns the override that matches first, else the operator's affine form."""
         standard = TABLE.get(op)
         for key, function in self.overrides.items():
-            matches = fnmatch.fnmatchcase(module, key) if isinstance(key, str) else key is op
+            path, wanted = key if isinstance(key, tuple) else (key, None) if isinstance(key, str) else ("*", key)
+            matches = fnmatch.fnmatchcase(module, path) and wanted in (None, op)
             if matches and isinstance(op, OpOverload):
                 carries = standard.carries if standard else (op._schema.arguments[0].name,)
                 return Rule(op, function, carries, "given by the user", "override")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.affine import Affine, Call, linear_op, rule
-from frpc.maps import Broadcast, Identity, Pad, Shuffle, Slice
+from frpc.affine import Affine, Call, Operand, linear_op, rule
+from frpc.maps import Broadcast, Identity, LinearMap, Pad, Scale, Shuffle, Slice, Transpose
 
 aten = torch.ops.aten
 
@@ -41,6 +41,26 @@ def slice_(call: Call, a: Tensor, dim: int = 0, start: int | None = None, stop: 
     begin = 0 if start is None else start
     end = 2**63 - 1 if stop is None else stop
     return Affine({"self": Slice(dim, begin, end, step, a.shape, call.value.shape)})
+
+
+@rule(aten.slice_scatter.default, carries=("self", "src"), formula="a outside the slice, b inside", source="method §2: linear")
+def slice_scatter(
+    call: Call, a: Tensor, b: Tensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> Affine:
+    end = 2**63 - 1 if stop is None else stop
+    cut = Slice(dim, start or 0, end, step, a.shape, b.shape)
+    inside = cut.pull(torch.ones_like(b))
+    terms: dict[Operand, LinearMap] = {}
+    constant: Tensor | None = None
+    if call.carries("self"):
+        terms["self"] = Scale(1.0 - inside, a.shape)
+    else:
+        constant = a * (1.0 - inside)
+    if call.carries("src"):
+        terms["src"] = Transpose(cut)
+    else:
+        constant = cut.pull(b) if constant is None else constant + cut.pull(b)
+    return Affine(terms, constant)
 
 
 def _reshaped(call: Call, a: Tensor, *arguments: Any) -> Callable[[Tensor], Tensor]:

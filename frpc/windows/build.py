@@ -12,10 +12,12 @@ from torch import Tensor, fx
 from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.graph import first_result
-from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
+from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearOp, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
 from frpc.plan import feeding
 from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, Span, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
+
+aten = torch.ops.aten
 
 __all__ = ["LocalityEndsError", "build_rows", "producers", "set_columns", "stream"]
 
@@ -144,6 +146,14 @@ def _identity(node: fx.Node, linear_map: Identity, operand: Rows) -> Rows:
     return operand
 
 
+def _same_cells(node: fx.Node, linear_map: LinearOp, operand: Rows) -> Rows:
+    """One spatial axis counts as a row of columns, so an axis of size 1 put in or taken out there changes nothing."""
+    squeezes = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
+    if node.target in squeezes and first_result(node.meta["val"]).dim() in (3, 4) and _size(node) == operand.size:
+        return operand
+    raise LocalityEndsError(node, f"{str(node.target).removeprefix('aten.')} mixes positions")
+
+
 def _gate(node: fx.Node, linear_map: Gate, operand: Rows) -> Rows:
     mask = (linear_map.value > 0).to(linear_map.value.dtype)
     return PointRows(operand, mask if mask.dim() == 4 else mask.unsqueeze(-2))
@@ -220,6 +230,7 @@ _BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], .
     (Slice, _slice),
     (Pad, _pad),
     (Shuffle, _shuffle),
+    (LinearOp, _same_cells),
 )
 
 

@@ -1,0 +1,79 @@
+"""Decomposition: an operator without a rule that PyTorch itself composes of others is replaced by those others."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from frpc.affine import TABLE
+from frpc.graph import first_result, origin_of
+
+__all__ = ["expand_composites"]
+
+
+def expand_composites(graph_module: fx.GraphModule) -> bool:
+    """``f(x) -> g(h(x))`` for operators PyTorch defines as compositions (``pad``, ``softsign``, ``einsum``, ...)."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        makes_tensors = isinstance(first_result(node.meta.get("val")), Tensor)  # sizes are read as they are
+        if node.op == "call_function" and makes_tensors and _is_composite(node.target) and TABLE.get(node.target) is None:
+            changed = _inline(graph_module.graph, node) or changed
+    return changed
+
+
+def _is_composite(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return False
+    name = target.name()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def _inline(graph: fx.Graph, node: fx.Node) -> bool:
+    """Puts the traced composition of a call in its place; returns whether that changed anything."""
+    sources = node.all_input_nodes
+    tensors = [n for n in sources if isinstance(n.meta.get("val"), Tensor)]
+    if not tensors:
+        return False
+
+    def call(values: list[Any]) -> Any:
+        given = dict(zip(sources, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    example: Any = tensors[0].meta["val"]
+    with example.fake_mode, torch.no_grad():
+        traced = make_fx(call)([n.meta["val"] for n in sources])
+    calls = [n for n in traced.graph.nodes if n.op == "call_function"]
+    writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in calls)
+    if writes or (len(calls) == 1 and calls[0].target is node.target):
+        return False
+    copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+    with graph.inserting_before(node):
+        for inner in calls:
+            copies[inner] = graph.node_copy(inner, copies.__getitem__)
+            copies[inner].meta["origin"] = origin_of(node)
+    result: Any = fx.map_arg(traced.graph.output_node().args[0], copies.__getitem__)
+    single = isinstance(node.meta["val"], Tensor) and not isinstance(result, fx.Node)
+    _replace(node, result[0] if single else result)
+    return True
+
+
+def _replace(node: fx.Node, result: Any) -> None:
+    """Lets the composition's result, one node or several, stand for a node."""
+    if isinstance(result, fx.Node):
+        result.meta["layers"] = (*result.meta.get("layers", ()), *node.meta.get("layers", ()))
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem, "an operator with several results is read item by item"
+            position: Any = user.args[1]
+            part = result[position]
+            part.meta["layers"] = (*part.meta.get("layers", ()), *user.meta.get("layers", ()))
+            user.replace_all_uses_with(part)
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
