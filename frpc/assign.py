@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from frpc.affine import Affine, Call, Operand, Rule, bind
@@ -178,7 +179,7 @@ def _assign_one(node: fx.Node, carried: set[fx.Node], rules: RuleSet, fixed_batc
     batch = batch_of(call.value, fixed_batch)
     if batch is None:
         raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
-    with call.value.fake_mode if hasattr(call.value, "fake_mode") else torch.no_grad():
+    with call.value.fake_mode, enable_python_dispatcher():  # type: ignore[attr-defined]
         example = rule(call)
     missing = set(operands) - set(example.terms)
     terms: dict[Operand, LinearMap] = dict(example.terms)

@@ -215,7 +215,8 @@ def expose_winners(graph_module: fx.GraphModule) -> bool:
         x, *rest = node.args
         if flat:  # one dimension is pooled as two, the first of size 1
             x = edit.call(aten.unsqueeze.default, x, -2)
-            rest = [([neutral, *a] if isinstance(a, list) else a) for a, neutral in zip(rest, (1, 1, 0, 1, False), strict=False)]
+            neutral = (1, 1, 0, 1, False)
+            rest = [([n, *a] if isinstance(a, list) and a else a) for a, n in zip(rest, neutral, strict=False)]
         pooled = edit.call(with_indices[node.target], x, *rest)
         new = edit.call(operator.getitem, pooled, 0)
         replace(node, edit.call(aten.squeeze.dim, new, -2) if flat else new)
@@ -242,6 +243,40 @@ def unify_shuffles(graph_module: fx.GraphModule) -> bool:
             changed = True
     graph_module.graph.eliminate_dead_code()
     return changed
+
+
+def recover_shrinks(graph_module: fx.GraphModule) -> bool:
+    """``where(|x| > l, x - l sgn(x), 0 x) -> softshrink(x, l)`` and ``where(|x| <= l, 0, x) -> hardshrink(x, l)``.
+
+    Making a graph functional spells these two out; their secants need them whole.
+    """
+    changed = False
+    for node in _calls(graph_module, {aten.where.self, aten.where.ScalarSelf}):
+        condition: Any = node.args[0]
+        size: Any = condition.args[0] if condition.target in (aten.gt.Scalar, aten.le.Scalar) else None
+        if not isinstance(size, fx.Node) or size.target is not aten.abs.default:
+            continue
+        x, bound = size.args[0], condition.args[1]
+        taken: Any = node.args[1]
+        soft = condition.target is aten.gt.Scalar and isinstance(taken, fx.Node) and _is_shrunk(taken, x, bound)
+        hard = condition.target is aten.le.Scalar and taken == 0 and node.args[2] is x
+        if soft or hard:
+            whole = aten.softshrink.default if soft else aten.hardshrink.default
+            replace(node, Editor(graph_module, node).call(whole, x, bound))
+            changed = True
+    graph_module.graph.eliminate_dead_code()
+    return changed
+
+
+def _is_shrunk(node: fx.Node, x: Any, bound: Any) -> bool:
+    """Says whether a node is ``x - sgn(x) * bound``."""
+    if node.target is not aten.sub.Tensor or node.args[0] is not x:
+        return False
+    shift: Any = node.args[1]
+    if not isinstance(shift, fx.Node) or shift.target is not aten.mul.Tensor:
+        return False
+    sign: Any = shift.args[0]
+    return shift.args[1] == bound and isinstance(sign, fx.Node) and sign.target is aten.sign.default and sign.args[0] is x
 
 
 def unroll_circular_pads(graph_module: fx.GraphModule) -> bool:
@@ -371,6 +406,7 @@ PASSES: tuple[Pass, ...] = (
     split_to_slices,
     expose_winners,
     unify_shuffles,
+    recover_shrinks,
     unroll_circular_pads,
     stack_to_cat,
     expand_gated_linear_units,

@@ -20,10 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from frpc.errors import CaptureError, EmptyBatchError, InputError, OptionError, TrainingModeError
-from frpc.graph import Origin, set_layers
+from frpc.errors import CaptureError, EmptyBatchError, InputError, NonFiniteError, OptionError, TrainingModeError
+from frpc.graph import Batch, Origin, batch_of, describe, first_result, origin_of, set_layers
 
-__all__ = ["Captured", "InputSpec", "capture", "snapshot"]
+__all__ = ["Captured", "InputSpec", "capture", "check_finite", "mixing", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model; carries its reason and the user's line.
         EmptyBatchError: if an example has no samples.
+        NonFiniteError: if an example holds NaN or Inf.
     """
     _check_examples(inputs)
     pair = tuple(_pair(x) for x in inputs)
@@ -122,6 +123,88 @@ def _check_examples(inputs: Sequence[Tensor]) -> None:
             raise InputError(f"Input {position} is {type(x).__name__}, not a tensor; frpc explains tensors with the batch first.")
         if x.dim() == 0 or x.shape[0] == 0:
             raise EmptyBatchError(f"Input {position} has shape {list(x.shape)}: give at least one sample, batch first.")
+        check_finite(x, position)
+    if not any(x.is_floating_point() for x in inputs):
+        raise InputError(
+            f"No input is floating-point ({', '.join(str(x.dtype) for x in inputs)}): relevance is a share of an input's values. "
+            "Give the model what its embedding layer returns."
+        )
+
+
+def check_finite(x: Tensor, name: str | int) -> None:
+    """Refuses NaN and Inf.
+
+    Raises:
+        NonFiniteError: naming the samples.
+    """
+    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
+        return
+    bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).sum(1)
+    worst = ", ".join(str(i) for i in torch.nonzero(bad).flatten()[:5].tolist())
+    raise NonFiniteError(
+        f"Input {name!r} holds {int(bad.sum())} NaN or Inf values (samples {worst}): no map could sum to its output."
+    )
+
+
+def mixing(captured: Captured, inputs: Sequence[Tensor]) -> str | None:
+    """Finds out whether samples are treated apart, by changing one and looking at the result of another.
+
+    Args:
+        captured: the model.
+        inputs: its example inputs.
+
+    Returns:
+        What is wrong, or None: the output does not hold one result for each sample, or one sample's result depends on another.
+    """
+    result = captured.graph_module.graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
+    fixed = captured.inputs[0].batch
+    if batch_of(result.meta["val"], fixed) != Batch(0, 1):
+        return (
+            f"The explained output {describe(result.meta['val'])} does not hold one result for each sample, samples first.\n"
+            f"    {_place(result)}\n  Let the model return [B, ...], or choose another of its outputs with output=."
+        )
+    count = 2 if fixed is None else fixed
+    if count == 1:
+        return None
+    alike = [x.detach()[:1].expand(count, *x.shape[1:]).clone() for x in inputs]
+    unlike = [torch.cat([x[:1], 0.37 * x[1:] + 0.21]) if x.is_floating_point() else x for x in alike]
+    with torch.no_grad():
+        if _same(captured.graph_module(*alike)[:1], captured.graph_module(*unlike)[:1]):
+            return None
+        return (
+            "One sample's result depends on the other samples of the batch, so no map of that sample could sum to it.\n"
+            f"    {_place(_first_mixed(captured, alike, unlike) or result)}\n"
+            "  Let the model treat samples apart; explain one that compares samples for fixed partners, held as buffers."
+        )
+
+
+def _place(node: fx.Node) -> str:
+    origin = origin_of(node)
+    return f"{origin.module or '(top level)'}   {origin.where}   {origin.source}   {describe(node.meta['val'])}"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    bound = 1e4 * torch.finfo(one.dtype).eps * float(one.nan_to_num().abs().amax())
+    return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def _first_mixed(captured: Captured, alike: Sequence[Tensor], unlike: Sequence[Tensor]) -> fx.Node | None:
+    """Returns the first node whose part that belongs to the first sample differs."""
+    values: list[dict[fx.Node, Any]] = []
+    for inputs in (alike, unlike):
+        interpreter = fx.Interpreter(captured.graph_module, garbage_collect_values=False)
+        interpreter.run(*inputs)
+        values.append(interpreter.env)
+    for node in captured.graph_module.graph.nodes:
+        one, other = (first_result(v.get(node)) for v in values)
+        example = first_result(node.meta.get("val"))
+        if node.op != "call_function" or not isinstance(one, Tensor) or not one.is_floating_point():
+            continue
+        batch = batch_of(example, captured.inputs[0].batch)
+        if batch is not None and not _same(*(x.narrow(batch.axis, 0, batch.factor) for x in (one, other))):
+            return node
+    return None
 
 
 def _pair(x: Tensor) -> Tensor:

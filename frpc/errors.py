@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "BatchError",
     "CaptureError",
     "CompileError",
     "DeviceError",
@@ -100,6 +101,10 @@ class CaptureError(FrpcError):
     """torch.export could not turn the model into a graph."""
 
 
+class BatchError(FrpcError):
+    """The model does not treat samples apart, or does not return one result for each sample."""
+
+
 class TrainingModeError(FrpcError):
     """The model, or one of its operators, keeps behaving as in training."""
 
@@ -143,8 +148,11 @@ class UnsupportedOpError(FrpcError):
     """
 
     def __init__(self, gaps: Sequence[Gap], total: int) -> None:
-        self.gaps = tuple(gaps)
+        self.gaps, self.total = tuple(gaps), total
         super().__init__(_describe_gaps(self.gaps, total))
+
+    def __reduce__(self) -> tuple[type[UnsupportedOpError], tuple[tuple[Gap, ...], int]]:
+        return type(self), (self.gaps, self.total)  # an exception is pickled by its message otherwise
 
 
 def _describe_gaps(gaps: Sequence[Gap], total: int) -> str:

@@ -23,7 +23,7 @@ from frpc.layers import layer_maps
 from frpc.lower import Refusal
 from frpc.neurons import cones_are_cheaper, neuron_maps
 from frpc.pipeline import Compiled, Front, Stage
-from frpc.plan import Plan, Query, layer_node
+from frpc.plan import Plan, Query, check_strategy, layer_node
 from frpc.rules.ruleset import FRP, RuleSet
 from frpc.targets import Target, check_inputs, make_seed
 
@@ -77,6 +77,7 @@ class Explainer(nn.Module):
         if columns:
             relevances = [r.movedim(0, 1) for r in relevances]
             bias = bias.movedim(0, 1)
+        relevances = [r.contiguous() for r in relevances]  # programs compute in channels-last order; callers index freely
         relevance = relevances[0] if len(relevances) == 1 else tuple(relevances)
         return Explanation(output, relevance, bias, tuple(inputs))
 
@@ -392,7 +393,7 @@ def compile(
         UnsupportedOpError: if operators have no rule; names all of them.
         TrainingModeError: if the model cannot be evaluated deterministically.
     """
-    query = Query(bias=check_policy(bias), strategy=strategy)  # type: ignore[arg-type]
+    query = Query(bias=check_policy(bias), strategy=check_strategy(strategy))
     explainer = Explainer(model, rule or FRP(), query, [constant] if isinstance(constant, str) else constant, output)
     if inputs is None:
         return explainer

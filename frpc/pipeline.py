@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
-from frpc.capture import Captured, capture
+from frpc.capture import Captured, capture, mixing
 from frpc.emit import emit, only_aten
-from frpc.errors import CompileError
+from frpc.errors import BatchError, CompileError
 from frpc.plan import Plan, Query, make_plan
 from frpc.rules.ruleset import RuleSet
 
@@ -44,11 +44,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Front:
-    """What all queries about one model share: its graph, captured and in canonical form before folding."""
+    """What all queries about one model share: its graph, captured and in canonical form before folding.
+
+    ``mixing`` says how the model fails to treat samples apart, if it does.
+    """
 
     captured: Captured
     canonical: fx.GraphModule
     stages: tuple[Stage, ...]
+    mixing: str | None
 
 
 @dataclass
@@ -82,7 +86,7 @@ def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None) 
         Stage("capture", middle - start, (), captured.graph_module),
         Stage("canonicalize", end - middle, passes, canonical),
     )
-    return Front(captured, canonical, stages)
+    return Front(captured, canonical, stages, mixing(captured, inputs))
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -144,6 +148,7 @@ def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: 
 
     Raises:
         UnsupportedOpError: if nodes have no rule.
+        BatchError: if the model does not treat samples apart.
     """
     clock = clock or _Clock([])
     canonical = copy_graph(shared.canonical)
@@ -151,6 +156,8 @@ def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: 
     canonical.recompile()
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
     assignment = assign(canonical, rules, constant, shared.captured.inputs[0].batch).demand_complete()
+    if shared.mixing is not None:
+        raise BatchError(shared.mixing)
     clock.note("assign", assignment)
     return assignment
 

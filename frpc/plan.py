@@ -19,7 +19,7 @@ from frpc.maps import Cost
 from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
 
-__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "feeding", "layer_node", "make_plan", "total_cost"]
+__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "check_strategy", "feeding", "layer_node", "make_plan", "total_cost"]
 
 Strategy = Literal["auto", "transposed"]
 STRATEGIES: tuple[Strategy, ...] = ("auto", "transposed")
@@ -94,6 +94,18 @@ class Plan:
         return "\n".join(lines)
 
 
+def check_strategy(name: str) -> Strategy:
+    """Returns the strategy of that name.
+
+    Raises:
+        OptionError: for any other name.
+    """
+    for strategy in STRATEGIES:
+        if strategy == name:
+            return strategy
+    raise OptionError(f"strategy={name!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+
+
 def layer_node(assignment: Assignment, layer: str) -> fx.Node | None:
     """Returns the node that is the output of a module, or None where no node is."""
     for node in assignment.graph_module.graph.nodes:
@@ -107,12 +119,7 @@ def make_plan(assignment: Assignment, query: Query) -> Plan:
 
     One linear functional of the output, or a few, is answered by one transposed pass: its cost is that of one forward pass
     for each, whatever the number of cells.
-
-    Raises:
-        OptionError: for a strategy this version does not know.
     """
-    if query.strategy not in STRATEGIES:
-        raise OptionError(f"strategy={query.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
     result = _demanded(assignment, query.of) if query.of else assignment.graph_module.graph.output_node().args[0]
     assert isinstance(result, fx.Node)
     upstream = feeding(assignment, result)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.capture import InputSpec
+from frpc.capture import InputSpec, check_finite
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
 
 __all__ = ["Target", "check_inputs", "make_seed"]
@@ -44,19 +44,9 @@ def check_inputs(inputs: Sequence[Tensor], specs: Sequence[InputSpec]) -> None:
                 "(explainer.refusals says why)."
             )
         batches.add(int(x.shape[0]))
-        _check_finite(x, spec.name)
+        check_finite(x, spec.name)
     if len(batches) > 1:
         raise ShapeError(f"The inputs have different batch sizes: {sorted(batches)}.")
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
-        return
-    bad = (~torch.isfinite(x)).flatten(1).sum(1)
-    worst = ", ".join(str(i) for i in torch.nonzero(bad).flatten()[:5].tolist())
-    raise NonFiniteError(
-        f"Input {name!r} holds {int(bad.sum())} NaN or Inf values (samples {worst}): no map could sum to its output."
-    )
 
 
 def _wanted(spec: InputSpec) -> str:

@@ -114,6 +114,20 @@ def constant(*shape: int) -> Tensor:
 
 
 V, S, I, D = (3, 4), (3, 4, 6), (3, 4, 7, 5), (3, 2, 4, 5, 3)  # noqa: E741 - a vector, a sequence, an image, a volume
+
+
+def scattered(a: Tensor, b: Tensor) -> Tensor:
+    """Every second channel replaced by another value's."""
+    return torch.slice_scatter(a, b[:, :2], 1, 0, 4, 2)
+
+
+def written_in_part(a: Tensor) -> Tensor:
+    """Some columns multiplied in place, through a view."""
+    b = a.clone()
+    b[:, ::2] *= 3.0
+    return b
+
+
 K4, K1 = constant(4), constant(4, 1, 1)
 
 # fmt: off
@@ -148,6 +162,16 @@ CASES: tuple[Case, ...] = (
     Case(aten.cat.default, "", both(lambda a, b: torch.cat([a, b, a], 1)), (I, (3, 3, 7, 5))),
     Case(aten.cat.default, "last, with a constant",
          of(lambda a: torch.cat([a, a.new_ones(a.shape[0], 2), 2 * a], -1)), (V,), "jacobian"),
+    Case(aten.where.self, "two carried", both(lambda a, b: torch.where(K4 > 0, a, b)), (V, V), "jacobian"),
+    Case(aten.where.self, "constant", of(lambda a: torch.where(K4 > 0.4, a, -K4)), (V,), "jacobian"),
+    Case(aten.where.ScalarSelf, "", of(lambda a: torch.where(K4 > 0.4, -1.5, a)), (V,), "jacobian"),
+    Case(aten.where.ScalarOther, "", of(lambda a: torch.where(K4 > 0.4, a, -1.5)), (V,), "jacobian"),
+    Case(aten.copy.default, "", of(written_in_part), (V,), "jacobian"),
+    Case(aten.mm.default, "", of(lambda a: a @ constant(4, 5)), (V,), "jacobian"),
+    Case(aten.addmm.default, "", of(lambda a: torch.addmm(constant(5), a, constant(4, 5), beta=0.5, alpha=2)), (V,), "jacobian"),
+    Case(aten.slice_scatter.default, "two carried", both(scattered), (I, I), "jacobian"),
+    Case(aten.slice_scatter.default, "constant base", of(lambda a: torch.slice_scatter(K4.repeat(len(a), 1), a[:, :2], 1, 1, 3)), (V,), "jacobian"),
+    Case(aten.slice_scatter.default, "constant part", of(lambda a: torch.slice_scatter(a, K4[:2].repeat(len(a), 1), 1, 1, 3)), (V,), "jacobian"),
     Case(aten.lerp.Scalar, "", both(lambda a, b: torch.lerp(a, b, 0.3)), (V, V), "jacobian"),
     Case(aten.sum.dim_IntList, "", of(lambda a: a.sum((1, -1))), (I,)),
     Case(aten.sum.dim_IntList, "kept", of(lambda a: a.sum(2, keepdim=True)), (I,)),
@@ -182,8 +206,8 @@ CASES: tuple[Case, ...] = (
     Case(aten.tanh.default, "", of(torch.tanh), (I,)),
     Case(aten.softplus.default, "", of(F.softplus), (I,)),
     Case(aten.softplus.default, "beta, threshold", of(lambda a: F.softplus(a, 2.5, 3.0)), (I,)),
-    direct(aten.softshrink.default, 0.3, shape=I, twin="quotient"),
-    direct(aten.hardshrink.default, 0.4, shape=I),
+    Case(aten.softshrink.default, "", of(lambda a: F.softshrink(a, 0.3)), (I,)),
+    Case(aten.hardshrink.default, "", of(lambda a: F.hardshrink(a, 0.4)), (I,)),
     Case(aten.threshold.default, "", of(lambda a: F.threshold(a, 0.1, 0.5)), (I,)),
     Case(aten.threshold.default, "below 0", of(lambda a: F.threshold(a, -0.4, -2.0)), (I,)),
     Case(aten.exp.default, "", of(torch.exp), (V,)),

@@ -29,6 +29,7 @@ from frpc.maps import (
     Select,
     Shuffle,
     Slice,
+    Transpose,
     scaled,
 )
 
@@ -140,6 +141,7 @@ def samples() -> list[Sample]:
         Sample("slice from the end", Slice(-1, -4, 2**63 - 1, 1, (2, 7, 5), (2, 7, 4)), lambda u: u[..., -4:]),
         Sample("slice of samples", Slice(0, 1, 3, 1, (3, 5), (2, 5)), lambda u: u[1:3]),
         Sample("place", Place(1, 2, (2, 3, 5), (2, 7, 5)), lambda u: F.pad(u, (0, 0, 2, 2))),
+        Sample("transpose", Transpose(Slice(1, 2, 5, 1, (2, 7, 5), (2, 3, 5))), lambda u: F.pad(u, (0, 0, 2, 2))),
         Sample("pad", Pad([1, 0, 2, 3], (2, 3, 5), (2, 8, 6)), lambda u: F.pad(u, (1, 0, 2, 3))),
         Sample("pad that crops", Pad([-1, 2, 3, -2], (2, 3, 5), (2, 4, 6)), lambda u: F.pad(u, (-1, 2, 3, -2))),
         Sample("shuffle", Shuffle(3, (2, 6, 5)), lambda u: F.channel_shuffle(u, 3)),

@@ -160,6 +160,17 @@ CANONICAL: dict[str, tuple[Any, nn.Module, tuple[int, ...], list[str], list[str]
     "unbind": (
         canonicalize.split_to_slices, Function(lambda m, x: x.unbind(1)[2] + x.unbind(-2)[-1]), S,
         ["unbind.int", "getitem", "unbind.int", "getitem", "add.Tensor"], ["select.int", "select.int", "add.Tensor"]),
+    "stack": (
+        canonicalize.stack_to_cat, Function(lambda m, x: torch.stack([x, x * 2.0], -1)), S,
+        ["mul.Tensor", "stack"], ["mul.Tensor", "unsqueeze", "unsqueeze", "cat"]),
+    "circular padding": (
+        canonicalize.unroll_circular_pads, Function(lambda m, x: F.pad(x, (1, 2), mode="circular")), S,
+        ["pad"], ["slice.Tensor", "slice.Tensor", "cat"]),
+    "shrinks": (
+        canonicalize.recover_shrinks, Function(lambda m, x: F.softshrink(x, 0.3) + F.hardshrink(x, 0.2)), S,
+        ["abs", "gt.Scalar", "sign", "mul.Tensor", "sub.Tensor", "mul.Tensor", "where.self", "abs", "le.Scalar",
+         "where.ScalarSelf", "add.Tensor"],
+        ["softshrink", "hardshrink", "add.Tensor"]),
     "max-pool 1d": (
         canonicalize.expose_winners, nn.Sequential(nn.MaxPool1d(3, 2, 1, 1, ceil_mode=True)), S,
         ["max_pool1d"], ["unsqueeze", "max_pool2d_with_indices", "getitem", "squeeze.dim"]),

@@ -7,6 +7,7 @@ code. Relative L1 `sum|V - ref| / sum|ref|` stays below 1e-10 and conservation b
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ QUICK = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operators: more threads wait for each other far longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -397,7 +407,7 @@ def test_thesis_mlp() -> None:
     torch.manual_seed(0)
     model, x = nets.thesis_mlp().double().eval(), torch.rand(1, 1, 28, 28).double()
     out = frpc.compile(model, (x,))(x, target=torch.arange(10)[None])
-    assert agrees(out.relevance.view(1, 10, 784), relevance_maps(model, x).maps)
+    assert agrees(out.relevance.reshape(1, 10, 784), relevance_maps(model, x).maps)
     assert conserves(out.relevance, out.output)
 
 
@@ -406,7 +416,7 @@ def test_trained_residual_net() -> None:
     model, (images, _) = nets.cifar_resnet(20).double(), nets.cifar10_test(1)
     x = images[:, :, 10:22, 10:22].double()
     out = frpc.compile(model, (x,))(x, target=torch.arange(10)[None])
-    assert agrees(out.relevance.view(1, 10, -1), relevance_maps(model, x).maps)
+    assert agrees(out.relevance.reshape(1, 10, -1), relevance_maps(model, x).maps)
     assert conserves(out.relevance, out.output)
 
 

@@ -99,18 +99,37 @@ def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     return _sum(call, {"self": (a, 1.0 - float(weight)), "end": (b, float(weight))})
 
 
-@rule(aten.where.self, carries=("self", "other"), formula="[condition] on a, [not condition] on b", source="method §2: selection")
-def where(call: Call, condition: Tensor, a: Tensor, b: Tensor) -> Affine:
+@rule(
+    aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    carries=("self", "other"),
+    formula="[condition] on a, [not condition] on b",
+    source="method §2: selection",
+)
+def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
     result = call.value.shape
     terms: dict[Operand, LinearMap] = {}
     constant: Tensor | None = None
     for name, operand, mask in (("self", a, condition), ("other", b, ~condition)):
         chosen = mask.to(call.value.dtype)
-        if call.carries(name):
+        if call.carries(name) and isinstance(operand, Tensor):
             terms[name] = scaled(chosen, operand.shape, result)
         else:
             constant = chosen * operand if constant is None else constant + chosen * operand
     return Affine(terms, constant)
+
+
+@rule(
+    aten.copy.default,
+    carries=("self", "src"),
+    formula="the source, broadcast; what it overwrites is gone",
+    source="method §2: linear",
+)
+def copy(call: Call, a: Tensor, source: Tensor, non_blocking: bool = False) -> Affine:
+    if not call.carries("src"):
+        return Affine({}, source)
+    return Affine({"src": scaled(1, source.shape, call.value.shape)})
 
 
 def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:

@@ -1,0 +1,538 @@
+"""Bad input: each a clear error of its own class, before work starts and with nothing left behind; the texts are pinned.
+
+What the command line adds (images, weights files, folders) is tested beside the files that read them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import frpc
+from frpc import errors
+from frpc.affine import TABLE, Affine, Call
+from frpc.errors import (
+    BatchError,
+    CaptureError,
+    DeviceError,
+    DtypeError,
+    EmptyBatchError,
+    FrpcError,
+    InputError,
+    LayerNameError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    TargetError,
+    UnsupportedOpError,
+)
+from frpc.maps import LinearOp
+
+aten = torch.ops.aten
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.first, self.act, self.last = nn.Flatten(), nn.Linear(15, 6), nn.ReLU(), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(self.flat(x))))
+
+
+@cache
+def explainer() -> frpc.Explainer:
+    """Takes `[B, 3, 5]`, returns `[B, 4]`."""
+    torch.manual_seed(0)
+    return frpc.compile(Perceptron().double(), (randn(2, 3, 5),))
+
+
+def line_of(function: Callable[..., Any], text: str) -> int:
+    """The line of this file where `function` says `text`."""
+    lines, first = inspect.getsourcelines(function)
+    return first + next(i for i, line in enumerate(lines) if text in line)
+
+
+# Classes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_errors() -> None:
+    """All are FrpcErrors; what the caller handed in is an InputError, what the compiler cannot do is not."""
+    classes = {name: getattr(errors, name) for name in errors.__all__ if isinstance(getattr(errors, name), type)}
+    kinds = {name: kind for name, kind in classes.items() if issubclass(kind, Exception)}
+    assert all(issubclass(kind, FrpcError) for kind in kinds.values())
+    compiler = {n for n, kind in kinds.items() if not issubclass(kind, InputError)} - {"FrpcError"}
+    assert {
+        "BatchError",
+        "CaptureError",
+        "CompileError",
+        "RuleDeclinedError",
+        "TrainingModeError",
+        "UnsupportedOpError",
+    } <= compiler
+    assert all(kind.__doc__ for kind in kinds.values())
+
+
+# Operators without a rule -----------------------------------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.cumsum(1)
+        return scores.cumsum(-1) + 1
+
+
+class Gaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scores = nn.Linear(4, 4), Scores()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(self.layer(x)).cumprod(1)
+
+
+def test_all_gaps_at_once() -> None:
+    with pytest.raises(UnsupportedOpError) as error:
+        frpc.compile(Gaps().double(), (randn(2, 4),))
+    lines = str(error.value).splitlines()
+    first, second = line_of(Scores, "x.cumsum(1)"), line_of(Scores, "scores.cumsum(-1)")
+    last = line_of(Gaps, "cumprod")
+    assert lines == [
+        "3 of 5 nodes cannot carry relevance (2 causes).",
+        f"  {'aten.cumsum.default — no rule':<76} 2 nodes",
+        f"    scores   test_errors.py:{first}   scores = x.cumsum(1)   f64[B, 4]",
+        f"    scores   test_errors.py:{second}   return scores.cumsum(-1) + 1   f64[B, 4]",
+        f"  {'aten.cumprod.default — no rule':<76} 1 node",
+        f"    (top level)   test_errors.py:{last}   return self.scores(self.layer(x)).cumprod(1)   f64[B, 4]",
+        "  Fix: register a rule with @frpc.rule(torch.ops.aten.cumsum.default) — docs/adding_a_rule.md;",
+        '       or let it count as a constant: frpc.compile(..., constant=["scores"])',
+    ]
+    assert [(gap.op, gap.module, gap.reason) for gap in error.value.gaps] == [
+        ("aten.cumsum.default", "scores", "no rule"),
+        ("aten.cumsum.default", "scores", "no rule"),
+        ("aten.cumprod.default", "", "no rule"),
+    ]
+
+
+def test_gaps_may_count_as_constants() -> None:
+    """The remedy of the message: what the named modules compute is a constant, and the account still sums up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(scores=Scores(), last=nn.Linear(4, 3))).double()
+    x = randn(2, 4)
+    out = frpc.compile(model, (x,), constant=["scores"])(x, target=1)
+    assert torch.allclose(out.bias, out.output[:, 1])
+    assert torch.allclose(out.relevance.sum(1), out.output[:, 1])
+    both = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), gap=nn.Sequential(OrderedDict(scores=Scores())))).double()
+    assert torch.allclose(frpc.compile(both, (x,), constant="*.scores")(x, target=1).bias, both(x).detach()[:, 1])
+
+
+def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other remedy of the message."""
+    monkeypatch.setattr(TABLE, "rules", dict(TABLE.rules))
+
+    @frpc.rule(aten.cumsum.default, formula="sums up to each place", source="linear")
+    def cumsum(call: Call, a: Tensor, dim: int, dtype: torch.dtype | None = None) -> Affine:
+        return Affine({"self": LinearOp(lambda u: u.cumsum(dim if dim < 0 else dim - a.dim()), a.shape, call.value.shape)})
+
+    model, x = Function(lambda x: x.relu().cumsum(1)), randn(2, 4)
+    out = frpc.compile(model, (x,))(x, target=2)
+    assert torch.allclose(out.relevance.sum(1), model(x)[:, 2])
+    with pytest.raises(
+        OptionError, match=r"aten\.cumsum\.default has a rule already \(cumsum\); pass override=True to replace it"
+    ):
+        frpc.rule(aten.cumsum.default)(cumsum)
+    with pytest.raises(OptionError, match=r"is no operator overload: name one, such as torch.ops.aten.mean.dim"):
+        frpc.rule(aten.cumsum)(cumsum)
+    with pytest.raises(OptionError, match=r"aten\.cumprod\.default has no argument 'axis'; it has self, dim, dtype"):
+        frpc.rule(aten.cumprod.default, carries="axis")(cumsum)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x - x.mean(0), "it mixes samples"),
+        (lambda x: x - x.mean(0, keepdim=True), "it mixes samples"),
+        (lambda x: x + x[:1], "it mixes samples"),
+        (lambda x: x + x[0], "it mixes samples"),
+        (lambda x: nn.functional.linear(x, x[:, None].sum((0, 1))[None]), "it mixes samples"),
+    ],
+    ids=["mean", "mean kept", "first sample", "a sample", "weights"],
+)
+def test_operators_that_mix_samples_are_gaps(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(UnsupportedOpError) as error:
+        frpc.compile(Function(function), (randn(3, 4),))
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + x.flip(0),
+        lambda x: x + x.roll(1, 0),
+        lambda x: x.t().roll(1, 1).t(),
+    ],
+    ids=["flip", "roll", "roll of a transposed"],
+)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_models_that_mix_samples_are_refused(function: Callable[[Tensor], Tensor], batch: int) -> None:
+    """No map of one sample could sum to its output: that is said, not computed."""
+    with pytest.raises(BatchError) as error:
+        frpc.compile(Function(function), (randn(batch, 4),))
+    first, place, last = str(error.value).splitlines()
+    assert first == "One sample's result depends on the other samples of the batch, so no map of that sample could sum to it."
+    assert place.startswith("    (top level)   test_errors.py:")
+    assert "Let the model treat samples apart" in last
+
+
+def test_models_of_a_fixed_batch_that_mix_samples_are_refused() -> None:
+    """The first sample meets the second here, and not the last."""
+    with pytest.raises(BatchError, match="One sample's result depends on the other samples of the batch"):
+        frpc.compile(Function(lambda x: x.view(-1, 2, 2).transpose(0, 1).reshape(-1, 4)), (randn(3, 4),))
+
+
+def test_the_line_that_mixes_samples_is_named() -> None:
+    class Mixes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.relu() + 1
+            y = x * x.flip(0)
+            return y.tanh()
+
+    with pytest.raises(BatchError, match=rf"test_errors.py:{line_of(Mixes, 'flip')}   y = x \* x.flip\(0\)   f64\[B, 4\]"):
+        frpc.compile(Mixes(), (randn(1, 4),))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: torch.cat([x, 2 * x], 0), r"f64\[2\*B, 4\]"),
+        (lambda x: x.repeat(2, 1), r"f64\[2\*B, 4\]"),
+        (lambda x: x.t(), r"f64\[4, B\]"),
+        (lambda x: x.view(-1, 2), r"f64\[2\*B, 2\]"),
+    ],
+    ids=["cat", "repeat", "transposed", "rows"],
+)
+def test_outputs_that_are_not_one_for_each_sample(function: Callable[[Tensor], Tensor], shape: str) -> None:
+    with pytest.raises(
+        BatchError, match=rf"The explained output {shape} does not hold one result for each sample, samples first"
+    ):
+        frpc.compile(Function(function), (randn(2, 4),))
+
+
+def test_a_carried_weight_is_named() -> None:
+    class Hyper(nn.Module):
+        def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+            return nn.functional.conv1d(x, kernel)
+
+    with pytest.raises(UnsupportedOpError, match="carried value as 'weight': the rule takes it as a coefficient only"):
+        frpc.compile(Hyper(), (randn(2, 2, 5), randn(2, 2, 3)))
+
+
+# Capture ----------------------------------------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+class Numpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x[0, 0].item())
+
+
+@pytest.mark.parametrize(("model", "line"), [(Branch(), "if x.sum() > 0:"), (Numpy(), ".item()")], ids=["branch", "item"])
+def test_what_cannot_be_captured_names_the_line(model: nn.Module, line: str) -> None:
+    with pytest.raises(CaptureError) as error:
+        frpc.compile(model, (randn(2, 4),))
+    text = str(error.value)
+    assert text.startswith(f"torch.export cannot capture {type(model).__name__}: ")
+    assert f"test_errors.py:{line_of(type(model), line)}" in text
+    assert "Try: replace data-dependent Python branches and .item() by tensor operators (torch.where)" in text
+    with pytest.raises(CaptureError):
+        frpc.examine(model, randn(2, 4))
+
+
+def test_an_error_of_the_model_itself_is_passed_on() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(2, 1))
+    with pytest.raises(CaptureError, match=r"torch.export cannot capture Sequential: .*(shape|size|dim|multiplied)"):
+        frpc.compile(model, (torch.ones(2, 4),))
+
+
+class Fixed(nn.Module):
+    """The batch size is written into the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, -1).relu() * torch.arange(1.0, 3.0)[:, None]
+
+
+def test_a_fixed_batch_is_recorded_and_checked() -> None:
+    x = randn(2, 4)
+    compiled = frpc.compile(Fixed(), (x,))
+    out = compiled(x, target=1)
+    assert torch.allclose(out.relevance.sum(1), out.output[:, 1])
+    assert any(str(refusal).startswith("a free batch size not used at capture: ") for refusal in compiled.refusals)
+    with pytest.raises(ShapeError, match=r"'x' has a batch of 3; this model was captured with its batch fixed at 2 \(explainer"):
+        compiled(randn(3, 4), target=1)
+
+
+# Inputs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "text"),
+    [
+        ((), InputError, "The explainer takes tensors, batch first; got nothing"),
+        ((1.5,), InputError, "The explainer takes tensors, batch first; got float"),
+        ((randn(2, 3, 5), randn(2)), ShapeError, r"2 inputs given, 1 expected: x \[B, 3, 5\] torch.float64"),
+        ((randn(2, 5, 3),), ShapeError, r"Input 'x' has shape \[2, 5, 3\]; the program takes x \[B, 3, 5\] torch.float64"),
+        ((randn(3, 5),), ShapeError, r"has shape \[3, 5\]; the program takes"),
+        ((randn(),), ShapeError, r"has shape \[\]; the program takes"),
+        (
+            (randn(2, 3, 5).float(),),
+            DtypeError,
+            r"Input 'x' is torch.float32; the program takes torch.float64. Convert it with .to\(torch.float64\)",
+        ),
+        (
+            (torch.empty(2, 3, 5, dtype=torch.float64, device="meta"),),
+            DeviceError,
+            "Input 'x' is on meta; the program runs on cpu",
+        ),
+        ((randn(0, 3, 5),), EmptyBatchError, r"Input 'x' has no samples \(shape \[0, 3, 5\]\)"),
+    ],
+    ids=["nothing", "number", "two", "shape", "rank", "no dimensions", "dtype", "device", "empty"],
+)
+def test_inputs_that_do_not_fit(inputs: tuple[Any, ...], kind: type[FrpcError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        explainer()(*inputs, target=0)
+    with pytest.raises(kind, match=text):
+        explainer().at("first", *inputs, target=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_are_refused(bad: float) -> None:
+    x = randn(3, 3, 5)
+    x[1, 2, :2] = bad
+    text = r"Input 'x' holds 2 NaN or Inf values \(samples 1\): no map could sum to its output"
+    with pytest.raises(NonFiniteError, match=text):
+        explainer()(x, target=0)
+
+
+def test_batches_of_different_size() -> None:
+    class Sum(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + b
+
+    compiled = frpc.compile(Sum(), (randn(2, 4), randn(2, 4)))
+    with pytest.raises(ShapeError, match=r"The inputs have different batch sizes: \[2, 3\]"):
+        compiled(randn(2, 4), randn(3, 4), target=0)
+    with pytest.raises(ShapeError, match=r"1 inputs given, 2 expected: a \[B, 4\] torch.float64, b \[B, 4\] torch.float64"):
+        compiled(randn(2, 4), target=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "text"),
+    [
+        ((), InputError, "tensor"),
+        (("picture.png",), InputError, "got str|is str, not a tensor"),
+        ((randn(0, 4),), EmptyBatchError, r"has shape \[0, 4\]: give at least one sample, batch first|no samples"),
+        ((torch.tensor(1.0),), EmptyBatchError, r"has shape \[\]: give at least one sample, batch first|no samples"),
+        ((torch.full((1, 4), float("nan")),), NonFiniteError, "holds 4 NaN or Inf values"),
+    ],
+    ids=["nothing", "text", "empty", "no dimensions", "nan"],
+)
+def test_example_inputs_are_checked_before_anything_is_captured(
+    inputs: tuple[Any, ...], kind: type[FrpcError], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead of time and at the first call; nothing is captured, and nothing stays behind."""
+    monkeypatch.setattr(
+        torch.export, "export", lambda *_, **__: pytest.fail("the model was captured before its input was checked")
+    )
+    with pytest.raises(kind, match=text):
+        frpc.compile(nn.Linear(4, 2), inputs)
+    lazy = frpc.compile(nn.Linear(4, 2))
+    with pytest.raises(kind, match=text):
+        lazy(*inputs, target=0)
+    assert not lazy._fronts
+    assert not lazy._compiled
+
+
+def test_a_refused_input_leaves_the_explainer_usable() -> None:
+    lazy = frpc.compile(Gaps().double())
+    for _ in range(2):
+        with pytest.raises(UnsupportedOpError):
+            lazy(randn(2, 4), target=0)
+    assert not lazy._compiled
+    out = explainer()(randn(2, 3, 5), target=0)
+    with pytest.raises(TargetError):
+        explainer()(randn(2, 3, 5), target=9)
+    assert torch.equal(explainer()(randn(2, 3, 5), target=0).relevance, out.relevance)
+
+
+# Targets ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        (None, r"Give target= or seed= \(neither given\): the output is \[B, 4\], and one number of it is explained"),
+        (4, r"Target 4 is out of range: the output \[B, 4\] has indices 0 to 3"),
+        (-1, r"Target -1 is out of range: the output \[B, 4\] has indices 0 to 3"),
+        (True, r"target=True is no index: use an int, a tuple of ints, or a tensor of class indices"),
+        (1.0, r"target=1.0 is no index: use an int"),
+        ("cat", r"target='cat' is no index: use an int"),
+        ((1, 2), r"The output is \[B, 4\]: a target of it is an int, not \(1, 2\)"),
+        ((), r"The output is \[B, 4\]: a target of it is an int, not \(\)"),
+        (torch.tensor([1, 4]), r"Target 4 is out of range: the output \[B, 4\] has classes 0 to 3"),
+        (torch.tensor([[-2], [0]]), r"Target -2 is out of range: the output \[B, 4\] has classes 0 to 3"),
+        (torch.tensor([1, 2, 3]), r"target has shape \[3\]; give \[B\] or \[B, K\] with B = 2"),
+        (torch.zeros(2, 1, 1, dtype=torch.int64), r"target has shape \[2, 1, 1\]; give \[B\] or \[B, K\] with B = 2"),
+        (torch.zeros(2, 0, dtype=torch.int64), r"target has shape \[2, 0\]; give \[B\] or \[B, K\]"),
+        (torch.tensor([0.0, 1.0]), r"target is torch.float32; class indices are integers. For a linear functional .* use seed="),
+        (torch.tensor([True, False]), r"target is torch.bool; class indices are integers"),
+    ],
+)
+def test_targets_that_do_not_fit(target: Any, text: str) -> None:
+    x = randn(2, 3, 5)
+    with pytest.raises(TargetError, match=text):
+        explainer()(x, target=target)
+    with pytest.raises(TargetError, match=text):
+        explainer().at("first", x, target=target)
+
+
+def test_targets_of_outputs_of_several_dimensions() -> None:
+    x = randn(2, 3, 5)
+    compiled = frpc.compile(nn.ReLU(), (x,))
+    with pytest.raises(TargetError, match=r"The output is \[B, 3, 5\]: a target of it is a tuple of 2 ints, not 1"):
+        compiled(x, target=1)
+    with pytest.raises(TargetError, match=r"Target 5 is out of range: the output \[B, 3, 5\] has indices 0 to 4"):
+        compiled(x, target=(2, 5))
+    with pytest.raises(TargetError, match=r"The output is \[B, 3, 5\]: give target as a tuple of 2 ints, or use seed="):
+        compiled(x, target=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("seed", "kind", "text"),
+    [
+        (randn(2, 3), TargetError, r"seed has shape \[2, 3\]; the output takes \[2, 4\] or \[2, 'K', 4\]"),
+        (randn(3, 4), TargetError, r"seed has shape \[3, 4\]; the output takes"),
+        (randn(4), TargetError, r"seed has shape \[4\]; the output takes"),
+        (randn(2, 0, 4), TargetError, r"seed has shape \[2, 0, 4\]; the output takes"),
+        (torch.full((2, 4), float("nan")), NonFiniteError, "seed holds NaN or Inf"),
+    ],
+)
+def test_seeds_that_do_not_fit(seed: Tensor, kind: type[FrpcError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        explainer()(randn(2, 3, 5), seed=seed)
+
+
+def test_target_and_seed_together() -> None:
+    with pytest.raises(TargetError, match=r"Give target= or seed= \(both given\)"):
+        explainer()(randn(2, 3, 5), target=1, seed=randn(2, 4))
+
+
+def test_check_takes_one_target() -> None:
+    with pytest.raises(TargetError, match="check takes one target a sample; call it for each of the K targets"):
+        frpc.check(explainer(), randn(2, 3, 5), target=torch.tensor([[0, 1], [2, 3]]))
+
+
+# Names and options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("frist", "Perceptron has no layer 'frist'; nearest names: first"),
+        ("layer4.1.conv2", "Perceptron has no layer 'layer4.1.conv2'; known names: flat, first, act, last"),
+    ],
+)
+def test_unknown_layers_give_the_nearest(name: str, text: str) -> None:
+    with pytest.raises(LayerNameError) as error:
+        explainer().at(["first", name], randn(2, 3, 5), target=0)
+    assert text in str(error.value)
+
+
+def test_unknown_options() -> None:
+    model, x = nn.Linear(4, 2), torch.ones(1, 4)
+    for inputs in (None, (x,)):
+        with pytest.raises(OptionError, match="bias='even' is no policy; choose one of uniform, receptive_field, separate"):
+            frpc.compile(model, inputs, bias="even")
+        with pytest.raises(OptionError, match="strategy='fast' is unknown; choose one of auto, transposed"):
+            frpc.compile(model, inputs, strategy="fast")
+
+
+class Pair(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": x, "mask": x > 0, "twice": 2 * x} if self.kind is dict else self.kind((x, 2 * x, x > 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "text"),
+    [
+        (tuple, None, r"The model returns 3 tensors \(a tuple of 3\): say which to explain with output="),
+        (dict, None, r"The model returns 3 tensors \(a dict with 'logits', 'mask', 'twice'\): say which to explain with output="),
+        (tuple, 3, r"The model's result has no entry 3: a tuple of 3"),
+        (tuple, "logits", r"The model's result has no entry 'logits': a tuple of 3"),
+        (dict, "logit", r"The model's result has no entry 'logit': a dict with 'logits', 'mask', 'twice'"),
+        (list, 2, r"output=2 is no floating-point tensor of the model's result \(a list of 3\)"),
+        (dict, "mask", r"output='mask' is no floating-point tensor of the model's result \(a dict with"),
+    ],
+)
+def test_which_of_several_outputs(kind: type, output: Any, text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        frpc.compile(Pair(kind), (randn(2, 4),), output=output)
+
+
+def test_nothing_to_look_at_before_compiling() -> None:
+    lazy = frpc.compile(nn.Linear(4, 2))
+    for name in ("code", "plan", "stages", "refusals", "program"):
+        with pytest.raises(InputError, match=r"Nothing is compiled yet: call the explainer once, or give frpc\.compile"):
+            getattr(lazy, name)
+    with pytest.raises(InputError, match="Nothing is compiled yet"):
+        lazy.table()
+    with pytest.raises(InputError, match="Nothing is captured yet"):
+        lazy.layers()
+
+
+def test_nothing_floating_to_explain() -> None:
+    """A model of token ids alone has no input that relevance could sum over."""
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten())
+    with pytest.raises(
+        InputError, match=r"No input is floating-point \(torch.int64\): relevance is a share of an input's values"
+    ):
+        frpc.compile(model, (torch.tensor([[1, 2], [3, 4]]),))
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    """pytest-xdist, multiprocessing and the like send exceptions by pickle."""
+    with pytest.raises(UnsupportedOpError) as error:
+        frpc.compile(Gaps().double(), (randn(2, 4),))
+    again = pickle.loads(pickle.dumps(error.value))
+    assert str(again) == str(error.value)
+    assert again.gaps == error.value.gaps
