@@ -26,7 +26,49 @@ def attribution(
     """Explaining one target: its price in forward passes of the model itself."""
     from bench.attribution import run
 
-    raise typer.Exit(run([name.strip() for name in nets.split(",") if name.strip()], batch, threads, rounds, json))
+    raise typer.Exit(run(_words(nets), batch, threads, rounds, json))
+
+
+@app.command()
+def neurons(
+    net: Annotated[str, typer.Option(help="thesis_alexnet, or a torchvision classifier.")] = "thesis_alexnet",
+    layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",
+    side: Annotated[int, typer.Option(min=8, help="Image side.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
+    sample: Annotated[int, typer.Option(min=1, help="Neurons or cells on which slow ways are timed.")] = 64,
+    limit_gb: Annotated[float, typer.Option(help="Memory limit of the maps.")] = 4.0,
+    growth: Annotated[bool, typer.Option("--growth", help="How cost grows with side, depth, channels.")] = False,
+    sides: Annotated[str, typer.Option(help="Image sides for --growth.")] = "16,32,64",
+    planner: Annotated[bool, typer.Option("--planner", help="Is the chosen strategy the best?")] = False,
+    cases: Annotated[str, typer.Option(help="For --planner: net@side of the list, or any net@side:layer.")] = "",
+    patience: Annotated[float, typer.Option(help="Seconds of weight up to which --planner runs a strategy.")] = 20.0,
+    stream: Annotated[tuple[str, str] | None, typer.Option(help="NET LAYER: streams a layer.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="For --stream: only the first blocks.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="For --stream: every neuron's residual.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """All maps of a layer: their price beside other ways to get them, its growth, the planner's choices, streaming."""
+    from bench import growth as growing
+    from bench import neurons as compared
+    from bench import planner as planning
+    from bench import streaming
+
+    limit = limit_gb * 1e9
+    if stream is not None:
+        code = streaming.run(*stream, side, batch, limit, rows, check, threads, json)
+    elif growth:
+        code = growing.run([int(s) for s in _words(sides)], limit, threads, rounds, json)
+    elif planner:
+        code = planning.run(_words(cases) or list(planning.CASES), patience, limit, threads, rounds, json)
+    else:
+        code = compared.run(net, _words(layers), side, batch, sample, limit, threads, rounds, json)
+    raise typer.Exit(code)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 if __name__ == "__main__":

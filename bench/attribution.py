@@ -8,11 +8,7 @@ slows all of them. Nothing is timed before the explainer's output and account ha
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,20 +19,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, used for memory
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import frpc
+from bench.machine import Spread, interleave, machine, make_table, open_console, write_record
 from frpc.pretrained import build_model, recipe
 
 __all__ = ["run"]
 
 FORWARD, EXPLAIN, GRADIENT = "forward", "frpc", "x * gradient"
 OUTPUT_BOUND, CONSERVATION_BOUND = 1e-4, 1e-6  # float32: relative to the largest output, and to sum|V|
-BLOCK_SECONDS = 0.3  # each measurement averages over as many calls as fill this time
-WARM_UP = 3
 GOAL = 2.3
 
 
@@ -70,22 +63,6 @@ class Case:
         return gradient * self.x
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, quartiles and extremes of one measurement over the rounds."""
-
-    median: float
-    low_quartile: float
-    high_quartile: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), low, high, min(values), max(values))
-
-
 def prepare(name: str, batch: int) -> Case:
     """Builds a net with random weights and compiles it; what is timed does not depend on the weights' values."""
     torch.manual_seed(0)
@@ -117,31 +94,6 @@ def gate(case: Case) -> dict[str, float]:
     if not (errors["output"] <= OUTPUT_BOUND and errors["conservation"] <= CONSERVATION_BOUND):
         raise AssertionError(f"{case.name} is wrong, so it is not timed: {errors}")
     return errors
-
-
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Returns seconds a call of every way, one entry a round."""
-    ways = case.ways
-    calls = {name: _calls_for(way) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for index in track(range(rounds), description=case.name, transient=True):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                ways[name]()
-            times[name].append((time.perf_counter() - start) / calls[name])
-    return times
-
-
-def _calls_for(way: Callable[[], object]) -> int:
-    """Warms a way up and returns how many calls make a block."""
-    for _ in range(WARM_UP):
-        way()
-    start = time.perf_counter()
-    way()
-    return max(1, round(BLOCK_SECONDS / (time.perf_counter() - start)))
 
 
 def peak_memory(way: Callable[[], object]) -> int:
@@ -180,41 +132,9 @@ def report(case: Case, errors: dict[str, float], times: dict[str, list[float]]) 
     }
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Says where and with what the numbers were made."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": os.getloadavg()[0],
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "frpc": frpc.__version__},
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _cpu_name() -> str:
-    source = Path("/proc/cpuinfo")
-    lines = source.read_text().splitlines() if source.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
     """Prints one row for each net and way."""
-    heads = ("net", "way", "ms a call", "min–max", "ratio", "IQR", "min–max", "peak MB", "compile s")
-    table = Table(*heads, box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = make_table("net", "way", "ms a call", "min–max", "ratio", "IQR", "min–max", "peak MB", "compile s", left=2)
     for result in results:
         for name, way in result["ways"].items():
             seconds, ratio = way["seconds"], way["ratio"]
@@ -241,21 +161,12 @@ def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
 
 def run(nets: Sequence[str], batch: int, threads: int, rounds: int, file: Path | None) -> int:
     """Runs the benchmark; returns 1 if a net's median ratio is beyond the goal."""
-    torch.set_num_threads(threads)
-    console = Console(highlight=False)
-    console.width = max(console.width, 108)  # the table needs it, a terminal may wrap it
-    where = machine(threads)
+    console, where = open_console(), machine(threads)
     results = []
     for name in nets:
         case = prepare(name, batch)
         errors = gate(case)
-        results.append(report(case, errors, measure(case, rounds)))
-    where["load_after"] = os.getloadavg()[0]
-    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    console.print(f"{where['cpu']}, {threads} of {where['cores']} cores, batch {batch}, {rounds} rounds; {versions}")
+        results.append(report(case, errors, interleave(case.ways, rounds, name)))
     show(console, results)
-    if file is not None:
-        settings = {"batch": batch, "rounds": rounds, "goal": GOAL}
-        record = {"benchmark": "attribution", **settings, "machine": where, "results": results}
-        file.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(console, file, "attribution", {"batch": batch, "rounds": rounds, "goal": GOAL}, where, results)
     return int(any(r["ways"][EXPLAIN]["ratio"]["median"] > GOAL for r in results))

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from frpc.affine import bind
 from frpc.decompose import expand_composites
+from frpc.editor import Editor
 from frpc.errors import TrainingModeError
 from frpc.graph import fetch, origin_of, replace
-from frpc.rules.linear import batch_norm_affine
 
-__all__ = ["PASSES", "Pass", "fold_batch_norm"]
+__all__ = ["PASSES", "Pass"]
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], bool]
@@ -43,41 +42,6 @@ _COPIES = {
     aten.contiguous.default,
     aten.alias.default,
 }
-
-
-class Editor:
-    """Inserts nodes before one node, with example values and that node's origin."""
-
-    def __init__(self, graph_module: fx.GraphModule, before: fx.Node) -> None:
-        self.module, self.node = graph_module, before
-
-    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Adds a call; its example value is computed in the mode of the other examples."""
-        with self.module.graph.inserting_before(self.node):
-            new = self.module.graph.call_function(op, args, kwargs)
-        new.meta["origin"] = origin_of(self.node)
-        examples = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with enable_python_dispatcher():  # else an operator written in C++ may fix the symbolic batch at its example size
-            new.meta["val"] = op(*examples[0], **examples[1])
-        return new
-
-    def constant(self, name: str, value: Tensor, like: Any) -> fx.Node:
-        """Adds a tensor to the module, under a free name, and a node that reads it.
-
-        Args:
-            name: preferred name.
-            value: the tensor.
-            like: any example value, whose fake mode the new example lives in.
-        """
-        free = name.replace(".", "_")
-        while hasattr(self.module, free):
-            free += "_"
-        self.module.register_buffer(free, value)
-        with self.module.graph.inserting_before(self.node):
-            new = self.module.graph.get_attr(free)
-        new.meta["origin"] = origin_of(self.node)
-        new.meta["val"] = like.fake_mode.from_tensor(value, static_shapes=True)
-        return new
 
 
 def _calls(graph_module: fx.GraphModule, ops: set[Any]) -> list[fx.Node]:
@@ -298,6 +262,18 @@ def unroll_circular_pads(graph_module: fx.GraphModule) -> bool:
     return bool(nodes)
 
 
+def select_to_slice_scatter(graph_module: fx.GraphModule) -> bool:
+    """``select_scatter(x, y, d, i) -> slice_scatter(x, unsqueeze(y, d), d, i, i + 1)``."""
+    nodes = _calls(graph_module, {aten.select_scatter.default})
+    for node in nodes:
+        edit, given = Editor(graph_module, node), bind(aten.select_scatter.default, node.args, node.kwargs)
+        dim = given["dim"] % node.meta["val"].dim()
+        index = given["index"] % int(node.meta["val"].shape[dim])
+        source = edit.call(aten.unsqueeze.default, given["src"], dim)
+        replace(node, edit.call(aten.slice_scatter.default, given["self"], source, dim, index, index + 1))
+    return bool(nodes)
+
+
 def stack_to_cat(graph_module: fx.GraphModule) -> bool:
     """``stack([a, b], d) -> cat([unsqueeze(a, d), unsqueeze(b, d)], d)``."""
     nodes = _calls(graph_module, {aten.stack.default})
@@ -337,67 +313,6 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
-def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
-    """``s (W a + b) + t -> (s W) a + (s b + t)``: batch norm after a convolution or linear layer goes into its weights.
-
-    Args:
-        graph_module: the graph.
-        keep: module paths whose own output is asked for; those stay as they are.
-    """
-    changed = False
-    for item in list(graph_module.graph.nodes):
-        norm: Any = item.args[0] if item.target is operator.getitem and item.args[1] == 0 else None
-        if not isinstance(norm, fx.Node) or norm.target is not aten._native_batch_norm_legit_no_training.default:
-            continue
-        layer: Any = norm.args[0]
-        foldable = isinstance(layer, fx.Node) and len(layer.users) == 1 and len(norm.users) == 1
-        if (
-            not foldable
-            or layer.target not in (aten.convolution.default, aten.linear.default)
-            or keep & set(layer.meta.get("layers", ()))
-        ):
-            continue
-        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
-            continue  # the norm's channels are the second dimension, the layer's features the last
-        weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-        statistics = [n for n in (*norm.args[1:5], weight, bias) if n is not None]
-        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics):
-            _fold_one(graph_module, item, norm, layer)
-            changed = True
-    graph_module.graph.eliminate_dead_code()
-    return changed
-
-
-def _fold_one(graph_module: fx.GraphModule, item: fx.Node, norm: fx.Node, layer: fx.Node) -> None:
-    def read(node: Any) -> Tensor | None:
-        return None if node is None else fetch(graph_module, node.target)
-
-    gamma, beta, mean, variance = (read(n) for n in norm.args[1:5])
-    weight, bias = read(layer.args[1]), read(layer.args[2] if len(layer.args) > 2 else None)
-    assert mean is not None and variance is not None and weight is not None
-    # Folded in float64: the product of two rounded factors would cost a digit of the model's own output.
-    double = [None if t is None else t.double() for t in (gamma, beta, mean, variance)]
-    scale, shift = batch_norm_affine(double[0], double[1], double[2], double[3], norm.args[6])  # type: ignore[arg-type]
-    transposed = layer.target is aten.convolution.default and bool(layer.args[6])
-    if transposed:
-        groups = int(layer.args[8])  # type: ignore[arg-type]
-        shaped = weight.double().reshape([groups, -1, *weight.shape[1:]]) * scale.reshape(
-            [groups, 1, -1] + [1] * (weight.dim() - 2)
-        )
-        folded = shaped.reshape(weight.shape)
-    else:
-        folded = weight.double() * scale.reshape([-1] + [1] * (weight.dim() - 1))
-    offset = shift if bias is None else shift + bias.double() * scale
-    edit, name = Editor(graph_module, layer), str(layer.args[1].target)  # type: ignore[union-attr]
-    like = layer.meta["val"]
-    new_weight = edit.constant(f"{name}_folded", folded.to(weight.dtype), like)
-    new_bias = edit.constant(f"{name}_bias_folded", offset.to(weight.dtype), like)
-    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
-    layer.meta["folded"] = origin_of(norm).module
-    replace(item, layer)
-    graph_module.graph.erase_node(norm)
-
-
 PASSES: tuple[Pass, ...] = (
     refuse_random,
     remove_copies,
@@ -408,9 +323,10 @@ PASSES: tuple[Pass, ...] = (
     unify_shuffles,
     recover_shrinks,
     unroll_circular_pads,
+    select_to_slice_scatter,
     stack_to_cat,
     expand_gated_linear_units,
     expand_composites,
     fold_constants,
 )
-"""In this order; :func:`fold_batch_norm` follows, knowing which layers must stay."""
+"""In this order; :func:`frpc.folding.fold_batch_norm` follows, knowing which layers must stay."""

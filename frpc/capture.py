@@ -69,7 +69,10 @@ def snapshot(model: nn.Module) -> nn.Module:
 
     Raises:
         TrainingModeError: if the module cannot be copied, or a part of it stays in training mode after ``eval()``.
+        CaptureError: if it is a TorchScript module.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("This is a TorchScript module, which torch.export does not take: compile the module it was made from.")
     try:
         copied = copy.deepcopy(model)
     except Exception as error:

@@ -45,7 +45,7 @@ class OutputFolder:
 
     def text(self, name: str, content: str) -> Path:
         """Writes a text file."""
-        return self._write(name, lambda path: path.write_text(content, encoding="utf-8"))
+        return self.file(name, lambda path: path.write_text(content, encoding="utf-8"))
 
     def json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Writes a JSON file; NaN and Inf, which JSON lacks, are refused."""
@@ -53,13 +53,14 @@ class OutputFolder:
 
     def arrays(self, name: str, **arrays: NDArray[Any]) -> Path:
         """Writes a ``.npz`` file."""
-        return self._write(name, lambda path: np.savez_compressed(path, allow_pickle=False, **arrays))
+        return self.file(name, lambda path: np.savez_compressed(path, allow_pickle=False, **arrays))
 
     def figure(self, name: str, figure: Figure) -> Path:
         """Writes a picture."""
-        return self._write(name, lambda path: heatmap.save(figure, path))
+        return self.file(name, lambda path: heatmap.save(figure, path))
 
-    def _write(self, name: str, write: Callable[[Path], object]) -> Path:
+    def file(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Writes a file by calling ``write`` with its path."""
         path = self.path / name
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,7 @@ __all__ = [
     "draw_map",
     "draw_picture",
     "finite",
+    "picture_array",
     "pixel_map",
     "robust_limit",
     "signed",
@@ -75,7 +76,7 @@ def robust_limit(maps: Sequence[Array]) -> float:
 
 def draw_picture(axes: Axes, image: Any, *, title: str | None = None) -> None:
     """The picture itself, in its own colours."""
-    axes.imshow(_picture(image), cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    axes.imshow(picture_array(image), cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
     _frame(axes, title, None)
 
 
@@ -96,7 +97,7 @@ def draw_map(
     if image is None:
         axes.imshow(MAP_COLOURS((strength + 1) / 2), interpolation="nearest")
     else:
-        grey = _picture(image)
+        grey = picture_array(image)
         grey = grey @ np.array([0.299, 0.587, 0.114]) if grey.ndim == 3 else grey
         height, width = grey.shape
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -108,7 +109,7 @@ def draw_map(
     _frame(axes, title, caption)
 
 
-def draw_bar(figure: Figure, axes: Axes | Sequence[Axes], limit: float, maps: Sequence[Array], unit: str) -> None:
+def draw_bar(figure: Figure | SubFigure, axes: Axes | Sequence[Axes], limit: float, maps: Sequence[Array], unit: str) -> None:
     """The numbered colour bar of one scale; pointed at an end that some cell of ``maps`` exceeds."""
     low = min(float(values.min()) for values in maps) < -limit
     high = max(float(values.max()) for values in maps) > limit
@@ -126,7 +127,7 @@ def draw_bar(figure: Figure, axes: Axes | Sequence[Axes], limit: float, maps: Se
 
 def signed(value: float) -> str:
     """A number with its sign and four digits, e.g. ``+22.93``."""
-    return f"{value:+#.4g}".replace("-", "−")
+    return f"{value:+#.4g}".removesuffix(".").replace("-", "−")
 
 
 def finite(relevance: Tensor | NDArray[Any]) -> Array:
@@ -153,7 +154,7 @@ def _frame(axes: Axes, title: str | None, caption: str | None) -> None:
         axes.set_xlabel(caption, fontsize=SMALL, parse_math=False)
 
 
-def _picture(image: Any) -> Array:
+def picture_array(image: Any) -> Array:
     """Any accepted picture as ``[H, W]`` or ``[H, W, 3]`` in 0..1."""
     if not isinstance(image, Tensor | np.ndarray) and hasattr(image, "convert"):
         image = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))

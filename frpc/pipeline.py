@@ -19,6 +19,7 @@ from frpc.assign import Assignment, assign
 from frpc.capture import Captured, capture, mixing
 from frpc.emit import emit, only_aten
 from frpc.errors import BatchError, CompileError
+from frpc.folding import fold_batch_norm
 from frpc.plan import Plan, Query, make_plan
 from frpc.rules.ruleset import RuleSet
 
@@ -152,7 +153,7 @@ def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: 
     """
     clock = clock or _Clock([])
     canonical = copy_graph(shared.canonical)
-    folded = canonicalize.fold_batch_norm(canonical, frozenset((*query.layers, query.of)))
+    folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of)))
     canonical.recompile()
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
     assignment = assign(canonical, rules, constant, shared.captured.inputs[0].batch).demand_complete()

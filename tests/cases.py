@@ -21,7 +21,7 @@ from reference import ACTIVATIONS
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
-Twin = Literal["reference", "jacobian", "quotient"]
+Twin = Literal["reference", "jacobian", "piecewise", "quotient"]
 
 
 class One(nn.Module):
@@ -56,7 +56,8 @@ class Case:
         build: makes the module; parameters are drawn from the seed the caller set.
         shapes: of the operands, batch first. The batch is 3: capture looks at two samples, and what it bakes in must show.
         twin: where the expected map comes from. "reference": `reference.py` knows the function. "jacobian": the function is
-            J x + f(0) at its input, so the map is x * J^T seed. "quotient": elementwise, the map is f(x) - f(0).
+            J x + f(0) at its input, so the map is x * J^T seed. "piecewise": it is J x + c, with another c at another input.
+            "quotient": elementwise, the map is f(x) - f(0).
         positive: the function is defined for positive operands only.
         arguments: None where the operator stands in the canonical graph; else the call's own, and the rule is asked directly.
     """
@@ -121,6 +122,16 @@ def scattered(a: Tensor, b: Tensor) -> Tensor:
     return torch.slice_scatter(a, b[:, :2], 1, 0, 4, 2)
 
 
+def scattered_on_constant(a: Tensor) -> Tensor:
+    """Two channels inside a constant."""
+    return torch.slice_scatter(K4.repeat(len(a), 1), a[:, :2], 1, 1, 3)
+
+
+def scattered_constant(a: Tensor) -> Tensor:
+    """A constant in place of two channels."""
+    return torch.slice_scatter(a, K4[:2].repeat(len(a), 1), 1, 1, 3)
+
+
 def written_in_part(a: Tensor) -> Tensor:
     """Some columns multiplied in place, through a view."""
     b = a.clone()
@@ -164,14 +175,17 @@ CASES: tuple[Case, ...] = (
          of(lambda a: torch.cat([a, a.new_ones(a.shape[0], 2), 2 * a], -1)), (V,), "jacobian"),
     Case(aten.where.self, "two carried", both(lambda a, b: torch.where(K4 > 0, a, b)), (V, V), "jacobian"),
     Case(aten.where.self, "constant", of(lambda a: torch.where(K4 > 0.4, a, -K4)), (V,), "jacobian"),
+    Case(aten.where.self, "condition of a carried value", of(lambda a: torch.where(a > 0.1, a, K4)), (V,), "piecewise"),
     Case(aten.where.ScalarSelf, "", of(lambda a: torch.where(K4 > 0.4, -1.5, a)), (V,), "jacobian"),
     Case(aten.where.ScalarOther, "", of(lambda a: torch.where(K4 > 0.4, a, -1.5)), (V,), "jacobian"),
     Case(aten.copy.default, "", of(written_in_part), (V,), "jacobian"),
     Case(aten.mm.default, "", of(lambda a: a @ constant(4, 5)), (V,), "jacobian"),
     Case(aten.addmm.default, "", of(lambda a: torch.addmm(constant(5), a, constant(4, 5), beta=0.5, alpha=2)), (V,), "jacobian"),
     Case(aten.slice_scatter.default, "two carried", both(scattered), (I, I), "jacobian"),
-    Case(aten.slice_scatter.default, "constant base", of(lambda a: torch.slice_scatter(K4.repeat(len(a), 1), a[:, :2], 1, 1, 3)), (V,), "jacobian"),
-    Case(aten.slice_scatter.default, "constant part", of(lambda a: torch.slice_scatter(a, K4[:2].repeat(len(a), 1), 1, 1, 3)), (V,), "jacobian"),
+    Case(aten.slice_scatter.default, "constant base",
+         of(scattered_on_constant), (V,), "jacobian"),
+    Case(aten.slice_scatter.default, "constant part",
+         of(scattered_constant), (V,), "jacobian"),
     Case(aten.lerp.Scalar, "", both(lambda a, b: torch.lerp(a, b, 0.3)), (V, V), "jacobian"),
     Case(aten.sum.dim_IntList, "", of(lambda a: a.sum((1, -1))), (I,)),
     Case(aten.sum.dim_IntList, "kept", of(lambda a: a.sum(2, keepdim=True)), (I,)),

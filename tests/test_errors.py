@@ -281,6 +281,13 @@ def test_an_error_of_the_model_itself_is_passed_on() -> None:
         frpc.compile(model, (torch.ones(2, 4),))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")  # torch itself advises against what is refused here
+def test_torchscript_is_refused() -> None:
+    scripted = torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))
+    with pytest.raises(CaptureError, match=r"TorchScript module, which torch.export does not take: compile"):
+        frpc.compile(scripted, (torch.ones(1, 4),))
+
+
 class Fixed(nn.Module):
     """The batch size is written into the model."""
 

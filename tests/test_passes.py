@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 import frpc
 from frpc import canonicalize, lower, optimize
-from frpc.canonicalize import fold_batch_norm
 from frpc.capture import capture, snapshot
 from frpc.decompose import expand_composites
+from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
 from frpc.lower import Refusal
 from frpc.pipeline import copy_graph, front
@@ -163,6 +163,10 @@ CANONICAL: dict[str, tuple[Any, nn.Module, tuple[int, ...], list[str], list[str]
     "stack": (
         canonicalize.stack_to_cat, Function(lambda m, x: torch.stack([x, x * 2.0], -1)), S,
         ["mul.Tensor", "stack"], ["mul.Tensor", "unsqueeze", "unsqueeze", "cat"]),
+    "one channel written in place": (
+        canonicalize.select_to_slice_scatter, Function(lambda m, x: torch.select_scatter(x, x[:, 0] * 2.0, 1, 1)), S,
+        ["slice.Tensor", "select.int", "mul.Tensor", "select_scatter"],
+        ["slice.Tensor", "select.int", "mul.Tensor", "unsqueeze", "slice_scatter"]),
     "circular padding": (
         canonicalize.unroll_circular_pads, Function(lambda m, x: F.pad(x, (1, 2), mode="circular")), S,
         ["pad"], ["slice.Tensor", "slice.Tensor", "cat"]),

@@ -10,6 +10,7 @@ from frpc.cli.demo import demo
 from frpc.cli.doctor import doctor
 from frpc.cli.explain import explain
 from frpc.cli.inspect import compile_model, examine
+from frpc.cli.neurons import neurons
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(explain)
+app.command()(neurons)
 app.command()(examine)
 app.command("compile")(compile_model)
 app.command()(doctor)

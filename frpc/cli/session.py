@@ -26,6 +26,7 @@ __all__ = [
     "Dtype",
     "DtypeOption",
     "JsonOption",
+    "Order",
     "Session",
     "ThreadsOption",
     "prints_to_stderr",
@@ -48,6 +49,13 @@ class Bias(StrEnum):
     uniform = "uniform"
     receptive_field = "receptive_field"
     separate = "separate"
+
+
+class Order(StrEnum):
+    """What channels are sorted by."""
+
+    relevance = "relevance"
+    activation = "activation"
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

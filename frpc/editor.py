@@ -1,0 +1,47 @@
+"""Inserting nodes into a graph with example values and origins, as every canonicalization does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from frpc.graph import origin_of
+
+__all__ = ["Editor"]
+
+
+class Editor:
+    """Inserts nodes before one node, with example values and that node's origin."""
+
+    def __init__(self, graph_module: fx.GraphModule, before: fx.Node) -> None:
+        self.module, self.node = graph_module, before
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call; its example value is computed in the mode of the other examples."""
+        with self.module.graph.inserting_before(self.node):
+            new = self.module.graph.call_function(op, args, kwargs)
+        new.meta["origin"] = origin_of(self.node)
+        examples = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with enable_python_dispatcher():  # else an operator written in C++ may fix the symbolic batch at its example size
+            new.meta["val"] = op(*examples[0], **examples[1])
+        return new
+
+    def constant(self, name: str, value: Tensor, like: Any) -> fx.Node:
+        """Adds a tensor to the module, under a free name, and a node that reads it.
+
+        Args:
+            name: preferred name.
+            value: the tensor.
+            like: any example value, whose fake mode the new example lives in.
+        """
+        free = name.replace(".", "_")
+        while hasattr(self.module, free):
+            free += "_"
+        self.module.register_buffer(free, value)
+        with self.module.graph.inserting_before(self.node):
+            new = self.module.graph.get_attr(free)
+        new.meta["origin"] = origin_of(self.node)
+        new.meta["val"] = like.fake_mode.from_tensor(value, static_shapes=True)
+        return new
