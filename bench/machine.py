@@ -119,7 +119,7 @@ def _git(*arguments: str) -> str | None:
 def open_console() -> Console:
     """A console wide enough for the tables, which a terminal may wrap."""
     console = Console(highlight=False)
-    console.width = max(console.width, 118)
+    console.width = max(console.width, 132)
     return console
 
 

@@ -307,7 +307,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             "" if way["differs"] is None else f"{way['differs']:.1e}",
             f"scaled from {way['sample']} {way['unit']}" if way["whole"] > way["sample"] else "whole",
         )
-    rate = result["flops"] * result["input"][0] / result["ways"][FRPC]["seconds"]["median"] / 1e9
+    rate = result["flops"] / result["ways"][FRPC]["seconds"]["median"] / 1e9
     console.print(
         f"{result['net']} {result['layer']}, input {result['input']}: {result['neurons']:,} maps by {result['strategy']}, "
         f"windows {'x'.join(map(str, result['window']))}, {result['flops'] / 1e9:.3g} GFLOP at {rate:.0f} GFLOP/s; "

@@ -62,7 +62,7 @@ def run(
     console.print(f"{maps!r}\n{maps.plan}\ncapture and layer values: {prepared:.1f} s, peak RSS so far {human_bytes(before)}")
     tally = consume(maps, int(limit), rows, check)
     share = tally.neurons / len(maps)
-    flops = batch * next(c.flops for c in maps.plan.candidates if c.strategy == maps.plan.strategy)
+    flops = next(c.flops for c in maps.plan.candidates if c.strategy == maps.plan.strategy)
     result: dict[str, Any] = {
         "net": net,
         "layer": maps.name,

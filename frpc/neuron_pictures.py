@@ -281,7 +281,7 @@ def _cut(photo: Array, box: Box, cells: Sequence[int]) -> Array:
 
 
 def _outline(axes: Axes, box: Box, scale: tuple[float, float], number: str = "") -> None:
-    """Draws a window, and its number beside its corner; ``scale`` is the picture's pixels per cell of the input."""
+    """Draws a window, and its number at its corner; ``scale`` is the picture's pixels per cell of the input."""
     top, left, height, width = box.top * scale[0], box.left * scale[1], box.height * scale[0], box.width * scale[1]
     dark = [patheffects.withStroke(linewidth=2.2, foreground="black")]
     line = 0.6 if number else 1.0  # numbered windows share one panel
@@ -289,4 +289,15 @@ def _outline(axes: Axes, box: Box, scale: tuple[float, float], number: str = "")
     frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=OUTLINE, linewidth=line, path_effects=shadow)
     axes.add_patch(frame)
     if number:
-        axes.text(left, top, number, fontsize=SMALL, color=OUTLINE, ha="left", va="bottom", clip_on=True, path_effects=dark)
+        room = top > 0.08 * axes.get_ylim()[0]  # above the window, or inside where the border is near
+        axes.text(
+            left,
+            top,
+            number,
+            fontsize=SMALL,
+            color=OUTLINE,
+            ha="left",
+            va="bottom" if room else "top",
+            clip_on=True,
+            path_effects=dark,
+        )
