@@ -102,6 +102,21 @@ linear_op(
     lambda call, a, dim, index: lambda u: u.select(_dims(dim, a.dim())[0], index),
     formula="a[index]",
 )
+linear_op(
+    aten.index_select.default,
+    lambda call, a, dim, index: lambda u: u.index_select(_dims(dim, a.dim())[0], index),
+    formula="a[indices]",
+)
+linear_op(
+    aten.diagonal.default,
+    lambda call, a, offset=0, first=0, second=1: lambda u: u.diagonal(offset, *_dims([first, second], a.dim())),
+    formula="a's diagonal",
+)
+linear_op(
+    aten.unfold.default,
+    lambda call, a, dim, size, step: lambda u: u.unfold(_dims(dim, a.dim())[0], size, step),
+    formula="a in overlapping pieces",
+)
 linear_op(aten.flip.default, lambda call, a, dims: lambda u: u.flip(_dims(dims, a.dim())), formula="a, reversed")
 linear_op(
     aten.roll.default,
