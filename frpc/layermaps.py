@@ -123,7 +123,8 @@ class LayerMaps:
         if self._held is None:
             self._demand(self.nbytes(), "all windows")
             rows, columns = self.positions
-            self._held = torch.stack([row for _, row in self._produce((0, rows), (0, columns))], 2)
+            ordered = [row.permute(0, 2, 3, 4, 1) for _, row in self._produce((0, rows), (0, columns))]
+            self._held = torch.stack(ordered, 1).permute(0, 5, 1, 2, 3, 4)  # stacked in the order they lie in memory
         return self._held
 
     def _demand(self, size: int, what: str) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "SourceRows",
     "Span",
     "SumRows",
+    "blank_row",
 ]
 
 
@@ -131,6 +132,16 @@ class Rows:
     lookback = 1.0
 
 
+def blank_row(like: Tensor, channels: int, width: int, grids: Grids) -> Tensor:
+    """Returns a row of zeros, ``[B, C, w, Rh, Rw]``, with channels innermost in memory.
+
+    A tap adds small windows into larger ones; with channels innermost its runs are long, and products of channels need no
+    copy.
+    """
+    rows, columns = grids
+    return like.new_zeros([like.shape[0], width, rows.side, columns.side, channels]).permute(0, 4, 1, 2, 3)
+
+
 class SourceRows(Rows):
     """The input: every cell sees itself, ``[B, C, W, 1, 1]`` a row."""
 
@@ -176,8 +187,7 @@ class SettledRows(Rows):
 
     def compute(self, i: int) -> Tensor:
         source = self.operands[0].row(i)
-        rows, columns = self.grids
-        out = source.new_zeros([*source.shape[:3], rows.side, columns.side])
+        out = blank_row(source, self.size[0], source.shape[2], self.grids)
         if self.axis == 0:
             inner, outer = self._overlap(i)
             out[..., outer, :] = source[..., inner, :]
@@ -218,8 +228,7 @@ class ConcatRows(Rows):
 
     def compute(self, i: int) -> Tensor:
         like = self.operands[0].row(i)
-        rows, columns = self.grids
-        out = like.new_zeros([like.shape[0], self.size[0], like.shape[2], rows.side, columns.side])
+        out = blank_row(like, self.size[0], like.shape[2], self.grids)
         for operand, start in zip(self.operands, self.starts, strict=True):
             _window_of(out[:, start : start + operand.size[0]], operand.grids, self.grids).copy_(operand.row(i))
         return out
@@ -252,7 +261,7 @@ def _window_of(out: Tensor, inner: Grids, outer: Grids) -> Tensor:
 def _placed(operand: Rows, row: Tensor, grids: Grids) -> Tensor:
     if operand.grids == grids:
         return row
-    out = row.new_zeros([*row.shape[:3], grids[0].side, grids[1].side])
+    out = blank_row(row, operand.size[0], row.shape[2], grids)
     _window_of(out, operand.grids, grids).copy_(row)
     return out
 
@@ -266,6 +275,6 @@ class FramedRows(Rows):
 
     def compute(self, i: int) -> Tensor:
         inner = self.operands[0].row(i)
-        out = inner.new_zeros([inner.shape[0], self.size[0], *inner.shape[2:]])
+        out = blank_row(inner, self.size[0], inner.shape[2], self.grids)
         out[:, self.start : self.start + inner.shape[1]].copy_(inner)
         return out

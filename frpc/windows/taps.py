@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from frpc.maps import Conv, LinearPool, Select, Window
-from frpc.windows.rows import Rows, Span
+from frpc.windows.rows import Rows, Span, blank_row
 
 __all__ = ["ConvRows", "CutRows", "MeanRows", "TapRows", "WinnerRows"]
 
@@ -59,8 +59,8 @@ class TapRows(Rows):
                 yield b, b * d * operand.grids[1].jump, theirs, slice(first - self.span[0], last - self.span[0])
 
     def empty_row(self, like: Tensor) -> Tensor:
-        rows, columns = self.grids
-        return like.new_zeros([like.shape[0], self.size[0], self.span[1] - self.span[0], rows.side, columns.side])
+        """Returns a row of zeros for the columns asked for."""
+        return blank_row(like, self.size[0], self.span[1] - self.span[0], self.grids)
 
 
 class ConvRows(TapRows):
@@ -107,18 +107,19 @@ class ConvRows(TapRows):
             return scratch
         step = rh if n > 1 else max(1, min(rh, _CHUNK // (max(channels, out.shape[1]) * rw)))
         for top in range(0, rh, step):
-            part = source[:, :, :, top : top + step]
-            height = part.shape[3]
-            flat = part.reshape(batch, self.groups, channels // self.groups, -1)
-            size = batch * out.shape[1] * flat.shape[-1]
+            part = source[:, :, :, top : top + step].permute(0, 2, 3, 4, 1)  # [B, n, height, rw, C]
+            flat = part.reshape(-1, self.groups, channels // self.groups).transpose(0, 1)  # [G, L, C/G]
+            size = flat.shape[1] * out.shape[1]
             if scratch.numel() < size:
                 scratch = source.new_empty([size])
-            product = scratch[:size].view(batch, self.groups, -1, flat.shape[-1])
-            if self.groups == 1 and batch == 1:
-                torch.mm(matrix[0], flat[0, 0], out=product[0, 0])
+            product = scratch[:size].view(flat.shape[1], self.groups, -1)  # [L, G, C'/G]
+            if self.groups == 1:
+                torch.mm(flat[0], matrix[0].t(), out=product[:, 0])
             else:
-                torch.matmul(matrix, flat, out=product)
-            out[:, :, :, down + top : down + top + height].add_(product.view(batch, -1, n, height, rw))
+                torch.bmm(flat, matrix.transpose(1, 2), out=product.transpose(0, 1))
+            height = part.shape[2]
+            spread = product.view(batch, n, height, rw, -1).permute(0, 4, 1, 2, 3)
+            out[:, :, :, down + top : down + top + height].add_(spread)
         return scratch
 
     def moved(self) -> float:
