@@ -234,13 +234,12 @@ class LayerMaps:
             memory_limit: bytes; the maps' own limit by default.
         """
         limit = memory_limit or self.memory_limit
-        rows, columns = self.positions
+        rows, _ = self.positions
         for span in self.plan.column_spans(limit):
             for i, row in self._produce((0, rows), span):
                 values = self._spatial(self.values)[:, :, i : i + 1, span[0] : span[1]]
                 bias = self._spatial(self.bias)[:, :, i : i + 1, span[0] : span[1]]
                 yield Block((i, i + 1), span, row.unsqueeze(2), values, bias, self.window)
-        del columns
 
     def _spatial(self, field: Tensor) -> Tensor:
         return field.reshape([*field.shape[:2], *self.positions])
