@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from frpc.affine import Affine, Call, Operand, Rule, bind
+from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
 from frpc.errors import Gap, RuleDeclinedError, UnsupportedOpError
-from frpc.graph import Batch, batch_of, describe, origin_of
+from frpc.graph import Batch, batches_of, describe, origin_of
 from frpc.maps import LinearMap
 from frpc.rules.ruleset import RuleSet
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
-
-aten = torch.ops.aten
-
-_VALUE_FREE = {  # operators whose result does not depend on the values of a floating operand
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.empty_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-    aten.sym_size.int,
-}
 
 
 @dataclass(frozen=True)
@@ -88,18 +73,6 @@ class Assignment:
         return self
 
 
-def operands_of(node: fx.Node) -> dict[Operand, fx.Node]:
-    """Names every node argument of a call: by schema name, or name and position inside a list."""
-    assert isinstance(node.target, OpOverload)
-    found: dict[Operand, fx.Node] = {}
-    for name, value in bind(node.target, node.args, node.kwargs).items():
-        if isinstance(value, fx.Node):
-            found[name] = value
-        elif isinstance(value, list | tuple):
-            found.update({(name, i): v for i, v in enumerate(value) if isinstance(v, fx.Node)})
-    return found
-
-
 def call_of(node: fx.Node, carried: frozenset[Operand], values: Any) -> Call:
     """Returns the call a rule is asked about.
 
@@ -113,7 +86,14 @@ def call_of(node: fx.Node, carried: frozenset[Operand], values: Any) -> Call:
     return Call(node.target, bind(node.target, args, kwargs), values(node), carried)
 
 
-def assign(graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str], fixed_batch: int | None) -> Assignment:
+def assign(
+    graph_module: fx.GraphModule,
+    rules: RuleSet,
+    constant: Sequence[str],
+    fixed_batch: int | None,
+    source: Sequence[str] | None = None,
+    of: str = "",
+) -> Assignment:
     """Gives every node that carries relevance its rule.
 
     Args:
@@ -121,48 +101,57 @@ def assign(graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str]
         rules: the rule set.
         constant: module path patterns whose nodes count as constants.
         fixed_batch: the batch size where it is fixed.
+        source: see :func:`frpc.carriers.find_sources`.
+        of: module path of the layer whose neurons are explained; empty for the model's output.
     """
-    sources = tuple(n for n in graph_module.graph.find_nodes(op="placeholder") if n.meta["val"].is_floating_point())
-    carried: set[fx.Node] = set(sources)
+    sources = find_sources(graph_module.graph, source)
+    live = _live(graph_module, rules, constant, sources, of)
+    batches = batches_of(graph_module.graph, fixed_batch)
     found: dict[fx.Node, Assigned] = {}
     gaps: list[Gap] = []
-    needed = _ancestors(graph_module)
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function" or node not in needed or not _may_carry(node, carried, constant):
+    fixed: set[fx.Node] = set()  # calls that turn out to pass on nothing: constants for those after them
+    for node, every in live.items():
+        operands = {name: n for name, n in every.items() if n not in fixed}
+        if not operands:
+            fixed.add(node)
             continue
-        carried.add(node)
-        if node.target is operator.getitem:
-            continue  # the first result of an operator with several: the operator's own rule speaks for it
+        if node.target is operator.getitem:  # the first result of an operator with several: that one's rule speaks for it
+            if not is_first_result(node):
+                gaps.append(_gap(node, f"result {node.args[1]} of {node.args[0].target}: rules speak for the first"))  # type: ignore[union-attr]
+            continue
         try:
-            found[node] = _assign_one(node, carried, rules, fixed_batch)
+            assigned = _assign_one(node, operands, rules, batches.get(node))
+            if assigned.operands:
+                found[node] = assigned
+            else:
+                fixed.add(node)
         except RuleDeclinedError as reason:
             gaps.append(_gap(node, str(reason)))
-    return Assignment(graph_module, sources, found, frozenset(carried), tuple(gaps))
+    return Assignment(graph_module, sources, found, frozenset((*sources, *live)) - fixed, tuple(gaps))
 
 
-def _ancestors(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes the output depends on."""
-    needed: set[fx.Node] = set()
+def _live(
+    graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str], sources: Sequence[fx.Node], of: str
+) -> dict[fx.Node, dict[Operand, fx.Node]]:
+    """Returns the calls that relevance passes on its way from the output to a source, with the operands it goes to."""
+    carried: set[fx.Node] = set(sources)
+    operands: dict[fx.Node, dict[Operand, fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node not in carried and may_carry(node, carried, constant):
+            carried.add(node)
+            if isinstance(node.target, OpOverload):
+                operands[node] = carrying_operands(node, carried, rules.product_for(origin_of(node).module))
+            else:
+                operands[node] = {("", i): n for i, n in enumerate(node.all_input_nodes) if n in carried}
+    explained = [n for n in graph_module.graph.nodes if of and of in n.meta.get("layers", ())]
+    wanted: set[Any] = {*explained, graph_module.graph.output_node().args[0]}
     for node in reversed(graph_module.graph.nodes):
-        if node.op == "output" or any(user in needed or user.op == "output" for user in node.users):
-            needed.add(node)
-    return needed
+        if node in wanted and node in operands:
+            wanted.update(operands[node].values())
+    return {node: found for node, found in operands.items() if node in wanted}
 
 
-def _may_carry(node: fx.Node, carried: set[fx.Node], constant: Sequence[str]) -> bool:
-    value = node.meta.get("val")
-    first = value[0] if isinstance(value, tuple | list) and value else value
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or node.target in _VALUE_FREE:
-        return False
-    modules = origin_of(node).modules or ("",)
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):
-        return False
-    if node.target is operator.getitem and node.args[1] != 0:
-        return False
-    return any(argument in carried for argument in node.all_input_nodes)
-
-
-def _assign_one(node: fx.Node, carried: set[fx.Node], rules: RuleSet, fixed_batch: int | None) -> Assigned:
+def _assign_one(node: fx.Node, operands: dict[Operand, fx.Node], rules: RuleSet, batch: Batch | None) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
     if node.target._schema.is_mutable:
@@ -170,13 +159,11 @@ def _assign_one(node: fx.Node, carried: set[fx.Node], rules: RuleSet, fixed_batc
     rule = rules.rule_for(node.target, origin_of(node).module)
     if rule is None:
         raise RuleDeclinedError("no rule")
-    operands = {name: n for name, n in operands_of(node).items() if n in carried}
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:
             raise RuleDeclinedError(f"carried value as {argument!r}: the rule takes it as a coefficient only")
     call = call_of(node, frozenset(operands), lambda n: n.meta["val"])
-    batch = batch_of(call.value, fixed_batch)
     if batch is None:
         raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
     with call.value.fake_mode, enable_python_dispatcher():  # type: ignore[attr-defined]

@@ -8,8 +8,12 @@ there is one output tensor, the one to be explained.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +24,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from frpc.errors import CaptureError, EmptyBatchError, InputError, NonFiniteError, OptionError, TrainingModeError
-from frpc.graph import Batch, Origin, batch_of, describe, first_result, origin_of, set_layers
+from frpc.errors import CaptureError, EmptyBatchError, InputError, NonFiniteError, OptionError, TrainingModeError, nearest
+from frpc.graph import Origin, set_layers
 
-__all__ = ["Captured", "InputSpec", "capture", "check_finite", "mixing", "snapshot"]
+__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,27 @@ def snapshot(model: nn.Module) -> nn.Module:
     return copied.requires_grad_(False)
 
 
-def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None = None) -> Captured:
+def argument_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    """Sorts the names of keyword inputs as the model's ``forward`` takes them.
+
+    Raises:
+        InputError: for a name it does not take.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if unknown := [n for n in names if n not in parameters and not anything]:
+        raise InputError(f"{type(model).__name__}.forward takes no {unknown[0]!r}; {nearest(unknown[0], list(parameters))}.")
+    return (*(n for n in parameters if n in names), *(n for n in names if n not in parameters))
+
+
+def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None = None, names: Sequence[str] = ()) -> Captured:
     """Captures ``model`` at ``inputs`` as one functional ATen graph with a free batch size where the model allows it.
 
     Args:
         model: the module, in evaluation mode: see :func:`snapshot`.
         inputs: example inputs, batch first.
         output: which output to explain, for models that return several.
+        names: names to pass the inputs by, in the order of ``forward``; empty to pass them by position.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model; carries its reason and the user's line.
@@ -107,10 +125,10 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None
     pair = tuple(_pair(x) for x in inputs)
     reason = None
     try:
-        program = _export(model, pair, dynamic=True)
+        program = _export(model, pair, names, dynamic=True)
     except Exception as error:
         reason = _first_line(error)
-        program = _export_static(model, tuple(inputs), error)
+        program = _export_static(model, tuple(inputs), names, error)
     graph_module = _plain_graph(program, model, output)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     specs = tuple(_spec(node, reason is None) for node in placeholders)
@@ -127,11 +145,6 @@ def _check_examples(inputs: Sequence[Tensor]) -> None:
         if x.dim() == 0 or x.shape[0] == 0:
             raise EmptyBatchError(f"Input {position} has shape {list(x.shape)}: give at least one sample, batch first.")
         check_finite(x, position)
-    if not any(x.is_floating_point() for x in inputs):
-        raise InputError(
-            f"No input is floating-point ({', '.join(str(x.dtype) for x in inputs)}): relevance is a share of an input's values. "
-            "Give the model what its embedding layer returns."
-        )
 
 
 def check_finite(x: Tensor, name: str | int) -> None:
@@ -149,90 +162,41 @@ def check_finite(x: Tensor, name: str | int) -> None:
     )
 
 
-def mixing(captured: Captured, inputs: Sequence[Tensor]) -> str | None:
-    """Finds out whether samples are treated apart, by changing one and looking at the result of another.
-
-    Args:
-        captured: the model.
-        inputs: its example inputs.
-
-    Returns:
-        What is wrong, or None: the output does not hold one result for each sample, or one sample's result depends on another.
-    """
-    result = captured.graph_module.graph.output_node().args[0]
-    assert isinstance(result, fx.Node)
-    fixed = captured.inputs[0].batch
-    if batch_of(result.meta["val"], fixed) != Batch(0, 1):
-        return (
-            f"The explained output {describe(result.meta['val'])} does not hold one result for each sample, samples first.\n"
-            f"    {_place(result)}\n  Let the model return [B, ...], or choose another of its outputs with output=."
-        )
-    count = 2 if fixed is None else fixed
-    if count == 1:
-        return None
-    alike = [x.detach()[:1].expand(count, *x.shape[1:]).clone() for x in inputs]
-    unlike = [torch.cat([x[:1], 0.37 * x[1:] + 0.21]) if x.is_floating_point() else x for x in alike]
-    with torch.no_grad():
-        if _same(captured.graph_module(*alike)[:1], captured.graph_module(*unlike)[:1]):
-            return None
-        return (
-            "One sample's result depends on the other samples of the batch, so no map of that sample could sum to it.\n"
-            f"    {_place(_first_mixed(captured, alike, unlike) or result)}\n"
-            "  Let the model treat samples apart; explain one that compares samples for fixed partners, held as buffers."
-        )
-
-
-def _place(node: fx.Node) -> str:
-    origin = origin_of(node)
-    return f"{origin.module or '(top level)'}   {origin.where}   {origin.source}   {describe(node.meta['val'])}"
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    bound = 1e4 * torch.finfo(one.dtype).eps * float(one.nan_to_num().abs().amax())
-    return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
-
-
-def _first_mixed(captured: Captured, alike: Sequence[Tensor], unlike: Sequence[Tensor]) -> fx.Node | None:
-    """Returns the first node whose part that belongs to the first sample differs."""
-    values: list[dict[fx.Node, Any]] = []
-    for inputs in (alike, unlike):
-        interpreter = fx.Interpreter(captured.graph_module, garbage_collect_values=False)
-        interpreter.run(*inputs)
-        values.append(interpreter.env)
-    for node in captured.graph_module.graph.nodes:
-        one, other = (first_result(v.get(node)) for v in values)
-        example = first_result(node.meta.get("val"))
-        if node.op != "call_function" or not isinstance(one, Tensor) or not one.is_floating_point():
-            continue
-        batch = batch_of(example, captured.inputs[0].batch)
-        if batch is not None and not _same(*(x.narrow(batch.axis, 0, batch.factor) for x in (one, other))):
-            return node
-    return None
-
-
 def _pair(x: Tensor) -> Tensor:
     """Returns the example as a batch of two: torch.export takes a batch of one for a constant."""
     return torch.cat([x[:1], x[:1]]) if x.shape[0] == 1 else x[:2]
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool) -> ExportedProgram:
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: bool) -> ExportedProgram:
     batch = Dim("batch", min=1)
-    shapes = tuple({0: batch} for _ in inputs) if dynamic else None
-    with torch.no_grad():
-        program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    named = dict(zip(names, inputs, strict=True)) if names else {}
+    shapes: Any = {n: {0: batch} for n in names} if names else tuple({0: batch} for _ in inputs)
+    with torch.no_grad(), _quiet("The tensor attributes"):  # recurrent layers note their weights anew at every call
+        program = torch.export.export(
+            model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
+        )
         return program.run_decompositions({})  # functional: in-place operators become plain ones, nothing else is unrolled
 
 
-def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], first: Exception) -> ExportedProgram:
+def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], first: Exception) -> ExportedProgram:
     try:
-        return _export(model, inputs, dynamic=False)
+        return _export(model, inputs, names, dynamic=False)
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}\n"
             f"  at {_user_line(error)}\n"
+            f"{_PACKED if _is_packed(error) else ''}"
             "  Try: replace data-dependent Python branches and .item() by tensor operators (torch.where), keep numpy out of "
             "forward, and pass every varying quantity as an input."
         ) from first
+
+
+_PACKED = "  Packed sequences have sizes that depend on the lengths: call frpc.recurrent.masked(layer, x, lengths) instead.\n"
+
+
+def _is_packed(error: Exception) -> bool:
+    """Says whether an error comes out of packing or running a packed sequence."""
+    return any(frame.filename.endswith(("utils/rnn.py", "modules/rnn.py")) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _first_line(error: Exception) -> str:
@@ -242,11 +206,7 @@ def _first_line(error: Exception) -> str:
 
 def _user_line(error: Exception) -> str:
     """Names the innermost frame that lies outside torch."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
-        traceback = traceback.tb_next
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     torch_folder = torch.__path__[0]
     user = [f for f in frames if not f[0].startswith(torch_folder) and not f[0].startswith("<") and f[0] != __file__]
     return f"{user[-1][0]}:{user[-1][1]}" if user else "(no line of yours is in the traceback)"
@@ -263,7 +223,7 @@ def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int |
             target = kinds[node.name].target
             assert target is not None
             constants[target] = _constant(program, target)
-            with _quiet_get_attr(graph):
+            with _quiet("Attempted to insert a get_attr Node"):
                 copies[node] = graph.get_attr(target)
             copies[node].meta = dict(node.meta)
         elif node.op == "output":
@@ -276,12 +236,12 @@ def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int |
     return fx.GraphModule(_tree(constants), graph, class_name="Captured")
 
 
-def _quiet_get_attr(graph: fx.Graph) -> Any:
-    import warnings
-
-    guard = warnings.catch_warnings()
-    warnings.simplefilter("ignore")
-    return guard
+@contextmanager
+def _quiet(message: str) -> Iterator[None]:
+    """Leaves out warnings that begin so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message)
+        yield
 
 
 def _constant(program: ExportedProgram, target: str) -> Any:
@@ -304,7 +264,7 @@ def _tree(constants: dict[str, Any]) -> nn.Module:
 
 
 def _explained_output(program: ExportedProgram, node: fx.Node, output: str | int | None) -> fx.Node:
-    """Picks the tensor to explain: the only floating one, or the one named by ``output``."""
+    """Picks the tensor to explain: the one named by ``output``, else ``logits``, else the only floating one."""
     specs = program.graph_signature.output_specs
     user = [a for a, s in zip(node.args[0], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]  # type: ignore[arg-type]
     out_spec = program.call_spec.out_spec
@@ -314,11 +274,12 @@ def _explained_output(program: ExportedProgram, node: fx.Node, output: str | int
         chosen = _entry(structure, output)
     else:
         floating = [n for n in user if isinstance(n, fx.Node) and n.meta["val"].is_floating_point()]
-        if len(floating) != 1:
+        logits = structure.get("logits") if isinstance(structure, dict) else getattr(structure, "logits", None)
+        if len(floating) != 1 and logits is None:
             raise OptionError(
                 f"The model returns {len(user)} tensors ({_outline(structure)}): say which to explain with output=."
             )
-        chosen = floating[0]
+        chosen = floating[0] if logits is None else logits
     if not isinstance(chosen, fx.Node) or not chosen.meta["val"].is_floating_point():
         raise OptionError(f"output={output!r} is no floating-point tensor of the model's result ({_outline(structure)}).")
     return chosen

@@ -60,7 +60,10 @@ def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tenso
     """
     if len(assignment.sources) != 1:
         raise InputError("Maps of layers are over one input; this model has several. Use explainer.neurons().")
-    x = inputs[assignment.graph_module.graph.find_nodes(op="placeholder").index(assignment.sources[0])].detach()
+    source = assignment.sources[0]
+    if source.op != "placeholder":
+        raise InputError("Maps of layers are over an input; this source is a layer. Use explainer.neurons().")
+    x = inputs[assignment.graph_module.graph.find_nodes(op="placeholder").index(source)].detach()
     if x.dim() > 4:
         raise InputError(f"Maps of layers cover inputs with one or two spatial axes, not {x.dim() - 2}. Use explainer.neurons().")
     module = assignment.graph_module

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from frpc import pipeline
 from frpc.assign import assign
-from frpc.capture import snapshot
+from frpc.capture import argument_order, snapshot
 from frpc.graph import describe, origin_of
 from frpc.printing import columns
 from frpc.rules.ruleset import FRP, RuleSet
@@ -58,23 +58,26 @@ class Coverage:
 
 def examine(
     model: nn.Module,
-    inputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     rule: RuleSet | None = None,
+    source: str | Sequence[str] | None = None,
     constant: Sequence[str] = (),
     output: str | int | None = None,
 ) -> Coverage:
     """Captures a model and says which rule each node would get, without compiling and without raising on gaps.
 
     Args:
-        model, inputs, rule, constant, output: as for :func:`frpc.compile`.
+        model, inputs, rule, source, constant, output: as for :func:`frpc.compile`.
 
     Raises:
         CaptureError: if the model cannot be captured at all.
     """
-    examples = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    front = pipeline.front(snapshot(model), examples, output)
-    found = assign(front.canonical, rule or FRP(), constant, front.captured.inputs[0].batch)
+    names = argument_order(model, list(inputs)) if isinstance(inputs, Mapping) else ()
+    examples = [inputs[n] for n in names] if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs
+    front = pipeline.front(snapshot(model), examples, output, names)
+    asked = (source,) if isinstance(source, str) else source
+    found = assign(front.canonical, rule or FRP(), constant, front.captured.inputs[0].batch, asked)
     gaps = {gap.node: gap for gap in found.gaps}
     rows = []
     for node in front.canonical.graph.nodes:

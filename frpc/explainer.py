@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from frpc import pipeline, printing
 from frpc.assign import Assignment
 from frpc.bias import check_policy
-from frpc.capture import snapshot
+from frpc.capture import argument_order, snapshot
 from frpc.context import layer_context
 from frpc.errors import InputError, LayerNameError, OptionError, nearest
 from frpc.explanation import Explanation, LayerRelevance
@@ -22,7 +22,7 @@ from frpc.layermaps import LayerMaps
 from frpc.layers import layer_maps
 from frpc.lower import Refusal
 from frpc.neurons import cones_are_cheaper, neuron_maps
-from frpc.pipeline import Compiled, Front, Stage
+from frpc.pipeline import Choice, Compiled, Front, Stage
 from frpc.plan import Plan, Query, check_strategy, layer_node
 from frpc.rules.ruleset import FRP, RuleSet
 from frpc.targets import Target, check_inputs, make_seed
@@ -42,10 +42,11 @@ class Explainer(nn.Module):
     operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
     """
 
-    def __init__(self, model: nn.Module, rules: RuleSet, query: Query, constant: Sequence[str], output: str | int | None) -> None:
+    def __init__(self, model: nn.Module, choice: Choice, query: Query) -> None:
         super().__init__()
         self._snapshot = (snapshot(model),)  # in a tuple: it is no submodule, programs hold the tensors they use
-        self._rules, self._query, self._constant, self._output = rules, query, tuple(constant), output
+        self._choice, self._query = choice, query
+        self._names: tuple[str, ...] | None = None  # of the inputs, once they were given by keyword
         self._fronts: dict[Signature, Front] = {}
         self._compiled: dict[tuple[Signature, Query], Compiled] = {}
         self._assignments: dict[tuple[Signature, str], Assignment] = {}
@@ -54,14 +55,14 @@ class Explainer(nn.Module):
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
-    def forward(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Explanation:
+    def forward(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor) -> Explanation:
         """Explains one number of the output, or K of them, for each sample.
 
         Shapes:
-            inputs: ``[B, ...]`` each, any B.
+            inputs, named: ``[B, ...]`` each, any B; by position, or all by the names the model's ``forward`` gives them.
             target: an int, a tuple of ints for outputs of several dimensions, ``[B]`` or ``[B, K]`` class indices.
             seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``.
-            relevance: like the input, or ``[B, K, ...]``.
+            relevance: like the source (the input, or what ``source=`` names), or ``[B, K, ...]``.
 
         Exact when: always; ``relevance[b].sum() == output[b, target]`` to rounding (with ``bias="separate"``: plus ``bias[b]``).
 
@@ -70,6 +71,7 @@ class Explainer(nn.Module):
 
         Source: thesis eqs. 3.5, 3.8, 4.1, 4.2, in transposed form.
         """
+        inputs = self._given(inputs, named)
         front = self._front(inputs)
         functional, columns = self._seed(front, inputs, target, seed)
         compiled = self._program(front, inputs, self._asked(columns=columns))
@@ -82,7 +84,12 @@ class Explainer(nn.Module):
         return Explanation(output, relevance, bias, tuple(inputs))
 
     def at(
-        self, layers: str | Sequence[str], *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None
+        self,
+        layers: str | Sequence[str],
+        *inputs: Tensor,
+        target: Target | None = None,
+        seed: Tensor | None = None,
+        **named: Tensor,
     ) -> LayerRelevance:
         """Returns the relevance of every neuron of inner layers, ``R = a * G_a``, all from one pass.
 
@@ -96,6 +103,7 @@ class Explainer(nn.Module):
         Source: LID paper, relevance of several layers (eqs. 15-18 with values in place of increments).
         """
         names = (layers,) if isinstance(layers, str) else tuple(layers)
+        inputs = self._given(inputs, named)
         front = self._front(inputs)
         self._check_layers(front, names)
         functional, columns = self._seed(front, inputs, target, seed)
@@ -105,7 +113,9 @@ class Explainer(nn.Module):
             relevances = [r.movedim(0, 1) for r in relevances]
         return LayerRelevance(output, dict(zip(names, relevances, strict=True)))
 
-    def neurons(self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto") -> Explanation:
+    def neurons(
+        self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto", **named: Tensor
+    ) -> Explanation:
         """Explains K neurons of a layer, for each sample.
 
         Shapes: ``output [B, K]``, ``relevance [B, K, ...]`` like the input, ``bias [B, K]``.
@@ -122,6 +132,7 @@ class Explainer(nn.Module):
             OptionError: if a forced strategy cannot answer.
             TargetError: if an index is out of range.
         """
+        inputs = self._given(inputs, named)
         front = self._front(inputs)
         self._check_layers(front, (layer,))
         node = _layer_example(front, layer)
@@ -162,9 +173,9 @@ class Explainer(nn.Module):
             local = local + (bias / inputs[0][0].numel()).reshape([*bias.shape, *[1] * (inputs[0].dim() - 1)])
         return Explanation(values, local, bias, tuple(inputs))
 
-    def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor) -> Explanation:
+    def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
-        found = self.neurons(layer, [index], *inputs)
+        found = self.neurons(layer, [index], *inputs, **named)
         relevance = found.relevance
         one = tuple(r[:, 0] for r in relevance) if isinstance(relevance, tuple) else relevance[:, 0]
         return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs)
@@ -200,8 +211,9 @@ class Explainer(nn.Module):
 
         return layer_maps(assignment, name, node, inputs, self._query.bias, strategy, memory_limit, pulled)
 
-    def predict(self, *inputs: Tensor) -> Tensor:
+    def predict(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
+        inputs = self._given(inputs, named)
         front = self._front(inputs)
         output = front.canonical(*(x.detach() for x in inputs))
         assert isinstance(output, Tensor)
@@ -257,10 +269,9 @@ class Explainer(nn.Module):
         return printing.rule_table(self._first().assignment)
 
     def __repr__(self) -> str:
+        rules = self._choice.rules.name
         if not self._compiled:
-            return (
-                f"Explainer({self.model_name}, {self._rules.name}, not compiled yet: call it, or give compile() example inputs)"
-            )
+            return f"Explainer({self.model_name}, {rules}, not compiled yet: call it, or give compile() example inputs)"
         compiled = self._first()
         front = self._first_front()
         takes = ", ".join(describe(n.meta["val"]) for n in front.canonical.graph.find_nodes(op="placeholder"))
@@ -269,20 +280,37 @@ class Explainer(nn.Module):
         seconds = sum(s.seconds for s in compiled.stages)
         return (
             f"Explainer({self.model_name}: {takes} -> {gives})\n"
-            f"  rules {self._rules.name}, bias {self._query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
+            f"  rules {rules}, bias {self._query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
             f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
             f"{len(compiled.refusals)} refusals"
         )
 
     # ---- compiling ----------------------------------------------------------------------------------------------
 
-    def compile_for(self, *inputs: Tensor) -> Explainer:
+    def compile_for(self, *inputs: Tensor, **named: Tensor) -> Explainer:
         """Compiles the program for inputs like these now, checks it against the model, and takes no other shapes from then on."""
+        inputs = self._given(inputs, named)
         front = self._front(inputs)
         compiled = self._program(front, inputs, self._asked())
         pipeline.verify(compiled, front, [x.detach() for x in inputs])
         self._ahead = True
         return self
+
+    def _given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Puts keyword inputs into the order in which the graph takes them; the first call settles their names."""
+        if not named:
+            return inputs
+        if inputs:
+            raise InputError("Give all inputs by position or all by name, not some of each.")
+        with _TRACING:
+            if self._names is None and not self._fronts:
+                self._names = argument_order(self._snapshot[0], list(named))
+        known = self._names or ()
+        if set(known) != set(named):
+            raise InputError(
+                f"Inputs {', '.join(named)} given; the explainer takes {', '.join(known) or 'its inputs by position'}."
+            )
+        return tuple(named[name] for name in known)
 
     def _asked(self, **changes: Any) -> Query:
         return dataclasses.replace(self._query, **changes)
@@ -299,7 +327,9 @@ class Explainer(nn.Module):
             found = self._fronts.get(signature)
             if found is None:
                 with _TRACING:
-                    found = self._fronts.get(signature) or pipeline.front(self._snapshot[0], inputs, self._output)
+                    found = self._fronts.get(signature) or pipeline.front(
+                        self._snapshot[0], inputs, self._choice.output, self._names or ()
+                    )
                     self._fronts[signature] = found
             front = found
         check_inputs(inputs, front.captured.inputs)
@@ -310,7 +340,7 @@ class Explainer(nn.Module):
         found = self._compiled.get(key)
         if found is None:
             with _TRACING:
-                found = self._compiled.get(key) or pipeline.compile_query(front, self._rules, self._constant, query)
+                found = self._compiled.get(key) or pipeline.compile_query(front, self._choice, query)
                 if key not in self._compiled:
                     self.add_module(f"program{len(self._compiled)}", found.program)
                 self._compiled[key] = found
@@ -320,7 +350,7 @@ class Explainer(nn.Module):
         key = (_signature(inputs), query.of)
         found = self._assignments.get(key)
         if found is None:
-            found = self._assignments[key] = pipeline.assign_rules(front, self._rules, self._constant, query)
+            found = self._assignments[key] = pipeline.assign_rules(front, self._choice, query)
         return found
 
     def _seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
@@ -364,11 +394,16 @@ def _layer_names(front: Front) -> list[str]:
     return [name for node in front.canonical.graph.nodes for name in node.meta.get("layers", ())]
 
 
+def _names(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return (given,) if isinstance(given, str) else None if given is None else tuple(given)
+
+
 def compile(
     model: nn.Module,
-    inputs: Tensor | Sequence[Tensor] | None = None,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     *,
     rule: RuleSet | None = None,
+    source: str | Sequence[str] | None = None,
     bias: str = "uniform",
     strategy: str = "auto",
     constant: Sequence[str] = (),
@@ -379,14 +414,17 @@ def compile(
     Args:
         model: any module that ``torch.export`` captures. It is copied in evaluation mode; yours is not touched, and later
             changes to it do not reach the explainer.
-        inputs: example inputs, batch first; with them everything is compiled now. Without, at the first call, and again for
-            inputs of other shapes.
+        inputs: example inputs, batch first, a mapping of them for models called with keywords; with them everything is
+            compiled now. Without, at the first call, and again for inputs of other shapes.
         rule: the rule set; forward relevance propagation by default.
+        source: what relevance is spread over: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
+            explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
         bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
             ``"separate"``, beside the map.
         strategy: ``"auto"``, or ``"transposed"`` to force it.
         constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
-        output: which output to explain, for models that return several: a key, an attribute or a position.
+        output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
+            default where there are any.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model.
@@ -394,7 +432,10 @@ def compile(
         TrainingModeError: if the model cannot be evaluated deterministically.
     """
     query = Query(bias=check_policy(bias), strategy=check_strategy(strategy))
-    explainer = Explainer(model, rule or FRP(), query, [constant] if isinstance(constant, str) else constant, output)
+    choice = Choice(rule or FRP(), _names(constant) or (), _names(source), output)
+    explainer = Explainer(model, choice, query)
     if inputs is None:
         return explainer
+    if isinstance(inputs, Mapping):
+        return explainer.compile_for(**inputs)
     return explainer.compile_for(*([inputs] if isinstance(inputs, Tensor) else inputs))

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -15,7 +16,34 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["NOWHERE", "Batch", "Origin", "batch_of", "describe", "fetch", "first_result", "origin_of", "replace", "set_layers"]
+__all__ = [
+    "NOWHERE",
+    "Batch",
+    "Origin",
+    "batch_of",
+    "batches_of",
+    "describe",
+    "fetch",
+    "first_result",
+    "origin_of",
+    "replace",
+    "set_layers",
+]
+
+aten = torch.ops.aten
+
+_ORDER_KEEPING = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+}
+_REPEATING = {aten.repeat.default, aten.cat.default}  # whole batches behind one another
 
 
 @dataclass(frozen=True)
@@ -117,14 +145,19 @@ def _size(size: Any) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the samples are in a tensor: dimension ``axis`` has size ``batch * factor``, samples outermost."""
+    """Where the samples are in a tensor: dimension ``axis`` has size ``batch * factor``.
+
+    Of the ``factor`` parts of a sample, ``outer`` lie further apart than samples: the dimension is ``[outer, batch, inner]``,
+    flattened. A batch that leads has ``outer`` 1; time steps in front of samples make it the number of steps.
+    """
 
     axis: int
     factor: int
+    outer: int = 1
 
 
 def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
-    """Finds the dimension that holds the samples.
+    """Finds the dimension that holds the samples, taken to be outermost in it; see :func:`batches_of`.
 
     Args:
         value: an example value with a symbolic batch, or with real sizes where the batch is fixed.
@@ -140,3 +173,25 @@ def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
         elif fixed is not None and size and size % fixed == 0:
             return Batch(axis, size // fixed)
     return None
+
+
+def batches_of(graph: fx.Graph, fixed: int | None) -> dict[fx.Node, Batch]:
+    """Finds where the samples are in every node's (first) result, following them through views that merge dimensions."""
+    found: dict[fx.Node, Batch] = {}
+    for node in graph.nodes:
+        value = first_result(node.meta.get("val"))
+        batch = batch_of(value, fixed) if isinstance(value, torch.Tensor) else None
+        if batch is not None:
+            parent = next((n for n in node.all_input_nodes if n in found), None)
+            found[node] = batch if parent is None or batch.factor == 1 else _merged(node, batch, parent, found[parent])
+    return found
+
+
+def _merged(node: fx.Node, batch: Batch, parent: fx.Node, before: Batch) -> Batch:
+    """Works out how many parts of a sample lie outside the samples, in a dimension that holds more than samples."""
+    sizes, previous = first_result(node.meta["val"]).shape, first_result(parent.meta["val"]).shape
+    if node.target in _ORDER_KEEPING:
+        outside = before.outer * math.prod(int(n) for n in previous[: before.axis])
+        return Batch(batch.axis, batch.factor, max(1, outside // math.prod(int(n) for n in sizes[: batch.axis])))
+    grown = batch.factor // before.factor if node.target in _REPEATING else 1
+    return Batch(batch.axis, batch.factor, before.outer * max(1, grown))

@@ -16,14 +16,15 @@ from torch import Tensor, fx, nn
 
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
-from frpc.capture import Captured, capture, mixing
+from frpc.capture import Captured, capture
 from frpc.emit import emit, only_aten
 from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
+from frpc.mixing import mixing
 from frpc.plan import Plan, Query, make_plan
 from frpc.rules.ruleset import RuleSet
 
-__all__ = ["Compiled", "Front", "Stage", "compile_query", "front"]
+__all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ class Front:
     mixing: str | None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What the caller chose for all queries about a model.
+
+    Attributes:
+        rules: the rule set.
+        constant: module path patterns whose results count as constants.
+        source: ``("input",)`` or module paths relevance is asked about; None for the usual ones.
+        output: which of several outputs is explained.
+    """
+
+    rules: RuleSet
+    constant: tuple[str, ...] = ()
+    source: tuple[str, ...] | None = None
+    output: str | int | None = None
+
+
 @dataclass
 class Compiled:
     """The answer to one query.
@@ -75,10 +93,10 @@ class Compiled:
     refusals: tuple[lower.Refusal, ...] = field(default_factory=tuple)
 
 
-def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None) -> Front:
-    """Captures and canonicalizes a model."""
+def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = ()) -> Front:
+    """Captures and canonicalizes a model; see :func:`frpc.capture.capture`."""
     start = time.perf_counter()
-    captured = capture(model, inputs, output)
+    captured = capture(model, inputs, output, names)
     middle = time.perf_counter()
     canonical = copy_graph(captured.graph_module)
     passes = tuple(p.__name__ for p in canonicalize.PASSES if _checked(p, canonical))
@@ -119,7 +137,7 @@ def _checked(one_pass: Callable[[fx.GraphModule], Any], graph_module: fx.GraphMo
     return result
 
 
-def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query: Query) -> Compiled:
+def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     """Compiles the program that answers one query.
 
     Raises:
@@ -127,7 +145,7 @@ def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query:
         CompileError: if a pass breaks the graph.
     """
     clock = _Clock(list(shared.stages))
-    assignment = assign_rules(shared, rules, constant, query, clock)
+    assignment = assign_rules(shared, choice, query, clock)
     plan = make_plan(assignment, query)
     clock.note("plan", plan)
     emitted = emit(assignment, plan, shared.captured.fake_mode)
@@ -144,7 +162,7 @@ def compile_query(shared: Front, rules: RuleSet, constant: Sequence[str], query:
     return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals))
 
 
-def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: Query, clock: _Clock | None = None) -> Assignment:
+def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | None = None) -> Assignment:
     """Folds batch norm, layers the query names excepted, and gives every node its rule.
 
     Raises:
@@ -153,10 +171,11 @@ def assign_rules(shared: Front, rules: RuleSet, constant: Sequence[str], query: 
     """
     clock = clock or _Clock([])
     canonical = copy_graph(shared.canonical)
-    folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of)))
+    folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of, *(choice.source or ()))))
     canonical.recompile()
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
-    assignment = assign(canonical, rules, constant, shared.captured.inputs[0].batch).demand_complete()
+    fixed = shared.captured.inputs[0].batch
+    assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of).demand_complete()
     if shared.mixing is not None:
         raise BatchError(shared.mixing)
     clock.note("assign", assignment)

@@ -192,5 +192,5 @@ def inner(v: Tensor, c: Tensor | float, shape: Sequence[Any], batch: Batch) -> T
     rest = [d - rank for d in range(rank) if d != batch.axis]
     per_sample = v.sum(rest) if rest else v
     if batch.factor != 1:
-        per_sample = per_sample.unflatten(-1, (-1, batch.factor)).sum(-1)
+        per_sample = per_sample.unflatten(-1, (batch.outer, -1, batch.factor // batch.outer)).sum((-3, -1))
     return per_sample

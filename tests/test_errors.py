@@ -99,8 +99,8 @@ def test_kinds_of_errors() -> None:
 
 class Scores(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        scores = x.cumsum(1)
-        return scores.cumsum(-1) + 1
+        scores = torch.i0(x)
+        return torch.i0(scores) + 1
 
 
 class Gaps(nn.Module):
@@ -109,29 +109,29 @@ class Gaps(nn.Module):
         self.layer, self.scores = nn.Linear(4, 4), Scores()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scores(self.layer(x)).cumprod(1)
+        return torch.erfinv(self.scores(self.layer(x)))
 
 
 def test_all_gaps_at_once() -> None:
     with pytest.raises(UnsupportedOpError) as error:
         frpc.compile(Gaps().double(), (randn(2, 4),))
     lines = str(error.value).splitlines()
-    first, second = line_of(Scores, "x.cumsum(1)"), line_of(Scores, "scores.cumsum(-1)")
-    last = line_of(Gaps, "cumprod")
+    first, second = line_of(Scores, "i0(x)"), line_of(Scores, "i0(scores)")
+    last = line_of(Gaps, "erfinv")
     assert lines == [
         "3 of 5 nodes cannot carry relevance (2 causes).",
-        f"  {'aten.cumsum.default — no rule':<76} 2 nodes",
-        f"    scores   test_errors.py:{first}   scores = x.cumsum(1)   f64[B, 4]",
-        f"    scores   test_errors.py:{second}   return scores.cumsum(-1) + 1   f64[B, 4]",
-        f"  {'aten.cumprod.default — no rule':<76} 1 node",
-        f"    (top level)   test_errors.py:{last}   return self.scores(self.layer(x)).cumprod(1)   f64[B, 4]",
-        "  Fix: register a rule with @frpc.rule(torch.ops.aten.cumsum.default) — docs/adding_a_rule.md;",
+        f"  {'aten.i0.default — no rule':<76} 2 nodes",
+        f"    scores   test_errors.py:{first}   scores = torch.i0(x)   f64[B, 4]",
+        f"    scores   test_errors.py:{second}   return torch.i0(scores) + 1   f64[B, 4]",
+        f"  {'aten.erfinv.default — no rule':<76} 1 node",
+        f"    (top level)   test_errors.py:{last}   return torch.erfinv(self.scores(self.layer(x)))   f64[B, 4]",
+        "  Fix: register a rule with @frpc.rule(torch.ops.aten.i0.default) — docs/adding_a_rule.md;",
         '       or let it count as a constant: frpc.compile(..., constant=["scores"])',
     ]
     assert [(gap.op, gap.module, gap.reason) for gap in error.value.gaps] == [
-        ("aten.cumsum.default", "scores", "no rule"),
-        ("aten.cumsum.default", "scores", "no rule"),
-        ("aten.cumprod.default", "", "no rule"),
+        ("aten.i0.default", "scores", "no rule"),
+        ("aten.i0.default", "scores", "no rule"),
+        ("aten.erfinv.default", "", "no rule"),
     ]
 
 
@@ -151,21 +151,21 @@ def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other remedy of the message."""
     monkeypatch.setattr(TABLE, "rules", dict(TABLE.rules))
 
-    @frpc.rule(aten.cumsum.default, formula="sums up to each place", source="linear")
-    def cumsum(call: Call, a: Tensor, dim: int, dtype: torch.dtype | None = None) -> Affine:
-        return Affine({"self": LinearOp(lambda u: u.cumsum(dim if dim < 0 else dim - a.dim()), a.shape, call.value.shape)})
+    @frpc.rule(aten.linalg_cross.default, formula="a x b", source="linear")
+    def cross(call: Call, a: Tensor, b: Tensor, dim: int = -1) -> Affine:
+        return Affine({"self": LinearOp(lambda u: torch.linalg.cross(u, b.expand_as(u)), a.shape, call.value.shape)})
 
-    model, x = Function(lambda x: x.relu().cumsum(1)), randn(2, 4)
+    model, x = Function(lambda x: torch.linalg.cross(x.relu(), torch.ones_like(x))), randn(2, 3)
     out = frpc.compile(model, (x,))(x, target=2)
     assert torch.allclose(out.relevance.sum(1), model(x)[:, 2])
     with pytest.raises(
-        OptionError, match=r"aten\.cumsum\.default has a rule already \(cumsum\); pass override=True to replace it"
+        OptionError, match=r"aten\.linalg_cross\.default has a rule already \(cross\); pass override=True to replace it"
     ):
-        frpc.rule(aten.cumsum.default)(cumsum)
+        frpc.rule(aten.linalg_cross.default)(cross)
     with pytest.raises(OptionError, match=r"is no operator overload: name one, such as torch.ops.aten.mean.dim"):
-        frpc.rule(aten.cumsum)(cumsum)
+        frpc.rule(aten.linalg_cross)(cross)
     with pytest.raises(OptionError, match=r"aten\.cumprod\.default has no argument 'axis'; it has self, dim, dtype"):
-        frpc.rule(aten.cumprod.default, carries="axis")(cumsum)
+        frpc.rule(aten.cumprod.default, carries="axis")(cross)
 
 
 @pytest.mark.parametrize(
@@ -496,17 +496,17 @@ class Pair(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Any:
-        return {"logits": x, "mask": x > 0, "twice": 2 * x} if self.kind is dict else self.kind((x, 2 * x, x > 0))
+        return {"scores": x, "mask": x > 0, "twice": 2 * x} if self.kind is dict else self.kind((x, 2 * x, x > 0))
 
 
 @pytest.mark.parametrize(
     ("kind", "output", "text"),
     [
         (tuple, None, r"The model returns 3 tensors \(a tuple of 3\): say which to explain with output="),
-        (dict, None, r"The model returns 3 tensors \(a dict with 'logits', 'mask', 'twice'\): say which to explain with output="),
+        (dict, None, r"The model returns 3 tensors \(a dict with 'scores', 'mask', 'twice'\): say which to explain with output="),
         (tuple, 3, r"The model's result has no entry 3: a tuple of 3"),
         (tuple, "logits", r"The model's result has no entry 'logits': a tuple of 3"),
-        (dict, "logit", r"The model's result has no entry 'logit': a dict with 'logits', 'mask', 'twice'"),
+        (dict, "score", r"The model's result has no entry 'score': a dict with 'scores', 'mask', 'twice'"),
         (list, 2, r"output=2 is no floating-point tensor of the model's result \(a list of 3\)"),
         (dict, "mask", r"output='mask' is no floating-point tensor of the model's result \(a dict with"),
     ],
@@ -528,12 +528,14 @@ def test_nothing_to_look_at_before_compiling() -> None:
 
 
 def test_nothing_floating_to_explain() -> None:
-    """A model of token ids alone has no input that relevance could sum over."""
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten())
-    with pytest.raises(
-        InputError, match=r"No input is floating-point \(torch.int64\): relevance is a share of an input's values"
-    ):
-        frpc.compile(model, (torch.tensor([[1, 2], [3, 4]]),))
+    """Integers that index no embedding have nothing that relevance could be a share of."""
+
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float() / 3
+
+    with pytest.raises(InputError, match=r"No input is floating-point and none indexes an embedding"):
+        frpc.compile(Counts(), (torch.tensor([[1, 2], [3, 4]]),))
 
 
 def test_errors_survive_a_process_boundary() -> None:

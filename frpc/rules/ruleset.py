@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from torch._ops import OpOverload
 
 from frpc.affine import TABLE, Rule, RuleFunction
+from frpc.carriers import PRODUCTS, Product
+from frpc.errors import OptionError
 
 __all__ = ["FRP", "RuleSet"]
 
@@ -30,6 +32,10 @@ class RuleSet(Protocol):
         """Returns the rule for an operator called in a module, or None where there is none."""
         ...
 
+    def product_for(self, module: str) -> Product:
+        """Returns how products of two carried values are shared in a module."""
+        ...
+
 
 @dataclass(frozen=True)
 class FRP:
@@ -38,6 +44,13 @@ class FRP:
     Args:
         overrides: where -> rule function, as for :func:`frpc.rule`. Where is an operator overload, a module path pattern
             (``"features.*"``: every operator there), or a pair of both.
+        product: how a product ``a b`` of two carried values is shared, everywhere or by module path pattern (first match
+            first, ``"auto"`` where none matches). ``"half"``: ``b/2`` on a, ``a/2`` on b. ``"gate"``: one factor is a
+            coefficient and the other takes all; the one that is a sigmoid, softmax, exponential or norm, else the second.
+            ``"auto"``: ``gate`` where exactly one factor is of that kind (attention, squeeze-excite, LSTM, norms), else ``half``.
+
+    Raises:
+        OptionError: for an unknown way to share products.
 
     Exact when: always; every operator's rule is an identity at the given input.
 
@@ -45,6 +58,13 @@ class FRP:
     """
 
     overrides: Mapping[str | OpOverload | tuple[str, OpOverload], RuleFunction] = field(default_factory=dict)
+    product: Product | Mapping[str, Product] = "auto"
+
+    def __post_init__(self) -> None:
+        ways = [self.product] if isinstance(self.product, str) else self.product.values()
+        for way in ways:
+            if way not in PRODUCTS:
+                raise OptionError(f"product={way!r} is unknown; choose one of {', '.join(PRODUCTS)}.")
 
     @property
     def name(self) -> str:
@@ -60,3 +80,9 @@ class FRP:
                 carries = standard.carries if standard else (op._schema.arguments[0].name,)
                 return Rule(op, function, carries, "given by the user", "override")
         return standard
+
+    def product_for(self, module: str) -> Product:
+        """Returns how products are shared in a module."""
+        if isinstance(self.product, str):
+            return self.product
+        return next((way for path, way in self.product.items() if fnmatch.fnmatchcase(module, path)), "auto")

@@ -1,0 +1,223 @@
+"""Which operands carry relevance: from the sources forward, from the output back, and products that take one factor as a gate.
+
+A call carries if one of its *carrying operands* does. Of a product of two carried values one factor may be a *gate*: a number in
+(0, 1) or a norm that says how much of the other passes, so that relevance goes to the other alone (method §2, products).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from frpc.affine import Operand, bind
+from frpc.errors import LayerNameError, OptionError, nearest
+from frpc.graph import first_result, origin_of
+
+__all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "may_carry", "operands_of"]
+
+aten = torch.ops.aten
+
+Product = Literal["auto", "half", "gate"]
+"""How a product of two carried values is shared: see :class:`frpc.rules.FRP`."""
+
+PRODUCTS: tuple[Product, ...] = ("auto", "half", "gate")
+
+_VALUE_FREE = {  # operators whose result does not depend on the values of a floating operand
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.sym_size.int,
+}
+
+_FACTORS: dict[Any, tuple[str, str]] = {  # products, and the two arguments that are factors
+    aten.mul.Tensor: ("self", "other"),
+    aten.matmul.default: ("self", "other"),
+    aten.mm.default: ("self", "mat2"),
+    aten.bmm.default: ("self", "mat2"),
+    aten.addmm.default: ("mat1", "mat2"),
+    aten.baddbmm.default: ("batch1", "batch2"),
+    aten.addcmul.default: ("tensor1", "tensor2"),
+}
+
+_GATES = {
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten._safe_softmax.default,
+    aten.exp.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.sqrt.default,
+    aten.linalg_vector_norm.default,
+}
+
+_PASS_ON_GATES = {  # of a gate and constants these make a gate again
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.repeat.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten._to_copy.default,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.rsub.Scalar,
+    aten.rsub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+}
+
+_KEEPS_TOKENS = {  # operators that move token numbers about and leave them token numbers
+    *(op for op in _PASS_ON_GATES if op not in (aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, aten.rsub.Tensor)),
+    aten.cat.default,
+    aten.copy.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.roll.default,
+    aten.flip.default,
+    aten.to.dtype,
+}
+
+
+def operands_of(node: fx.Node) -> dict[Operand, fx.Node]:
+    """Names every node argument of a call: by schema name, or name and position inside a list."""
+    assert isinstance(node.target, OpOverload)
+    found: dict[Operand, fx.Node] = {}
+    for name, value in bind(node.target, node.args, node.kwargs).items():
+        if isinstance(value, fx.Node):
+            found[name] = value
+        elif isinstance(value, list | tuple):
+            found.update({(name, i): v for i, v in enumerate(value) if isinstance(v, fx.Node)})
+    return found
+
+
+def may_carry(node: fx.Node, carried: Collection[fx.Node], constant: Sequence[str]) -> bool:
+    """Says whether a call's result depends on carried values by more than their shapes."""
+    first = first_result(node.meta.get("val"))
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or node.target in _VALUE_FREE:
+        return False
+    modules = origin_of(node).modules or ("",)
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):
+        return False
+    return any(argument in carried for argument in node.all_input_nodes)
+
+
+def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Product) -> dict[Operand, fx.Node]:
+    """Returns the operands relevance goes to: the carried ones, less gates and denominators.
+
+    Args:
+        node: a call of an ATen operator.
+        carried: nodes that carry relevance.
+        product: how products of two carried values are shared.
+    """
+    operands = {name: n for name, n in operands_of(node).items() if n in carried}
+    if node.target is aten.div.Tensor and {"self", "other"} <= operands.keys():
+        del operands["other"]
+    first, second = _FACTORS.get(node.target, ("", ""))
+    if first in operands and second in operands and product != "half":
+        gates = [name for name in (second, first) if _is_gate(operands[name], carried)]
+        if len(gates) == 1:
+            del operands[gates[0]]
+        elif product == "gate" and operands[first] is not operands[second]:
+            del operands[second]
+    return operands
+
+
+def _is_gate(node: fx.Node, carried: Collection[fx.Node]) -> bool:
+    """Says whether a value is a sigmoid, a softmax, a norm or the like, up to views and constants."""
+    while node.target in _PASS_ON_GATES:
+        feeds = [n for n in node.all_input_nodes if n in carried]
+        if len(feeds) != 1:
+            return False
+        node = feeds[0]
+    return node.target in _GATES
+
+
+def find_sources(graph: fx.Graph, asked: Sequence[str] | None) -> tuple[fx.Node, ...]:
+    """Returns the nodes relevance is asked about, in graph order.
+
+    Args:
+        graph: a canonical graph.
+        asked: ``"input"`` or module paths; None means the floating-point inputs, and for integer inputs the embeddings they
+            index.
+
+    Raises:
+        LayerNameError: if a path names no layer.
+        OptionError: if nothing can be a source.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    floating = [n for n in placeholders if n.meta["val"].is_floating_point()]
+    if asked is None:
+        tokens = _token_embeddings(graph, [n for n in placeholders if n not in floating])
+        if not (floating or tokens):
+            raise OptionError(
+                "No input is floating-point and none indexes an embedding: relevance is a share of values. Name the module whose "
+                "output is to be explained: source='path.of.module'."
+            )
+        return tuple(floating + tokens)
+    found = [n for name in asked for n in (floating if name == "input" else [_layer(graph, name)])]
+    if not found:
+        raise OptionError('source="input": no input is floating-point; name the module that turns it into numbers.')
+    return tuple(n for n in graph.nodes if n in found)
+
+
+def _layer(graph: fx.Graph, name: str) -> fx.Node:
+    known = {layer: node for node in graph.nodes for layer in node.meta.get("layers", ())}
+    if name not in known:
+        raise LayerNameError(f"source={name!r}: the model has no such layer; {nearest(name, list(known))}.")
+    if not first_result(known[name].meta["val"]).is_floating_point():
+        raise OptionError(
+            f"source={name!r}: its output is {known[name].meta['val'].dtype}, and relevance is a share of real numbers."
+        )
+    return known[name]
+
+
+def _token_embeddings(graph: fx.Graph, integers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Finds the embeddings that integer inputs index, moved about but not computed with."""
+    tokens = set(integers)
+    found = []
+    for node in graph.nodes:
+        if node.target is aten.embedding.default and node.args[1] in tokens:
+            found.append(node)
+        elif node.target in _KEEPS_TOKENS and not node.meta["val"].is_floating_point():
+            tokens.update([node] if any(n in tokens for n in node.all_input_nodes) else [])
+    return found
+
+
+def is_first_result(node: fx.Node) -> bool:
+    """Says whether a node reads the first result of an operator with several."""
+    return node.target is operator.getitem and node.args[1] == 0
