@@ -4,13 +4,19 @@ explainer = frpc.compile(model, (x,))
 output, relevance = explainer(x, target=243)     # relevance[b].sum() == output[b, 243]
 """
 
-from frpc import errors, heatmap, rules
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from frpc import errors, rules
 from frpc.affine import Affine, Call, rule
 from frpc.check import check
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
 from frpc.explainer import Explainer, compile
 from frpc.explanation import Explanation, LayerRelevance
+
+if TYPE_CHECKING:
+    from frpc import heatmap, text
 
 __version__ = "0.1.0"
 
@@ -30,4 +36,12 @@ __all__ = [
     "heatmap",
     "rule",
     "rules",
+    "text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the parts that draw when they are first asked for: plotting libraries take longer to load than frpc."""
+    if name in ("heatmap", "text"):
+        return import_module(f"frpc.{name}")
+    raise AttributeError(f"module 'frpc' has no attribute {name!r}")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import LocalSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -111,6 +110,8 @@ def _matrices(assignment: Assignment, plan: Plan) -> dict[str, Tensor]:
 
 
 def _example_seed(output: Tensor, columns: bool, fake_mode: FakeTensorMode) -> Tensor:
+    from torch._dynamo.source import LocalSource  # loads all of Dynamo: seconds that a first look need not pay
+
     if not columns:
         return torch.empty_like(output)
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
