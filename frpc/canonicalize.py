@@ -15,10 +15,20 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from frpc.affine import bind
+from frpc.attention import expand_attention
 from frpc.decompose import expand_composites
 from frpc.editor import Editor
 from frpc.errors import TrainingModeError
+from frpc.fused import (
+    expand_bounds,
+    expand_distances,
+    expand_moments,
+    expand_products_added,
+    expand_similarities,
+    unify_norms,
+)
 from frpc.graph import fetch, origin_of, replace
+from frpc.recurrent import unroll_recurrent_layers
 
 __all__ = ["PASSES", "Pass"]
 
@@ -34,7 +44,18 @@ _CONVOLUTIONS = {
     aten.conv3d.padding,
 }
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
+_SPLITS = {
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.split_with_sizes_copy.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.unbind_copy.int,
+}
+_UNBINDS = {aten.unbind.int, aten.unbind_copy.int}
 _COPIES = {
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -151,12 +172,12 @@ def split_to_slices(graph_module: fx.GraphModule) -> bool:
         starts = []
         for piece in node.meta["val"]:
             starts.append(offset)
-            offset += 1 if node.target is aten.unbind.int else piece.shape[dim]
+            offset += 1 if node.target in _UNBINDS else piece.shape[dim]
         for user in list(node.users):
             edit = Editor(graph_module, user)
             position: Any = user.args[1]
             start = starts[position]
-            if node.target is aten.unbind.int:
+            if node.target in _UNBINDS:
                 new = edit.call(aten.select.int, given["self"], dim, start)
             else:
                 stop = start + node.meta["val"][position].shape[dim]
@@ -318,6 +339,7 @@ PASSES: tuple[Pass, ...] = (
     remove_copies,
     remove_assertions,
     unify_convolutions,
+    unroll_recurrent_layers,
     split_to_slices,
     expose_winners,
     unify_shuffles,
@@ -326,7 +348,14 @@ PASSES: tuple[Pass, ...] = (
     select_to_slice_scatter,
     stack_to_cat,
     expand_gated_linear_units,
+    expand_attention,
+    expand_products_added,
+    expand_moments,
+    expand_bounds,
+    expand_distances,
+    expand_similarities,
     expand_composites,
+    unify_norms,
     fold_constants,
 )
 """In this order; :func:`frpc.folding.fold_batch_norm` follows, knowing which layers must stay."""

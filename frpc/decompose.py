@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import get_decompositions
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,6 +15,10 @@ from frpc.affine import TABLE
 from frpc.graph import first_result, origin_of
 
 __all__ = ["expand_composites"]
+
+aten = torch.ops.aten
+_SPELLED_OUT = get_decompositions([aten.aminmax, aten.floor_divide, aten.special_ndtr])
+"""Operators PyTorch computes in one piece and also defines through others."""
 
 
 def expand_composites(graph_module: fx.GraphModule) -> bool:
@@ -30,7 +35,7 @@ def _is_composite(target: Any) -> bool:
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
     name = target.name()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return target in _SPELLED_OUT or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> bool:
@@ -47,7 +52,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> bool:
 
     example: Any = tensors[0].meta["val"]
     with example.fake_mode, torch.no_grad():
-        traced = make_fx(call)([n.meta["val"] for n in sources])
+        traced = make_fx(call, decomposition_table=_SPELLED_OUT)([n.meta["val"] for n in sources])
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
     writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in calls)
     if writes or (len(calls) == 1 and calls[0].target is node.target):

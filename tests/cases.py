@@ -21,7 +21,7 @@ from reference import ACTIVATIONS
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
-Twin = Literal["reference", "jacobian", "piecewise", "quotient"]
+Twin = Literal["reference", "jacobian", "piecewise", "quotient", "frozen"]
 
 
 class One(nn.Module):
@@ -57,8 +57,9 @@ class Case:
         shapes: of the operands, batch first. The batch is 3: capture looks at two samples, and what it bakes in must show.
         twin: where the expected map comes from. "reference": `reference.py` knows the function. "jacobian": the function is
             J x + f(0) at its input, so the map is x * J^T seed. "piecewise": it is J x + c, with another c at another input.
-            "quotient": elementwise, the map is f(x) - f(0).
+            "quotient": elementwise, the map is f(x) - f(0). "frozen": the function with its coefficients held, see `frozen`.
         positive: the function is defined for positive operands only.
+        frozen: `g(*x, *at)`, affine in x with coefficients taken at `at`, and equal to the function at x = at.
         arguments: None where the operator stands in the canonical graph; else the call's own, and the rule is asked directly.
     """
 
@@ -69,6 +70,7 @@ class Case:
     twin: Twin = "reference"
     positive: bool = False
     arguments: tuple[object, ...] | None = None
+    frozen: Callable[..., Tensor] | None = None
 
     @property
     def id(self) -> str:
@@ -94,6 +96,11 @@ class Case:
         sizes = [shape if batch is None else (batch, *shape[1:]) for shape in self.shapes]
         drawn = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
         return tuple(x.abs() + 0.1 if self.positive else x for x in drawn)
+
+
+def frozen(op: OpOverload, note: str, function: Callable[..., Tensor], held: Callable[..., Tensor], *shapes: Shape) -> Case:
+    """A function whose account holds some of its values as coefficients: `held` says which."""
+    return Case(op, note, of(function) if len(shapes) == 1 else both(function), shapes, "frozen", frozen=held)
 
 
 def of(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
@@ -140,6 +147,27 @@ def written_in_part(a: Tensor) -> Tensor:
 
 
 K4, K1 = constant(4), constant(4, 1, 1)
+KW, KB = constant(6), constant(6) - 1.0
+
+
+def by_groups(a: Tensor, x: Tensor) -> Tensor:
+    """Group norm of four channels in two groups, the deviations held."""
+    parts, held = a.unflatten(1, (2, 2)), x.unflatten(1, (2, 2))
+    deviation = (held.var((2, 3, 4), correction=0, keepdim=True) + 1e-3).sqrt()
+    return ((parts - parts.mean((2, 3, 4), True)) / deviation).flatten(1, 2) * K1 - K1
+
+
+def soft(a: Tensor, x: Tensor) -> Tensor:
+    """Softmax as `1/Z + (e^z - 1)/(z Z) z` of z = a - a_max, the largest element's place, Z and the secant held."""
+    top = x.argmax(1, True)
+    z, held = a - a.gather(1, top), x - x.gather(1, top)
+    secant = torch.where(held == 0, 1.0, held.expm1() / torch.where(held == 0, 1.0, held))
+    return (1 + secant * z) / held.exp().sum(1, True)
+
+
+PLACES = torch.tensor([2, 0, 3, 0])
+GRID = torch.linspace(-1.1, 0.9, 24, dtype=torch.float64).reshape(1, 3, 4, 2)
+GRID3 = torch.linspace(-0.9, 1.1, 36, dtype=torch.float64).reshape(1, 2, 3, 2, 3)
 
 # fmt: off
 CASES: tuple[Case, ...] = (
@@ -179,14 +207,13 @@ CASES: tuple[Case, ...] = (
     Case(aten.where.ScalarSelf, "", of(lambda a: torch.where(K4 > 0.4, -1.5, a)), (V,), "jacobian"),
     Case(aten.where.ScalarOther, "", of(lambda a: torch.where(K4 > 0.4, a, -1.5)), (V,), "jacobian"),
     Case(aten.copy.default, "", of(written_in_part), (V,), "jacobian"),
-    Case(aten.mm.default, "", of(lambda a: a @ constant(4, 5)), (V,), "jacobian"),
+    Case(aten.mm.default, "", of(lambda a: torch.mm(a, constant(4, 5))), (V,), "jacobian"),
     Case(aten.addmm.default, "", of(lambda a: torch.addmm(constant(5), a, constant(4, 5), beta=0.5, alpha=2)), (V,), "jacobian"),
     Case(aten.slice_scatter.default, "two carried", both(scattered), (I, I), "jacobian"),
     Case(aten.slice_scatter.default, "constant base",
          of(scattered_on_constant), (V,), "jacobian"),
     Case(aten.slice_scatter.default, "constant part",
          of(scattered_constant), (V,), "jacobian"),
-    Case(aten.index_select.default, "", of(lambda a: a.index_select(-2, torch.tensor([4, 0, 0, 6]))), (I,), "jacobian"),
     Case(aten.diagonal.default, "", of(lambda a: a.diagonal(1, 1, -1)), (I,), "jacobian"),
     Case(aten.unfold.default, "overlapping", of(lambda a: a.unfold(2, 3, 2)), (I,), "jacobian"),
     Case(aten.lerp.Scalar, "", both(lambda a, b: torch.lerp(a, b, 0.3)), (V, V), "jacobian"),
@@ -194,6 +221,68 @@ CASES: tuple[Case, ...] = (
     Case(aten.sum.dim_IntList, "kept", of(lambda a: a.sum(2, keepdim=True)), (I,)),
     Case(aten.mean.dim, "", of(lambda a: a.mean((2, 3))), (I,)),
     Case(aten.mean.dim, "kept", of(lambda a: a.mean(-1, True)), (S,)),
+
+    # products of two values and of matrices, powers, choices
+    frozen(aten.add.Scalar, "", lambda a: F.pairwise_distance(a, K4, eps=0.5),
+           lambda a, x: ((a - K4 + 0.5) * (x - K4 + 0.5)).sum(-1) / (x - K4 + 0.5).norm(dim=-1), V),
+    Case(aten.mm.default, "constant on the left", of(lambda a: torch.mm(constant(5, 4), a.t()).t()), (V,), "jacobian"),
+    Case(aten.matmul.default, "constant on the right", of(lambda a: a @ constant(6, 5)), (S,), "jacobian"),
+    Case(aten.matmul.default, "constant on the left", of(lambda a: constant(5, 4) @ a), (S,), "jacobian"),
+    Case(aten.matmul.default, "constant batch on the left",
+         of(lambda a: constant(2, 5, 3) @ a.unsqueeze(1)), ((3, 3, 2),), "jacobian"),
+    Case(aten.matmul.default, "constant vector", of(lambda a: a @ constant(6)), (S,), "jacobian"),
+    frozen(aten.matmul.default, "two carried", lambda a, b: a @ b, lambda a, b, x, y: (a @ y + x @ b) / 2, S, (3, 6, 5)),
+    frozen(aten.matmul.default, "one a softmax", lambda a, b: a.softmax(-1) @ b, lambda a, b, x, y: x.softmax(-1) @ b,
+           S, (3, 6, 5)),
+    frozen(aten.bmm.default, "two carried", lambda a, b: a.bmm(b), lambda a, b, x, y: (a @ y + x @ b) / 2, S, (3, 6, 5)),
+    Case(aten.mv.default, "", of(lambda a: torch.mv(a, K4)[:, None] * K4), (V,), "jacobian"),
+    frozen(aten.addmm.default, "summand carried", lambda a, b: torch.addmm(a, b, constant(5, 4), beta=0.5, alpha=2),
+           lambda a, b, x, y: 0.5 * a + 2 * b @ constant(5, 4), V, (3, 5)),
+    frozen(aten.baddbmm.default, "two carried", lambda a, b: torch.baddbmm(a[:, :1, :1], a, b, beta=0.5, alpha=2),
+           lambda a, b, x, y: 0.5 * a[:, :1, :1] + a @ y + x @ b, S, (3, 6, 5)),
+    Case(aten.linear.default, "weight carried", of(lambda a: F.linear(constant(5, 4), a).t()), (V,), "jacobian"),
+    Case(aten.pow.Tensor_Tensor, "", of(lambda a: a ** (2 * K4)), (V,), "quotient", positive=True),
+    Case(aten.pow.Tensor_Tensor, "exponent", of(lambda a: K4**a), (V,), "quotient"),
+    Case(aten.pow.Scalar, "", of(lambda a: 2.5**a), (V,), "quotient"),
+    Case(aten.maximum.default, "two carried", both(torch.maximum), (V, V), "jacobian"),
+    Case(aten.maximum.default, "constant", of(lambda a: torch.maximum(K4, a)), (V,), "piecewise"),
+    Case(aten.minimum.default, "two carried", both(torch.min), (V, V), "jacobian"),
+    Case(aten.fmax.default, "", both(torch.fmax), (V, V), "jacobian"),
+    Case(aten.fmin.default, "", both(torch.fmin), (V, V), "jacobian"),
+    frozen(aten.mul.Tensor, "addcmul", lambda a, b: torch.addcmul(a, a, b, value=-2.0),
+           lambda a, b, x, y: a - a * y - x * b, V, V),
+
+    # norms, moments, softmax
+    frozen(aten.layer_norm.default, "", lambda a: F.layer_norm(a, [6], KW, KB, 1e-3),
+           lambda a, x: (a - a.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-3).sqrt() * KW + KB, S),
+    frozen(aten.layer_norm.default, "two dimensions, plain", lambda a: F.layer_norm(a, [4, 6]),
+           lambda a, x: (a - a.mean((1, 2), True)) / (x.var((1, 2), correction=0, keepdim=True) + 1e-5).sqrt(), S),
+    frozen(aten.native_layer_norm.default, "", lambda a: aten.native_layer_norm(a, [6], KW, KB, 1e-3)[0],
+           lambda a, x: (a - a.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-3).sqrt() * KW + KB, S),
+    frozen(aten.group_norm.default, "", lambda a: F.group_norm(a, 2, K4, -K4, 1e-3), by_groups, I),
+    frozen(aten.native_group_norm.default, "",
+           lambda a: aten.native_group_norm(a, K4, -K4, a.shape[0], 4, 35, 2, 1e-3)[0], by_groups, I),
+    frozen(aten.instance_norm.default, "", lambda a: F.instance_norm(a, None, None, K4, -K4, eps=1e-3),
+           lambda a, x: (a - a.mean((2, 3), True)) / (x.var((2, 3), correction=0, keepdim=True) + 1e-3).sqrt() * K1 - K1, I),
+    Case(aten.instance_norm.default, "running statistics",
+         of(lambda a: F.instance_norm(a, K4, K4 + 1, K4, -K4, use_input_stats=False)), (I,), "jacobian"),
+    frozen(aten.rms_norm.default, "", lambda a: F.rms_norm(a, [6], KW, 1e-3),
+           lambda a, x: a / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * KW, S),
+    frozen(aten._fused_rms_norm.default, "", lambda a: aten._fused_rms_norm(a, [6], KW, 1e-3)[0],
+           lambda a, x: a / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * KW, S),
+    frozen(aten.var.correction, "", lambda a: a.var((1, -1)),
+           lambda a, x: (x - x.mean((1, 3), True)).mul(a).sum((1, 3)) / 19, I),
+    Case(aten.std.correction, "", of(lambda a: a.std(2, correction=0, keepdim=True)), (I,), "jacobian"),
+    Case(aten.linalg_vector_norm.default, "", of(lambda a: torch.linalg.norm(a, dim=-1)), (S,), "jacobian"),
+    Case(aten.linalg_vector_norm.default, "of order 3, kept", of(lambda a: a.norm(3, (1, 2), True)), (S,), "jacobian"),
+    frozen(aten.linalg_vector_norm.default, "as a divisor", lambda a: F.normalize(a, dim=-1) + a.norm(dim=-1, keepdim=True),
+           lambda a, x: a / x.norm(dim=-1, keepdim=True) + (a * x).sum(-1, True) / x.norm(dim=-1, keepdim=True), S),
+    frozen(aten._softmax.default, "", lambda a: a.softmax(1), soft, S),
+    frozen(aten._safe_softmax.default, "", lambda a: aten._safe_softmax(a, 1), soft, S),
+    frozen(aten._log_softmax.default, "", lambda a: a.log_softmax(1),
+           lambda a, x: a - a.gather(1, x.argmax(1, True)) + x.amax(1, True) - x.logsumexp(1, True), S),
+    frozen(aten.logsumexp.default, "", lambda a: a.logsumexp(-1),
+           lambda a, x: a.gather(-1, x.argmax(-1, True)).squeeze(-1) + x.logsumexp(-1) - x.amax(-1), S),
 
     # elementwise
     Case(aten.relu.default, "", of(F.relu), (I,)),
@@ -247,6 +336,97 @@ CASES: tuple[Case, ...] = (
     Case(aten.rsqrt.default, "", of(torch.rsqrt), (V,), "quotient", positive=True),
     Case(aten.reciprocal.default, "", of(torch.reciprocal), (V,), "quotient", positive=True),
     Case(aten.log.default, "", of(torch.log), (V,), "quotient", positive=True),
+    Case(aten.erfc.default, "", of(torch.erfc), (V,), "quotient"),
+    Case(aten.exp2.default, "", of(torch.exp2), (V,), "quotient"),
+    Case(aten.sinh.default, "", of(torch.sinh), (V,), "quotient"),
+    Case(aten.cosh.default, "", of(torch.cosh), (V,), "quotient"),
+    Case(aten.asinh.default, "", of(torch.asinh), (V,), "quotient"),
+    Case(aten.atanh.default, "", of(lambda a: (a / 4).atanh()), (V,), "quotient"),
+    Case(aten.asin.default, "", of(lambda a: (a / 4).asin()), (V,), "quotient"),
+    Case(aten.acos.default, "", of(lambda a: (a / 4).acos()), (V,), "quotient"),
+    Case(aten.rad2deg.default, "", of(torch.rad2deg), (V,), "jacobian"),
+    Case(aten.deg2rad.default, "", of(torch.deg2rad), (V,), "jacobian"),
+    Case(aten.log2.default, "", of(torch.log2), (V,), "quotient", positive=True),
+    Case(aten.log10.default, "", of(torch.log10), (V,), "quotient", positive=True),
+    Case(aten.logit.default, "", of(lambda a: (a / 8).logit()), (V,), "quotient", positive=True),
+    Case(aten.acosh.default, "", of(lambda a: (a * 20).acosh()), (V,), "quotient", positive=True),
+
+    # selection
+    Case(aten.amax.default, "", of(lambda a: a.amax((1, -1))), (I,), "piecewise"),
+    Case(aten.amax.default, "kept, one", of(lambda a: a.amax(2, keepdim=True)), (I,), "piecewise"),
+    Case(aten.amin.default, "", of(lambda a: a.amin((2, 1), keepdim=True)), (I,), "piecewise"),
+    Case(aten.amin.default, "of aminmax", of(lambda a: torch.add(*torch.aminmax(a, dim=-1))), (I,), "piecewise"),
+    Case(aten.max.dim, "", of(lambda a: a.max(1)[0]), (I,), "piecewise"),
+    Case(aten.max.dim, "kept", of(lambda a: a.max(-2, keepdim=True).values), (I,), "piecewise"),
+    Case(aten.min.dim, "", of(lambda a: a.min(-1)[0]), (S,), "piecewise"),
+    Case(aten.median.dim, "", of(lambda a: a.median(1)[0]), (S,), "piecewise"),
+    Case(aten.nanmedian.dim, "", of(lambda a: a.nanmedian(2, True)[0]), (S,), "piecewise"),
+    Case(aten.mode.default, "", of(lambda a: a.mode(1)[0]), (S,), "piecewise"),
+    Case(aten.kthvalue.default, "", of(lambda a: a.kthvalue(2, 1)[0]), (S,), "piecewise"),
+    Case(aten.topk.default, "", of(lambda a: a.topk(2, 1)[0]), (I,), "piecewise"),
+    Case(aten.sort.default, "", of(lambda a: a.sort(1, descending=True)[0]), (I,), "piecewise"),
+    Case(aten.sort.stable, "", of(lambda a: aten.sort.stable(a, stable=True, dim=-1)[0]), (S,), "piecewise"),
+    Case(aten.cummax.default, "", of(lambda a: a.cummax(-1)[0]), (S,), "piecewise"),
+    Case(aten.cummin.default, "", of(lambda a: a.cummin(1)[0]), (S,), "piecewise"),
+    Case(aten.gather.default, "", of(lambda a: a.gather(1, PLACES[None, :, None].expand(a.shape[0], -1, 5))), (S,), "jacobian"),
+    Case(aten.gather.default, "by a carried order", of(lambda a: a.gather(1, a.argsort(1))), (S,), "piecewise"),
+    Case(aten.index_select.default, "", of(lambda a: a.index_select(-2, torch.tensor([4, 0, 0, 6]))), (I,), "jacobian"),
+    Case(aten.index.Tensor, "", of(lambda a: a[:, PLACES]), (I,), "jacobian"),
+    Case(aten.index.Tensor, "two, side by side", of(lambda a: a[:, PLACES[:, None], PLACES]), (I,), "jacobian"),
+    Case(aten.index.Tensor, "two, apart", of(lambda a: a[:, PLACES, :, PLACES[:2, None]]), (I,), "jacobian"),
+    Case(aten.index.Tensor, "one for each sample",
+         of(lambda a: a[torch.arange(a.shape[0]), a.sum(-1).argmax(-1)]), (S,), "piecewise"),
+    Case(aten.index.Tensor, "one for each sample, apart",
+         of(lambda a: a[torch.arange(a.shape[0]), :, a.sum((1, 3)).argmax(-1)]), (I,), "piecewise"),
+    Case(aten._unsafe_index.Tensor, "",
+         of(lambda a: aten._unsafe_index(a, [None, None, PLACES[:, None], PLACES])), (I,), "jacobian"),
+    Case(aten.masked_fill.Scalar, "", of(lambda a: a.masked_fill(K4 > 0.5, -2.0)), (V,), "jacobian"),
+    Case(aten.masked_fill.Tensor, "of a carried value", of(lambda a: a.masked_fill(a > 0.1, K4[0])), (V,), "piecewise"),
+    Case(aten.scatter.value, "", of(lambda a: a.scatter(1, PLACES[None, :3].expand(a.shape[0], -1), 2.0)), (V,), "jacobian"),
+    Case(aten.index_fill.int_Scalar, "", of(lambda a: a.index_fill(-1, PLACES, 2.0)), (S,), "jacobian"),
+    Case(aten.index_fill.int_Tensor, "", of(lambda a: a.index_fill(1, PLACES, K4[2])), (S,), "jacobian"),
+    Case(aten.scatter.src, "two carried",
+         both(lambda a, b: a.scatter(1, PLACES[None, :2].expand(a.shape[0], -1), b)), (V, V), "jacobian"),
+    Case(aten.scatter.src, "on a constant",
+         of(lambda a: a.new_ones(a.shape).scatter(1, PLACES[None, :2].expand(a.shape[0], -1), a)), (V,), "jacobian"),
+    Case(aten.diagonal_scatter.default, "",
+         both(lambda a, b: torch.diagonal_scatter(a, b[:, :4, 0], 1, 1, 2)), (S, S), "jacobian"),
+    Case(aten.index_copy.default, "", both(lambda a, b: a.index_copy(-1, PLACES[:3], b[..., :3])), (S, S), "jacobian"),
+    Case(aten.masked_scatter.default, "",
+         both(lambda a, b: a.masked_scatter(K4.repeat(a.shape[0], 1) > 0.1, b)), (V, V), "jacobian"),
+    Case(aten.index_put.default, "", both(lambda a, b: torch.index_put(a, (torch.arange(a.shape[0]), PLACES[0]), b[:, 1])),
+         (S, S), "jacobian"),
+    Case(aten.index_put.default, "constant", of(lambda a: torch.index_put(a, (torch.arange(a.shape[0]), PLACES[0]), K4[0])), (S,),
+         "jacobian"),
+    Case(aten.index_put.default, "accumulating, broadcast",
+         both(lambda a, b: torch.index_put(a, (torch.arange(a.shape[0])[:, None], PLACES), b[:, :1], True)), (V, V), "jacobian"),
+    Case(aten._unsafe_index_put.default, "", both(lambda a, b: aten._unsafe_index_put(a, [None, PLACES[:2]], b[:, :2])), (V, V),
+         "jacobian"),
+    Case(aten.index_add.default, "", both(lambda a, b: a.index_add(1, PLACES, b, alpha=0.5)), (S, S), "jacobian"),
+    Case(aten.index_add.default, "on a constant", of(lambda a: a.new_ones(a.shape).index_add(-2, PLACES, a)), (S,), "jacobian"),
+    Case(aten.scatter_add.default, "smaller index",
+         both(lambda a, b: a.scatter_add(1, PLACES[None, :3].expand(a.shape[0], -1), b)), (V, V), "jacobian"),
+    Case(aten.scatter_reduce.two, "sum",
+         both(lambda a, b: a.scatter_reduce(1, PLACES[None].expand(a.shape[0], -1), b, "sum")), (V, V), "jacobian"),
+    Case(aten.cumsum.default, "", of(lambda a: a.cumsum(1)), (I,), "jacobian"),
+
+    # rounding and casts
+    direct(aten._to_copy.default, shape=V),
+    direct(aten.to.dtype, torch.float64, shape=V),
+    direct(aten.to.other, torch.ones(1, dtype=torch.float64), shape=V),
+    direct(aten.type_as.default, torch.ones(1, dtype=torch.float64), shape=V),
+    Case(aten.sign.default, "", of(lambda a: a.sign() + a), (V,), "piecewise"),
+    Case(aten.sgn.default, "", of(lambda a: a.sgn() + a), (V,), "piecewise"),
+    Case(aten.floor.default, "", of(lambda a: (3 * a).floor() - a), (V,), "piecewise"),
+    Case(aten.ceil.default, "", of(lambda a: (3 * a).ceil() - a), (V,), "piecewise"),
+    Case(aten.remainder.Scalar, "", of(lambda a: a % 0.4), (V,), "piecewise"),
+    Case(aten.remainder.Tensor, "", of(lambda a: a % K4), (V,), "piecewise"),
+    Case(aten.round.default, "", of(lambda a: (3 * a).round()), (V,), "quotient"),
+    Case(aten.round.decimals, "", of(lambda a: a.round(decimals=1)), (V,), "quotient"),
+    Case(aten.trunc.default, "", of(lambda a: (3 * a).trunc()), (V,), "quotient"),
+    Case(aten.frac.default, "", of(lambda a: (3 * a).frac()), (V,), "quotient"),
+    Case(aten.fmod.Scalar, "", of(lambda a: a.fmod(0.4)), (V,), "quotient"),
+    Case(aten.nan_to_num.default, "", of(lambda a: a.nan_to_num()), (V,), "jacobian"),
 
     # layers
     Case(aten.linear.default, "", lambda: nn.Linear(4, 5), (V,)),
@@ -337,6 +517,11 @@ CASES: tuple[Case, ...] = (
     Case(aten.roll.default, "", of(lambda a: a.roll((1, -2), (2, 3))), (I,)),
     Case(aten.repeat.default, "", of(lambda a: a.repeat(1, 2, 1, 3)), (I,)),
     Case(aten.repeat.default, "new dimension", of(lambda a: a.unsqueeze(1).repeat(1, 3, 2)), (V,)),
+    Case(aten.tril.default, "", of(lambda a: a.tril(1)), (S,), "jacobian"),
+    Case(aten.triu.default, "", of(lambda a: a.triu()), (I,), "jacobian"),
+    Case(aten.diag_embed.default, "", of(lambda a: a.diag_embed(1, 1, 3)), (S,), "jacobian"),
+    Case(aten.rot90.default, "", of(lambda a: a.rot90(1, (2, -1))), (I,), "jacobian"),
+    Case(aten.as_strided.default, "a reshape", of(lambda a: (a * 2).as_strided((a.shape[0], 24), (24, 1))), (S,), "jacobian"),
     Case(aten.constant_pad_nd.default, "", of(lambda a: F.pad(a, (1, 2, 0, 3))), (I,)),
     Case(aten.constant_pad_nd.default, "a value, cropping", of(lambda a: F.pad(a, (1, -2, -1, 3, 1, 0), value=0.7)), (I,)),
     Case(aten.channel_shuffle.default, "", of(lambda a: F.channel_shuffle(a, 3)), ((3, 6, 3, 2),), "jacobian"),
@@ -364,6 +549,35 @@ CASES: tuple[Case, ...] = (
     Case(aten.upsample_bicubic2d.vec, "", of(lambda a: F.interpolate(a, size=(9, 4), mode="bicubic")), (I,)),
     Case(aten._upsample_bilinear2d_aa.vec, "",
          of(lambda a: F.interpolate(a, size=(3, 9), mode="bilinear", antialias=True)), (I,)),
+    Case(aten.upsample_nearest1d.default, "", of(lambda a: aten.upsample_nearest1d(a, [9])), (S,), "jacobian"),
+    Case(aten.upsample_nearest2d.default, "", of(lambda a: aten.upsample_nearest2d(a, [9, 4])), (I,), "jacobian"),
+    Case(aten.upsample_nearest3d.default, "", of(lambda a: aten.upsample_nearest3d(a, [5, 4, 6])), (D,), "jacobian"),
+    Case(aten._upsample_nearest_exact1d.default, "", of(lambda a: aten._upsample_nearest_exact1d(a, [9])), (S,), "jacobian"),
+    Case(aten._upsample_nearest_exact2d.default, "", of(lambda a: aten._upsample_nearest_exact2d(a, [9, 4])), (I,), "jacobian"),
+    Case(aten._upsample_nearest_exact3d.default, "",
+         of(lambda a: aten._upsample_nearest_exact3d(a, [5, 4, 6])), (D,), "jacobian"),
+    Case(aten.upsample_linear1d.default, "", of(lambda a: aten.upsample_linear1d(a, [9], True)), (S,), "jacobian"),
+    Case(aten.upsample_bilinear2d.default, "", of(lambda a: aten.upsample_bilinear2d(a, [9, 4], False)), (I,), "jacobian"),
+    Case(aten.upsample_trilinear3d.default, "", of(lambda a: aten.upsample_trilinear3d(a, [5, 4, 6], True)), (D,), "jacobian"),
+    Case(aten.upsample_bicubic2d.default, "", of(lambda a: aten.upsample_bicubic2d(a, [9, 4], True)), (I,), "jacobian"),
+    Case(aten._upsample_bilinear2d_aa.default, "", of(lambda a: aten._upsample_bilinear2d_aa(a, [3, 9], True)), (I,), "jacobian"),
+    Case(aten._upsample_bicubic2d_aa.default, "smaller",
+         of(lambda a: F.interpolate(a, size=(4, 3), mode="bicubic", antialias=True)), (I,), "jacobian"),
+    Case(aten._upsample_bicubic2d_aa.default, "by a factor, corners",
+         of(lambda a: F.interpolate(a, scale_factor=(0.6, 1.7), mode="bicubic", antialias=True, align_corners=True)), (I,),
+         "jacobian"),
+    Case(aten._upsample_bicubic2d_aa.vec, "",
+         of(lambda a: aten._upsample_bicubic2d_aa.vec(a, None, False, [0.6, 1.7])), (I,), "jacobian"),
+    Case(aten.im2col.default, "", of(lambda a: F.unfold(a, (3, 2), (1, 2), (1, 0), 2)), (I,), "jacobian"),
+    Case(aten.col2im.default, "", of(lambda a: F.fold(a, (4, 5), 2, 1, 0, (2, 1))), ((3, 12, 8),), "jacobian"),
+    Case(aten.grid_sampler_2d.default, "",
+         of(lambda a: F.grid_sample(a, GRID.repeat(a.shape[0], 1, 1, 1), align_corners=False)), (I,),
+         "jacobian"),
+    Case(aten.grid_sampler_2d.default, "by a carried grid",
+         of(lambda a: F.grid_sample(a, a[:, :2, :3].movedim(1, -1).detach(), "bilinear", "border", True)), (I,),
+         "piecewise"),
+    Case(aten.grid_sampler_3d.default, "",
+         of(lambda a: F.grid_sample(a, GRID3.repeat(a.shape[0], 1, 1, 1, 1), "nearest", "reflection", False)), (D,), "jacobian"),
     Case(aten.pixel_shuffle.default, "", of(lambda a: F.pixel_shuffle(a, 2)), ((3, 8, 3, 2),)),
     Case(aten.pixel_unshuffle.default, "", of(lambda a: F.pixel_unshuffle(a, 2)), ((3, 2, 4, 6),), "jacobian"),
 )
@@ -464,5 +678,24 @@ CURVES: tuple[Curve, ...] = (
     Curve(aten.reciprocal.default, lambda z: 1 / z, low=0.0, whole=True),
     Curve(aten.reciprocal.default, lambda z: 1 / z, high=0.0, whole=True),
     Curve(aten.log.default, mpmath.log, low=0.0, whole=True),
+    Curve(aten.erfc.default, mpmath.erfc),
+    Curve(aten.exp2.default, lambda z: mpmath.mpf(2) ** z),
+    Curve(aten.sinh.default, mpmath.sinh),
+    Curve(aten.cosh.default, mpmath.cosh),
+    Curve(aten.asinh.default, mpmath.asinh),
+    Curve(aten.atanh.default, mpmath.atanh, low=-1.0, high=1.0),
+    Curve(aten.asin.default, mpmath.asin, low=-1.0, high=1.0),
+    Curve(aten.acos.default, mpmath.acos, low=-1.0, high=1.0),
+    Curve(aten.rad2deg.default, mpmath.degrees),
+    Curve(aten.deg2rad.default, mpmath.radians),
+    Curve(aten.log2.default, lambda z: mpmath.log(z, 2), low=0.0, whole=True),
+    Curve(aten.log10.default, mpmath.log10, low=0.0, whole=True),
+    Curve(aten.logit.default, lambda z: mpmath.log(z / (1 - z)), low=0.0, high=1.0, whole=True),
+    Curve(aten.acosh.default, mpmath.acosh, low=1.0, whole=True),
+    Curve(aten.round.default, mpmath.nint),
+    Curve(aten.round.decimals, mpmath.nint, named={"decimals": 0}),
+    Curve(aten.trunc.default, lambda z: mpmath.sign(z) * mpmath.floor(abs(z))),
+    Curve(aten.frac.default, lambda z: z - mpmath.sign(z) * mpmath.floor(abs(z))),
+    Curve(aten.fmod.Scalar, lambda z: z - mpmath.sign(z) * mpmath.floor(abs(z) / 0.75) * 0.75, (0.75,)),
 )
 # fmt: on

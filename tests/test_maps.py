@@ -13,7 +13,10 @@ from torch import Tensor
 
 import frpc.maps
 from frpc.maps import (
+    BatchedMatMul,
     Broadcast,
+    Cast,
+    Center,
     Compose,
     Conv,
     Gate,
@@ -72,6 +75,16 @@ def conv(name: str, weight: Tensor, operand: tuple[int, ...], transposed: bool =
     return Sample(name, Conv(weight, *numbers, output_padding, options["groups"], operand, result), operator)
 
 
+def batched(name: str, operand: tuple[int, ...], coefficient: tuple[int, ...], left: bool = False) -> Sample:
+    """A matrix product with a coefficient, on either side."""
+    b = randn(*coefficient)
+
+    def operator(u: Tensor) -> Tensor:
+        return b @ u if left else u @ b
+
+    return Sample(name, BatchedMatMul(b, operand, operator(torch.zeros(operand).double()).shape, left), operator)
+
+
 def max_pool2d(name: str, operand: tuple[int, ...], *arguments: object, native: bool) -> Sample:
     """The winners of a pool at one input, with the operator's own transpose or without."""
     a = randn(*operand)
@@ -114,6 +127,7 @@ def samples() -> list[Sample]:
         Sample("scale by a tensor", Scale(coefficient, (2, 3, 4, 5)), lambda u: u * coefficient),
         Sample("scale by a number", Scale(-0.3, (2, 5)), lambda u: -0.3 * u),
         Sample("gate", Gate(ties), lambda u: u * (ties > 0)),
+        Sample("cast", Cast(randn(2, 3), randn(2, 3)), lambda u: u),
         Sample("broadcast", Broadcast((2, 1, 5), (2, 7, 5)), lambda u: u.expand(2, 7, 5)),
         Sample("broadcast to a higher rank", Broadcast((3, 1), (2, 5, 3, 7)), lambda u: u.expand(2, 5, 3, 7)),
         Sample("broadcast of nothing", Broadcast((2, 3), (2, 3)), lambda u: u),
@@ -123,6 +137,15 @@ def samples() -> list[Sample]:
         Sample("stretched alone", scaled(1, (2, 1, 4), (2, 3, 4)), lambda u: u.expand(2, 3, 4)),
         Sample("matrix", MatMul(randn(7, 5), (3, 5)), lambda u: u @ randn(7, 5).T),
         Sample("matrix of tokens", MatMul(randn(3, 5), (2, 7, 5)), lambda u: u @ randn(3, 5).T),
+        batched("matrices", (2, 3, 5), (2, 5, 4)),
+        batched("matrices of each head", (2, 1, 3, 5), (4, 5, 7)),
+        batched("matrices of a higher rank", (3, 5), (2, 5, 4)),
+        batched("vector", (2, 3, 5), (5,)),
+        batched("vector by matrices", (5,), (2, 5, 4)),
+        batched("matrices on the left", (2, 5, 4), (2, 3, 5), left=True),
+        batched("matrix on the left", (2, 5, 4), (3, 5), left=True),
+        batched("vector on the left", (2, 5, 4), (5,), left=True),
+        batched("matrices on the left of a vector", (5,), (2, 3, 5), left=True),
         conv("conv 1d", randn(6, 2, 3), (2, 4, 11), stride=2, padding=1, dilation=2, groups=2),
         conv("conv 2d", randn(5, 3, 3, 2), (2, 3, 9, 8), stride=(2, 3), padding=(0, 2), dilation=(2, 1)),
         conv("conv 2d that leaves rows unread", randn(2, 3, 2, 2), (2, 3, 8, 10), stride=(3, 4)),
@@ -151,6 +174,8 @@ def samples() -> list[Sample]:
         average("average, ceil", (2, 3, 6, 8), 3, 2, 1, ceil_mode=True),
         average("average, padding not counted", (2, 3, 7, 5), 3, 2, 1, count_include_pad=False),
         average("average, fixed divisor", (2, 3, 7, 5), 2, 2, 0, divisor_override=3),
+        Sample("distances from the mean", Center((2, 6, 5), (2, 3, 10)),
+               lambda u: u - u.view(2, 3, 10).mean(-1).repeat_interleave(2, 1)[..., None]),
         max_pool2d("winners", (2, 3, 7, 5), [3, 2], [2, 1], [1, 0], [1, 2], native=False),
         max_pool2d("winners by the operator's own transpose", (2, 3, 7, 5), [3, 3], [2, 2], [1, 1], [1, 1], True, native=True),
         Sample("winners 3d", Select(winners3d, (2, 2, 4, 5, 3)),

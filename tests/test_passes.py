@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import frpc
-from frpc import canonicalize, lower, optimize
+from frpc import canonicalize, fused, lower, optimize
+from frpc.attention import expand_attention
 from frpc.capture import capture, snapshot
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
 from frpc.lower import Refusal
 from frpc.pipeline import copy_graph, front
+from frpc.recurrent import unroll_recurrent_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's note on its speed
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),  # torch's note on its speed
+    pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),  # a recurrent layer flattens its weights anew
+]
 
 aten = torch.ops.aten
 X, S, I, D = (3, 4), (3, 4, 9), (3, 4, 8, 7), (3, 4, 4, 5, 3)  # noqa: E741 - features, a sequence, an image, a volume
@@ -150,6 +155,16 @@ CANONICAL: dict[str, tuple[Any, nn.Module, tuple[int, ...], list[str], list[str]
     "transposed conv 3d": (
         canonicalize.unify_convolutions, nn.Sequential(nn.ConvTranspose3d(4, 2, 2)), D,
         ["conv_transpose3d.input"], ["convolution"]),
+    "recurrent layer": (
+        unroll_recurrent_layers, Function(lambda m, x: m.rnn(x)[0], rnn=nn.RNN(9, 3, batch_first=True)), S,
+        ["sym_size.int", "zeros", "rnn_tanh.input", "getitem"],
+        ["sym_size.int", "zeros", "select.int", "linear", *["select.int", "linear", "add.Tensor", "tanh"] * 4, "stack"]),
+    "recurrent layer, last state alone": (
+        unroll_recurrent_layers,
+        Function(lambda m, x: m.rnn(x)[1][0], rnn=nn.RNN(9, 3, nonlinearity="relu", batch_first=True)), S,
+        ["sym_size.int", "zeros", "rnn_relu.input", "getitem", "select.int"],
+        ["sym_size.int", "zeros", "select.int", "linear", *["select.int", "linear", "add.Tensor", "relu"] * 4,
+         "stack", "select.int"]),
     "split": (
         canonicalize.split_to_slices, Function(lambda m, x: x.split([1, 3], 1)[1].sum(1) - x.split(2, -2)[1].mean(1)), S,
         ["split_with_sizes", "getitem", "sum.dim_IntList", "split.Tensor", "getitem", "mean.dim", "sub.Tensor"],
@@ -157,6 +172,14 @@ CANONICAL: dict[str, tuple[Any, nn.Module, tuple[int, ...], list[str], list[str]
     "chunk": (
         canonicalize.split_to_slices, Function(lambda m, x: torch.cat(x.chunk(2, -1)[::-1], -1)), S,
         ["split.Tensor", "getitem", "getitem", "cat"], ["slice.Tensor", "slice.Tensor", "cat"]),
+    "split, unsafe or copied": (
+        canonicalize.split_to_slices,
+        Function(lambda m, x: aten.unsafe_split.Tensor(x, 2, 1)[1] + aten.split_with_sizes_copy(x, [2, 2], 1)[0]), S,
+        ["unsafe_split.Tensor", "getitem", "split_with_sizes_copy", "getitem", "add.Tensor"],
+        ["slice.Tensor", "slice.Tensor", "add.Tensor"]),
+    "spelled out": (
+        expand_composites, Function(lambda m, x: torch.aminmax(x, dim=-1)[1]), S, ["aminmax", "getitem"],
+        ["amin", "amax"]),
     "unbind": (
         canonicalize.split_to_slices, Function(lambda m, x: x.unbind(1)[2] + x.unbind(-2)[-1]), S,
         ["unbind.int", "getitem", "unbind.int", "getitem", "add.Tensor"], ["select.int", "select.int", "add.Tensor"]),
@@ -195,6 +218,42 @@ CANONICAL: dict[str, tuple[Any, nn.Module, tuple[int, ...], list[str], list[str]
         ["glu"], ["slice.Tensor", "slice.Tensor", "sigmoid", "mul.Tensor"]),
     "composite": (
         expand_composites, Function(lambda m, x: F.pad(x, (1, 2), value=0.5)), X, ["pad"], ["constant_pad_nd"]),
+    "attention, causal": (
+        expand_attention, Function(lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True)), S,
+        ["scaled_dot_product_attention"], ["transpose.int", "mul.Tensor", "matmul", "where.ScalarOther", "_softmax", "matmul"]),
+    "attention, added mask": (
+        expand_attention, Function(lambda m, x: F.scaled_dot_product_attention(x, x, x, m.w), w=randn(4, 4)), S,
+        ["scaled_dot_product_attention"], ["transpose.int", "mul.Tensor", "matmul", "add.Tensor", "_safe_softmax", "matmul"]),
+    "attention, grouped queries": (
+        expand_attention,
+        Function(lambda m, x: F.scaled_dot_product_attention(x, k := x.mean(1, True), k, scale=0.3, enable_gqa=True)), I,
+        ["mean.dim", "scaled_dot_product_attention"],
+        ["mean.dim", *["unsqueeze", "expand", "flatten.using_ints"] * 2, "transpose.int", "mul.Tensor", "matmul", "_softmax",
+         "matmul"]),
+    "products added": (
+        fused.expand_products_added,
+        Function(lambda m, x: torch.addcmul(x, x, m.w, value=2) + torch.addcdiv(x, x, m.w), w=randn(4)), X,
+        ["addcmul", "addcdiv", "add.Tensor"], ["mul.Tensor", "add.Tensor", "div.Tensor", "add.Tensor", "add.Tensor"]),
+    "interpolation": (
+        fused.expand_products_added, Function(lambda m, x: torch.lerp(x, x.relu(), m.w), w=randn(4)), X,
+        ["relu", "lerp.Tensor"], ["relu", "sub.Tensor", "mul.Tensor", "add.Tensor"]),
+    "moments": (
+        fused.expand_moments, Function(lambda m, x: torch.sub(*torch.var_mean(x, -1)) + torch.std_mean(x, -1)[0]), S,
+        ["var_mean.dim", "getitem", "getitem", "sub.Tensor", "std_mean.dim", "getitem", "add.Tensor"],
+        ["var.correction", "mean.dim", "sub.Tensor", "std.correction", "add.Tensor"]),
+    "bounds": (
+        fused.expand_bounds,
+        Function(lambda m, x: torch.clamp(x, m.w, m.v) - torch.clamp_min(x, m.w), w=randn(4), v=randn(4).abs()), X,
+        ["clamp.Tensor", "clamp_min.Tensor", "sub.Tensor"], ["maximum", "minimum", "maximum", "sub.Tensor"]),
+    "distances": (
+        fused.expand_distances, Function(lambda m, x: torch.cdist(x, m.w), w=randn(5, 9)), S,
+        ["cdist"], ["unsqueeze", "unsqueeze", "sub.Tensor", "linalg_vector_norm"]),
+    "similarity": (
+        fused.expand_similarities, Function(lambda m, x: F.cosine_similarity(x, m.w, dim=-1), w=randn(4)), X,
+        ["cosine_similarity"], [*["linalg_vector_norm", "clamp_min", "div.Tensor"] * 2, "mul.Tensor", "sum.dim_IntList"]),
+    "norm by its older name": (
+        fused.unify_norms, Function(lambda m, x: aten.norm.ScalarOpt_dim(x, 3, [-1])), S,
+        ["norm.ScalarOpt_dim"], ["linalg_vector_norm"]),
     "constants": (
         canonicalize.fold_constants, Function(lambda m, x: F.linear(x, m.w * 2, m.w.sum(1)), w=randn(5, 4)), X,
         ["mul.Tensor", "sum.dim_IntList", "linear"], ["linear"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mpmath
 import pytest
@@ -56,7 +58,8 @@ def test_rule(case: Case) -> None:
     flat = torch.cat([m.flatten(1) for m in maps], 1)
     error = (flat.sum(1) - (seed * output).flatten(1).sum(1)).abs()
     assert bool((error <= 1e-12 * flat.abs().sum(1)).all()), "the map does not sum to the explained output"
-    assert agrees(flat, TWINS[case.twin](module, inputs, seed)), "the map is not the twin's"
+    twin = partial(from_frozen, case.frozen) if case.frozen else TWINS[case.twin]
+    assert agrees(flat, twin(module, inputs, seed)), "the map is not the twin's"
 
     compiled = explainer.compiled(*inputs)
     met = {node.target for node in compiled.assignment.rules}
@@ -141,6 +144,24 @@ def from_quotient(module: nn.Module, inputs: tuple[Tensor, ...], seed: Tensor) -
         at_zero = module(torch.zeros_like(x)).nan_to_num(0.0, 0.0, 0.0)
         local = (seed * (module(x) - at_zero)).flatten(1)
     return local + (seed * at_zero).flatten(1).mean(1, keepdim=True)
+
+
+def from_frozen(held: Callable[..., Tensor], module: nn.Module, inputs: tuple[Tensor, ...], seed: Tensor) -> Tensor:
+    """The Jacobian's map of the function with its coefficients held: `x * J^T seed + <g(0), seed> / N`."""
+    with torch.no_grad():
+        assert agrees(held(*inputs, *inputs), module(*inputs), 1e-12), "with nothing changed, the held function is the function"
+    return from_jacobian(Function(lambda *x: held(*x, *inputs)), inputs, seed)
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.function(*x)
 
 
 TWINS = {"reference": from_reference, "jacobian": from_jacobian, "piecewise": from_piece, "quotient": from_quotient}

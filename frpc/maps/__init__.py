@@ -1,13 +1,16 @@
 """Linear maps: how relevance moves through one operand of one operator; see :mod:`frpc.maps.base`."""
 
 from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp, Transpose
-from frpc.maps.contraction import Conv, MatMul
+from frpc.maps.contraction import BatchedMatMul, Conv, MatMul
 from frpc.maps.movement import Pad, Place, Shuffle, Slice
-from frpc.maps.pointwise import Broadcast, Gate, Scale, scaled
-from frpc.maps.pooling import LinearPool, Pool, Select, Window
+from frpc.maps.pointwise import Broadcast, Cast, Gate, Scale, scaled
+from frpc.maps.pooling import Center, LinearPool, Pool, Select, Window
 
 __all__ = [
+    "BatchedMatMul",
     "Broadcast",
+    "Cast",
+    "Center",
     "Compose",
     "Conv",
     "Cost",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frpc.maps.base import Cost, LinearMap, Shape, each, folded, numel, same_size
 
-__all__ = ["Conv", "MatMul"]
+__all__ = ["BatchedMatMul", "Conv", "MatMul"]
 
 
 class MatMul(LinearMap):
@@ -30,6 +30,46 @@ class MatMul(LinearMap):
         flops = 2.0 * numel(self.result) * int(self.weight.shape[1])
         size = numel(self.operand) + numel(self.result) + numel(self.weight.shape)
         return Cost(flops, float(size * itemsize))
+
+
+class BatchedMatMul(LinearMap):
+    """``z = a b``, or ``z = b a``, by the broadcasting of ``torch.matmul``; ``b`` is a coefficient.
+
+    Args:
+        coefficient: ``b``, a vector, a matrix or a batch of matrices.
+        operand, result: shapes of ``a`` and ``z``.
+        left: ``b`` stands on the left.
+    """
+
+    def __init__(self, coefficient: Tensor, operand: Shape, result: Shape, left: bool = False) -> None:
+        self.operand, self.result, self.left = operand, result, left
+        vectors = (coefficient.dim() == 1) + (len(operand) == 1)  # a vector is a matrix of one row on the left, one column else
+        self.coefficient = coefficient.unsqueeze(0 if left else 1) if coefficient.dim() == 1 else coefficient
+        matrix = list(operand) if len(operand) > 1 else [*operand, 1] if left else [1, *operand]
+        sides = (self.coefficient.shape[-2], matrix[-1]) if left else (matrix[-2], self.coefficient.shape[-1])
+        self._product = [*result[: len(result) - 2 + vectors], *sides]
+        self._aligned = [*[1] * (len(self._product) - len(matrix)), *matrix]
+
+    def push(self, u: Tensor) -> Tensor:
+        lead = self.lead(u, self.operand)
+        u = u.reshape([*lead, *self._aligned])
+        z = torch.matmul(self.coefficient, u) if self.left else torch.matmul(u, self.coefficient)
+        return z.reshape([*lead, *self.result])
+
+    def pull(self, v: Tensor) -> Tensor:
+        lead, turned = self.lead(v, self.result), self.coefficient.transpose(-1, -2)
+        v = v.reshape([*lead, *self._product])
+        w = torch.matmul(turned, v) if self.left else torch.matmul(v, turned)
+        batch = zip(self._aligned[:-2], self._product[:-2], strict=True)
+        copied = [i - len(self._product) for i, (a, z) in enumerate(batch) if not same_size(a, z)]
+        if copied:
+            w = w.sum(copied, keepdim=True)
+        return w.reshape([*lead, *self.operand])
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        inner = self.coefficient.shape[-1 if self.left else -2]
+        size = numel(self.operand) + numel(self.result) + numel(self.coefficient.shape)
+        return Cost(2.0 * numel(self.result) * int(inner), float(size * itemsize))
 
 
 class Conv(LinearMap):

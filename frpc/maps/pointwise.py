@@ -1,4 +1,4 @@
-"""Maps that keep the shape: scales, gates and broadcasting."""
+"""Maps that keep the shape: scales, gates, casts and broadcasting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frpc.maps.base import Compose, Identity, LinearMap, Shape, same_size
 
-__all__ = ["Broadcast", "Gate", "Scale", "scaled"]
+__all__ = ["Broadcast", "Cast", "Gate", "Scale", "scaled"]
 
 
 class Scale(LinearMap):
@@ -40,6 +40,20 @@ class Gate(LinearMap):
 
     def pull(self, v: Tensor) -> Tensor:
         return self.push(v)
+
+
+class Cast(LinearMap):
+    """``z = a`` in another floating type: the same number but for rounding. Columns come back in the operand's type."""
+
+    def __init__(self, operand: Tensor, result: Tensor) -> None:
+        self.operand, self.result = operand.shape, result.shape
+        self.before, self.after = operand.dtype, result.dtype
+
+    def push(self, u: Tensor) -> Tensor:
+        return u.to(self.after)
+
+    def pull(self, v: Tensor) -> Tensor:
+        return v.to(self.before)
 
 
 class Broadcast(LinearMap):

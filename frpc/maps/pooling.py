@@ -1,4 +1,4 @@
-"""Maps of pooling: averages, and winners."""
+"""Maps of pooling: averages, distances from averages, and winners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frpc.maps.base import LinearMap, LinearOp, Shape, folded
 
-__all__ = ["LinearPool", "Pool", "Select", "Window"]
+__all__ = ["Center", "LinearPool", "Pool", "Select", "Window"]
 
 Window = Sequence[tuple[int, int, int, int]]
 """``(kernel, stride, padding, dilation)`` along each spatial axis."""
@@ -66,6 +66,22 @@ class LinearPool(Pool):
         if not self.count_padding:
             first, last = first.clamp(min=0), last.clamp(max=size)
         return (last - first).double()
+
+
+class Center(LinearMap):
+    """``z = a - mean(a)``, the mean taken over the last dimension of ``a`` seen as ``blocks``; it is its own transpose."""
+
+    def __init__(self, operand: Shape, blocks: Shape) -> None:
+        self.operand = self.result = operand
+        self.blocks = blocks
+
+    def push(self, u: Tensor) -> Tensor:
+        lead = self.lead(u, self.operand)
+        parts = u.reshape([*lead, *self.blocks])
+        return (parts - parts.mean(-1, keepdim=True)).reshape([*lead, *self.operand])
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.push(v)
 
 
 class Select(LinearMap):

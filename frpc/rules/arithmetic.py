@@ -1,7 +1,8 @@
-"""Sums, products and quotients, of carried values, constants and numbers; and reductions."""
+"""Sums of carried values, constants and numbers; concatenation, choices between values, and reductions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,13 @@ Number = int | float
 Term = Tensor | Number
 
 
+def unmasked(constant: Term) -> Term:
+    """Puts 0 in place of minus infinity, which marks what a softmax leaves out: its coefficient is 0, and 0 inf is NaN."""
+    if isinstance(constant, Tensor):
+        return torch.where(constant == -math.inf, 0.0, constant) if constant.is_floating_point() else constant
+    return 0.0 if constant == -math.inf else constant
+
+
 def _sum(call: Call, signed: dict[str, tuple[Term, float]]) -> Affine:
     """Builds ``z = sum_k factor_k * operand_k``: carried operands become terms, the others constants."""
     terms: dict[Operand, LinearMap] = {}
@@ -26,12 +34,18 @@ def _sum(call: Call, signed: dict[str, tuple[Term, float]]) -> Affine:
             assert isinstance(operand, Tensor)
             terms[name] = scaled(factor, operand.shape, call.value.shape)
         else:
-            share = operand if factor == 1 else operand * factor
+            share = unmasked(operand if factor == 1 else operand * factor)
             constant = share if constant is None else constant + share
     return Affine(terms, constant)
 
 
-@rule(aten.add.Tensor, carries=("self", "other"), formula="a + alpha b", source="method §2: addition")
+@rule(
+    aten.add.Tensor,
+    aten.add.Scalar,
+    carries=("self", "other"),
+    formula="a + alpha b",
+    source="method §2: addition",
+)
 def add(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, 1.0), "other": (b, float(alpha))})
 
@@ -44,40 +58,6 @@ def sub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
 @rule(aten.rsub.Scalar, aten.rsub.Tensor, carries=("self", "other"), formula="b - alpha a", source="method §2: addition")
 def rsub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, -float(alpha)), "other": (b, 1.0)})
-
-
-@rule(
-    aten.mul.Tensor,
-    carries=("self", "other"),
-    formula="b on a; both carried: b/2 on a, a/2 on b",
-    source="method §2: products, half",
-)
-def mul(call: Call, a: Tensor, b: Term) -> Affine:
-    result = call.value.shape
-    both = call.carries("self") and call.carries("other")
-    share = 0.5 if both else 1.0
-    terms: dict[Operand, LinearMap] = {}
-    if call.carries("self"):
-        terms["self"] = scaled(b * share if both else b, a.shape, result)
-    if call.carries("other"):
-        assert isinstance(b, Tensor)
-        terms["other"] = scaled(a * share if both else a, b.shape, result)
-    return Affine(terms)
-
-
-@rule(
-    aten.div.Tensor,
-    carries=("self", "other"),
-    formula="1/b on a; a carried b is a coefficient",
-    source="method §2: products, gate",
-)
-def div(call: Call, a: Term, b: Term) -> Affine:
-    if call.carries("self"):
-        assert isinstance(a, Tensor)
-        return Affine({"self": scaled(1.0 / b, a.shape, call.value.shape)})
-    # c / b has no value at b = 0 to subtract: all of the result is carried by b, z = (z / b) b.
-    assert isinstance(b, Tensor)
-    return Affine({"other": scaled(call.value / b, b.shape, call.value.shape)})
 
 
 @rule(aten.cat.default, carries="tensors", formula="each operand at its place", source="method §2: concatenation")
@@ -116,7 +96,8 @@ def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
         if call.carries(name) and isinstance(operand, Tensor):
             terms[name] = scaled(chosen, operand.shape, result)
         else:
-            constant = chosen * operand if constant is None else constant + chosen * operand
+            share = chosen * unmasked(operand)
+            constant = share if constant is None else constant + share
     return Affine(terms, constant)
 
 
@@ -132,7 +113,7 @@ def copy(call: Call, a: Tensor, source: Tensor, non_blocking: bool = False) -> A
     return Affine({"src": scaled(1, source.shape, call.value.shape)})
 
 
-def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
+def from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     """Counts dimensions from the end, so that columns may come in front; none named means all."""
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return list(range(-rank, 0))
@@ -140,13 +121,18 @@ def _from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     return [d if d < 0 else d - rank for d in listed]
 
 
+def refuse_batch(a: Tensor, dims: Sequence[int]) -> None:
+    """Declines an operator that works along the dimension of the samples."""
+    if any(isinstance(a.shape[d], torch.SymInt) for d in dims):
+        raise RuleDeclinedError("it works along the batch: the result mixes samples")
+
+
 def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Callable[[Tensor], Tensor]]:
     """Returns, for a call of a reduction, the linear function it is; columns stay in front."""
 
     def build(call: Call, a: Tensor, dim: Any, keepdim: bool = False, dtype: Any = None) -> Callable[[Tensor], Tensor]:
-        dims = _from_end(dim, a.dim())
-        if -a.dim() in dims:
-            raise RuleDeclinedError("it reduces over the batch: the result mixes samples")
+        dims = from_end(dim, a.dim())
+        refuse_batch(a, dims)
         return lambda u: reduce(u, dims, keepdim=keepdim)
 
     return build
@@ -154,3 +140,14 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Callable[[Tensor], 
 
 linear_op(aten.sum.dim_IntList, _reduced(torch.sum), formula="sum over dimensions")
 linear_op(aten.mean.dim, _reduced(torch.mean), formula="mean over dimensions")
+
+
+def _accumulated(call: Call, a: Tensor, dim: int, dtype: Any = None) -> Callable[[Tensor], Tensor]:
+    """Returns the running sum along a dimension; columns stay in front."""
+    along = dim if dim < 0 else dim - a.dim()
+    if isinstance(a.shape[along], torch.SymInt):
+        raise RuleDeclinedError("it adds over the batch: the result mixes samples")
+    return lambda u: u.cumsum(along)
+
+
+linear_op(aten.cumsum.default, _accumulated, formula="running sum")

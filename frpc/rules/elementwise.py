@@ -107,6 +107,28 @@ def _power(a: Tensor, exponent: float) -> Tensor:
     return torch.where(a == 0, 1.0 if exponent == 1 else 0.0, torch.pow(torch.where(a == 0, 1.0, a), exponent - 1))
 
 
+def _exp_over(a: Tensor, value: Tensor, rate: float) -> Tensor:
+    """``(b^a - 1) / a``, ``rate = log b``: expm1 near 0, where b^a - 1 cancels; b^a far out, where rounding a log b shows."""
+    near = (a * rate).abs() < 1.0
+    far = (value - 1.0) / torch.where(near, 1.0, a)
+    return torch.where(near, rate * _expm1_over(torch.where(near, a * rate, 0.0)), far)
+
+
+def _sinh_over(a: Tensor) -> Tensor:
+    """``sinh(a) / a``."""
+    return _quotient(a, torch.sinh(a), 1.0 + a * a / 6.0)
+
+
+def _asin_over(a: Tensor) -> Tensor:
+    """``asin(a) / a``."""
+    return _quotient(a, torch.asin(a), 1.0 + a * a / 6.0)
+
+
+def _erf_over(a: Tensor) -> Tensor:
+    """``erf(a) / a``."""
+    return _quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0))
+
+
 def _whole(value: Tensor, a: Tensor) -> Tensor:
     """``f(a) / a`` for functions without a value at 0: all of the result is carried, and nothing at a = 0."""
     return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
@@ -171,9 +193,17 @@ elementwise(aten.sin.default, _sin_over, formula="sin(a) / a")
 elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1")
 elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a")
 elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a")
-elementwise(
-    aten.erf.default, lambda a: _quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0)), formula="erf(a) / a"
-)
+elementwise(aten.erf.default, _erf_over, formula="erf(a) / a")
+elementwise(aten.erfc.default, lambda a: -_erf_over(a), 1.0, formula="-erf(a) / a, c = 1")
+elementwise(aten.exp2.default, lambda a: _exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1")
+elementwise(aten.sinh.default, _sinh_over, formula="sinh(a) / a")
+elementwise(aten.cosh.default, lambda a: torch.sinh(0.5 * a) * _sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1")
+elementwise(aten.asinh.default, lambda a: _quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a")
+elementwise(aten.atanh.default, lambda a: _quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a")
+elementwise(aten.asin.default, _asin_over, formula="asin(a) / a")
+elementwise(aten.acos.default, lambda a: -_asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2")
+elementwise(aten.rad2deg.default, lambda a: 180.0 / math.pi, formula="180 / pi")
+elementwise(aten.deg2rad.default, lambda a: math.pi / 180.0, formula="pi / 180")
 elementwise(aten.abs.default, torch.sign, formula="sgn(a)")
 elementwise(aten.neg.default, lambda a: -1.0, formula="-1")
 elementwise(aten.square.default, lambda a: a, formula="a")
@@ -182,3 +212,9 @@ elementwise(aten.sqrt.default, lambda a: _whole(torch.sqrt(a), a), formula="1 / 
 elementwise(aten.rsqrt.default, lambda a: _whole(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)")
 elementwise(aten.reciprocal.default, lambda a: _whole(torch.reciprocal(a), a), formula="f(a) / a (no value at 0: all carried)")
 elementwise(aten.log.default, lambda a: _whole(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log2.default, lambda a: _whole(torch.log2(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log10.default, lambda a: _whole(torch.log10(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(
+    aten.logit.default, lambda a, eps=None: _whole(torch.logit(a, eps), a), formula="f(a) / a (no value at 0: all carried)"
+)
+elementwise(aten.acosh.default, lambda a: _whole(torch.acosh(a), a), formula="f(a) / a (no value at 0: all carried)")

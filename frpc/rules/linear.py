@@ -1,4 +1,4 @@
-"""Layers with weights: linear, convolution, batch norm. ``M`` is the layer without its constants, ``c`` is its bias."""
+"""Layers with weights: convolution, batch norm. ``M`` is the layer without its constants, ``c`` is its bias."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
-from frpc.maps import Conv, MatMul, Scale
+from frpc.maps import Conv, Scale
 
 aten = torch.ops.aten
 
@@ -16,22 +16,6 @@ aten = torch.ops.aten
 def per_channel(vector: Tensor, rank: int) -> Tensor:
     """Shapes a ``[C]`` vector so that it broadcasts over ``[B, C, *spatial]``."""
     return vector.reshape([-1] + [1] * (rank - 2))
-
-
-@rule(aten.linear.default, carries="input", formula="a W^T, c = b", source="T 3.5, 3.8")
-def linear(call: Call, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Affine:
-    return Affine({"input": MatMul(weight, a.shape)}, bias)
-
-
-@rule(aten.mm.default, formula="a W", source="method §2: matmul with a constant")
-def mm(call: Call, a: Tensor, weight: Tensor) -> Affine:
-    return Affine({"self": MatMul(weight.t(), a.shape)})
-
-
-@rule(aten.addmm.default, carries="mat1", formula="alpha a W, c = beta b", source="method §2: matmul with a constant")
-def addmm(call: Call, bias: Tensor, a: Tensor, weight: Tensor, beta: float = 1, alpha: float = 1) -> Affine:
-    scaled_weight = weight if alpha == 1 else weight * alpha
-    return Affine({"mat1": MatMul(scaled_weight.t(), a.shape)}, bias if beta == 1 else bias * beta)
 
 
 @rule(aten.convolution.default, carries="input", formula="K * a, c = b", source="T 4.10, 4.11, algorithm 1")

@@ -1,4 +1,4 @@
-"""Operators that move elements about: reshape, permute, slice, pad, expand, roll, resize. ``M`` is the operator itself.
+"""Operators that move elements about: reshape, permute, slice, pad, expand, roll. ``M`` is the operator itself.
 
 Dimensions are counted from the end throughout, so that a map works unchanged on tensors with columns in front.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
-from frpc.maps import Broadcast, Identity, LinearMap, Pad, Scale, Shuffle, Slice, Transpose
+from frpc.errors import RuleDeclinedError
+from frpc.maps import Broadcast, Identity, LinearMap, LinearOp, Pad, Scale, Shuffle, Slice, Transpose
 
 aten = torch.ops.aten
 
@@ -103,11 +104,6 @@ linear_op(
     formula="a[index]",
 )
 linear_op(
-    aten.index_select.default,
-    lambda call, a, dim, index: lambda u: u.index_select(_dims(dim, a.dim())[0], index),
-    formula="a[indices]",
-)
-linear_op(
     aten.diagonal.default,
     lambda call, a, offset=0, first=0, second=1: lambda u: u.diagonal(offset, *_dims([first, second], a.dim())),
     formula="a's diagonal",
@@ -130,6 +126,34 @@ linear_op(
 )
 
 
+for _op in (aten.tril.default, aten.triu.default):
+    linear_op(_op, lambda call, a, diagonal=0: lambda u: call.op(u, diagonal), formula="a on one side of its diagonal")
+linear_op(
+    aten.diag_embed.default,
+    lambda call, a, offset=0, first=-2, second=-1: (
+        lambda u: torch.diag_embed(u, offset, *_dims([first, second], call.value.dim()))
+    ),
+    formula="a on a diagonal",
+)
+linear_op(
+    aten.rot90.default,
+    lambda call, a, k=1, dims=(0, 1): lambda u: u.rot90(k, _dims(dims, a.dim())),
+    formula="a, turned",
+)
+
+
+@rule(aten.as_strided.default, formula="a, reshaped", source="method §2: linear")
+def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Affine:
+    expected, step = [], 1
+    for n in reversed(size):
+        expected.insert(0, str(step))
+        step = step * n
+    whole = not offset and str(step) == str(a.numel()) and a.is_contiguous()
+    if not whole or [str(s) for s in stride] != expected:
+        raise RuleDeclinedError("it reads memory at addresses, not values by index: use slices, unfold or reshape")
+    return Affine({"self": LinearOp(_reshaped(call, a), a.shape, call.value.shape)})
+
+
 @rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear")
 def constant_pad(call: Call, a: Tensor, padding: Sequence[int], value: float = 0) -> Affine:
     frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value != 0 else None
@@ -150,20 +174,3 @@ for _op in (
     aten.replication_pad3d.default,
 ):
     linear_op(_op, lambda call, a, padding: lambda u: call.op(u, padding), formula="a, padded by its own values", pool=True)
-
-for _op in (
-    aten.upsample_nearest1d.vec,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest3d.vec,
-    aten._upsample_nearest_exact1d.vec,
-    aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact3d.vec,
-    aten.upsample_linear1d.vec,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_trilinear3d.vec,
-    aten.upsample_bicubic2d.vec,
-    aten._upsample_bilinear2d_aa.vec,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-):
-    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="a, resized", pool=True)

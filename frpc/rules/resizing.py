@@ -1,0 +1,90 @@
+"""Resizing: interpolation, sampling on a grid, windows laid out and added up. ``M`` is the operator itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, linear_op, rule
+from frpc.errors import RuleDeclinedError
+from frpc.maps import LinearOp
+
+aten = torch.ops.aten
+
+for _op in (
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest1d.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_nearest3d.default,
+    aten._upsample_nearest_exact1d.vec,
+    aten._upsample_nearest_exact1d.default,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact2d.default,
+    aten._upsample_nearest_exact3d.vec,
+    aten._upsample_nearest_exact3d.default,
+    aten.upsample_linear1d.vec,
+    aten.upsample_linear1d.default,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bilinear2d.default,
+    aten.upsample_trilinear3d.vec,
+    aten.upsample_trilinear3d.default,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_bicubic2d.default,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bilinear2d_aa.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+):
+    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="a, resized", pool=True)
+
+for _op in (aten.im2col.default, aten.col2im.default):
+    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="the operator itself", pool=True)
+
+
+def _by_axis(call: Call, a: Tensor, *arguments: object) -> Callable[[Tensor], Tensor]:
+    """Interpolation axis by axis, as two matrix products: the operator's own transpose fixes the batch when traced."""
+    height, width = call.value.shape[-2:]
+    align, factors = arguments[1], list(arguments[2:])
+    if call.op is aten._upsample_bicubic2d_aa.vec:
+        factors = list(factors[0]) if isinstance(factors[0], Sequence) else [None, None]
+    rows = _resized_units(a, -2, [height, a.shape[-2]], align, factors[0], None)
+    columns = _resized_units(a, -1, [a.shape[-1], width], align, None, factors[1])
+    return lambda u: rows @ (u @ columns)
+
+
+def _resized_units(a: Tensor, axis: int, size: Sequence[int], *options: object) -> Tensor:
+    """Returns the matrix of interpolation along one axis: what the operator makes of the unit matrix as an image.
+
+    Unit vectors as channels would be shorter, but on images one cell wide PyTorch 2.15 mistakes their memory order.
+    """
+    units = torch.eye(a.shape[axis], dtype=a.dtype, device=a.device)
+    resized: Tensor = aten._upsample_bicubic2d_aa.default(units[None, None], size, *options)
+    return resized[0, 0]
+
+
+for _op in (aten._upsample_bicubic2d_aa.vec, aten._upsample_bicubic2d_aa.default):
+    linear_op(_op, _by_axis, formula="a, resized")
+
+
+@rule(
+    aten.grid_sampler_2d.default,
+    aten.grid_sampler_3d.default,
+    carries=("input", "grid"),
+    formula="a, interpolated at the grid's points; a carried grid is a coefficient",
+    source="method §2: linear",
+)
+def grid_sampler(call: Call, a: Tensor, grid: Tensor, *options: object) -> Affine:
+    if not call.carries("input"):
+        raise RuleDeclinedError("only the places where it reads a constant come from the input")
+
+    def sample(u: Tensor) -> Tensor:  # samples have their own grids, channels do not: columns count as channels
+        lead = u.shape[: u.dim() - a.dim()]
+        channels = u.movedim(-a.dim(), 0).flatten(1, len(lead) + 1) if lead else u
+        z = call.op(channels, grid, *options)
+        return z.unflatten(1, [*lead, a.shape[1]]).movedim(0, len(lead)) if lead else z
+
+    return Affine({"input": LinearOp(sample, a.shape, call.value.shape)})

@@ -1,0 +1,75 @@
+"""Rounding and casts: steps keep the secant where they are flat around 0; where they jump at 0 the result is a constant.
+
+``round`` and ``trunc`` are 0 around 0, so their secant is bounded by 2 and by 1. ``sign``, ``floor`` and ``ceil`` jump there: no
+factor is bounded, their slope is 0 everywhere else, and all of the value is ``c``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, elementwise, rule
+from frpc.maps import Cast, Identity, Scale
+
+aten = torch.ops.aten
+
+
+def _over(value: Tensor, a: Tensor) -> Tensor:
+    """``f(a) / a`` for f that is 0 around 0."""
+    return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
+
+
+@rule(
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.other,
+    aten.type_as.default,
+    formula="a, in another floating type",
+    source="method §2: identity",
+)
+def cast(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    return Affine({"self": Cast(a, call.value)})
+
+
+@rule(
+    aten.sign.default,
+    aten.sgn.default,
+    aten.floor.default,
+    aten.ceil.default,
+    formula="0, c = f(a)",
+    source="method §2: slope 0 and a jump at 0",
+)
+def step(call: Call, a: Tensor) -> Affine:
+    return Affine({"self": Scale(0.0, a.shape)}, call.value)
+
+
+@rule(
+    aten.remainder.Scalar,
+    aten.remainder.Tensor,
+    formula="1, c = -b floor(a / b)",
+    source="method §2: slope 1 and a jump at 0",
+)
+def remainder(call: Call, a: Tensor, b: Tensor | float) -> Affine:
+    return Affine({"self": Identity(a.shape)}, call.value - a)
+
+
+@rule(aten.nan_to_num.default, formula="[a is finite], c = the value elsewhere", source="method §2: selection")
+def nan_to_num(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    finite = torch.isfinite(a)
+    return Affine({"self": Scale(finite.to(a.dtype), a.shape)}, torch.where(finite, 0.0, call.value))
+
+
+elementwise(aten.round.default, lambda a: _over(torch.round(a), a), formula="round(a) / a")
+elementwise(aten.round.decimals, lambda a, decimals: _over(torch.round(a, decimals=decimals), a), formula="round(a) / a")
+elementwise(aten.trunc.default, lambda a: _over(torch.trunc(a), a), formula="trunc(a) / a")
+elementwise(
+    aten.frac.default, lambda a: torch.where(a.abs() < 1, 1.0, torch.frac(a) / a), formula="1 inside (-1, 1), else frac(a) / a"
+)
+elementwise(
+    aten.fmod.Scalar,
+    lambda a, b: torch.where(a.abs() < abs(b), 1.0, torch.fmod(a, b) / a),
+    formula="1 inside (-b, b), else fmod(a, b) / a",
+)

@@ -1,0 +1,242 @@
+"""Selection: winners, and elements read or written at given places. Each element of the result is one element of an operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, Operand, linear_op, rule
+from frpc.errors import RuleDeclinedError
+from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
+
+aten = torch.ops.aten
+
+
+def _back(dim: int, rank: int) -> int:
+    """Counts a dimension from the end, so that columns may come in front."""
+    return dim if dim < 0 else dim - rank
+
+
+def _apart(a: Tensor, dims: Sequence[int], does: str) -> None:
+    """Refuses a choice among samples; a fixed batch is found out by the check of the whole model."""
+    if any(isinstance(a.shape[d], torch.SymInt) for d in dims):
+        raise RuleDeclinedError(f"it {does} the batch: the result mixes samples")
+
+
+def _gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
+    """Returns ``u -> u.gather(dim, indices)`` for u with columns in front; ``dim`` is negative."""
+    return lambda u: u.gather(dim, indices.expand([*u.shape[: u.dim() - indices.dim()], *indices.shape]))
+
+
+# Winners ----------------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.max.dim,
+    aten.min.dim,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.mode.default,
+    aten.kthvalue.default,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.cummax.default,
+    aten.cummin.default,
+    formula="the chosen elements",
+    source="method §2: selection",
+)
+def winners(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    dim, indices = _back(call.args["dim"], a.dim()), call.out[1]
+    _apart(a, [dim], "chooses over")
+    if indices.dim() == a.dim():
+        return Affine({"self": LinearOp(_gathered(indices, dim), a.shape, call.value.shape)})
+    pick = _gathered(indices.unsqueeze(dim), dim)
+    return Affine({"self": LinearOp(lambda u: pick(u).squeeze(dim), a.shape, call.value.shape)})
+
+
+def _extreme(call: Call, a: Tensor, dims: Sequence[int] = (), keepdim: bool = False) -> Callable[[Tensor], Tensor]:
+    """Returns the selection of the first largest or smallest element over several dimensions."""
+    rank = a.dim()
+    chosen = sorted(_back(d, rank) for d in dims) or list(range(-rank, 0))
+    _apart(a, chosen, "chooses over")
+    order = [d for d in range(-rank, 0) if d not in chosen] + chosen
+
+    def flat(u: Tensor) -> Tensor:
+        lead = u.dim() - rank
+        return u.permute([*range(lead), *(u.dim() + d for d in order)]).flatten(-len(chosen))
+
+    largest = call.op is aten.amax.default
+    found = flat(a)
+    winner = (found.argmax(-1) if largest else found.argmin(-1)).unsqueeze(-1)
+    pick = _gathered(winner, -1)
+
+    def select(u: Tensor) -> Tensor:
+        return pick(flat(u)).reshape([*u.shape[: u.dim() - rank], *call.value.shape])
+
+    return select
+
+
+linear_op(aten.amax.default, _extreme, formula="the largest element, the first on ties")
+linear_op(aten.amin.default, _extreme, formula="the smallest element, the first on ties")
+
+
+# Reading ----------------------------------------------------------------------------------------------------------------
+
+
+linear_op(
+    aten.gather.default,
+    lambda call, a, dim, index, sparse_grad=False: _gathered(index, _back(dim, a.dim())),
+    formula="a[indices]",
+)
+linear_op(
+    aten.index_select.default,
+    lambda call, a, dim, index: lambda u: u.index_select(_back(dim, a.dim()), index),
+    formula="a[indices]",
+)
+
+
+def _indexed(indices: Sequence[Tensor | None], rank: int) -> Callable[[Tensor], Tensor]:
+    """Returns ``u -> u[indices]``; columns stay in front.
+
+    Index tensors with a slice between them put their dimensions first, before the columns: those are moved back.
+    """
+    given = [i for i in indices if i is not None]
+    if any(i.dtype in (torch.bool, torch.uint8) for i in given):
+        raise RuleDeclinedError("a mask chooses how many elements there are: use torch.where, or indices")
+    places = [d for d, i in enumerate(indices) if i is not None]
+    apart = places[-1] - places[0] + 1 != len(places)
+    count = max(i.dim() for i in given)
+
+    def read(u: Tensor) -> Tensor:
+        lead = u.dim() - rank
+        z: Tensor = aten.index.Tensor(u, [*[None] * lead, *indices])
+        return z.movedim(tuple(range(count, count + lead)), tuple(range(lead))) if apart and lead else z
+
+    return read
+
+
+for _op in (aten.index.Tensor, aten._unsafe_index.Tensor):
+    linear_op(_op, lambda call, a, indices: _indexed(indices, a.dim()), formula="a[indices]")
+
+
+# Writing ----------------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.scatter.value,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+    formula="[kept] on a, c = the value elsewhere",
+    source="method §2: selection",
+)
+def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    rest = [value for name, value in call.args.items() if name != "self"]
+    mark = torch.ones_like(rest[-1], dtype=torch.bool) if isinstance(rest[-1], Tensor) else True
+    untouched = call.op(torch.zeros_like(a, dtype=torch.bool), *rest[:-1], mark).logical_not()
+    return Affine({"self": Scale(untouched.to(a.dtype), a.shape)}, call.op(torch.zeros_like(a), *rest))
+
+
+@rule(
+    aten.scatter.src,
+    aten.diagonal_scatter.default,
+    carries=("self", "src"),
+    formula="[kept] on a, b at the places written",
+    source="method §2: selection",
+)
+def scatter(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    return _written(call, a, "src")
+
+
+@rule(
+    aten.index_copy.default,
+    aten.masked_scatter.default,
+    carries=("self", "source"),
+    formula="[kept] on a, b at the places written",
+    source="method §2: selection",
+)
+def copy_to(call: Call, a: Tensor, *arguments: Any) -> Affine:
+    return _written(call, a, "source")
+
+
+def _written(call: Call, a: Tensor, name: str) -> Affine:
+    """The operator run on the numbers of elements says where each element of its result comes from."""
+    b = call.args[name]
+    numbers = torch.arange(b.numel(), device=a.device).reshape(b.shape)
+    replaced = {"self": torch.full_like(a, -1, dtype=torch.int64), name: numbers}
+    origin = call.op(**{**call.args, **replaced})
+    kept = origin < 0
+
+    def place(u: Tensor) -> Tensor:
+        lead = u.shape[: u.dim() - b.dim()]
+        taken = u.reshape([*lead, -1]).index_select(-1, origin.clamp(min=0).flatten()).reshape([*lead, *origin.shape])
+        return taken.masked_fill(kept, 0.0)
+
+    return _two(call, a, b, name, Scale(kept.to(a.dtype), a.shape), LinearOp(place, b.shape, call.value.shape))
+
+
+def _two(call: Call, a: Tensor, b: Tensor, name: str, on_a: LinearMap, on_b: LinearMap) -> Affine:
+    """``z = M_a a + M_b b``: an operand that is constant becomes part of c."""
+    terms: dict[Operand, LinearMap] = {}
+    constant: Tensor | None = None
+    for key, operand, m in (("self", a, on_a), (name, b, on_b)):
+        if call.carries(key):
+            terms[key] = m
+        else:
+            constant = m.push(operand)
+    return Affine(terms, constant)
+
+
+@rule(
+    aten.index_put.default,
+    aten._unsafe_index_put.default,
+    carries=("self", "values"),
+    formula="[kept] on a, b at the places written; accumulating: a + b at the places",
+    source="method §2: selection",
+)
+def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Affine:
+    if not accumulate:
+        return _written(call, a, "values")
+    read = _indexed(indices, a.dim())
+    places = read(a).shape
+    added = Compose(Broadcast(values.shape, places), Transpose(LinearOp(read, a.shape, places)))
+    return _two(call, a, values, "values", Identity(a.shape), added)
+
+
+@rule(
+    aten.index_add.default,
+    carries=("self", "source"),
+    formula="a + alpha b at the places",
+    source="method §2: linear",
+)
+def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: float = 1) -> Affine:
+    read = LinearOp(lambda v: v.index_select(_back(dim, a.dim()), index) * alpha, a.shape, b.shape)
+    return _two(call, a, b, "source", Identity(a.shape), Transpose(read))
+
+
+@rule(
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+    carries=("self", "src"),
+    formula="a + b at the places",
+    source="method §2: linear",
+)
+def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, *how: Any) -> Affine:
+    if how and tuple(how) != ("sum", True):
+        raise RuleDeclinedError(f"reduce={how[0]!r}, include_self={how[1]}: only the sum onto a is linear in both")
+    within = LinearOp(lambda u: _corner(u, index.shape), b.shape, index.shape)
+    added = Compose(within, Transpose(LinearOp(_gathered(index, _back(dim, a.dim())), a.shape, index.shape)))
+    return _two(call, a, b, "src", Identity(a.shape), added)
+
+
+def _corner(u: Tensor, shape: Sequence[Any]) -> Tensor:
+    """Cuts the trailing dimensions down to ``shape``; a size that fits, the batch among them, is left alone."""
+    for d, size in enumerate(shape, start=-len(shape)):
+        if str(u.shape[d]) != str(size):
+            u = u.narrow(d, 0, size)
+    return u
