@@ -27,6 +27,7 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutputFolderError",
+    "PackageError",
     "RuleDeclinedError",
     "ShapeError",
     "TargetError",
@@ -91,6 +92,10 @@ class WeightsError(InputError):
 
 class OutputFolderError(InputError):
     """A folder cannot be written to."""
+
+
+class PackageError(InputError):
+    """An optional package is not installed; the message says how to get it."""
 
 
 class ModelNameError(InputError):

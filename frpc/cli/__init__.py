@@ -9,6 +9,7 @@ import typer
 from frpc.cli.demo import demo
 from frpc.cli.doctor import doctor
 from frpc.cli.explain import explain
+from frpc.cli.explain_text import explain_text
 from frpc.cli.inspect import compile_model, examine
 from frpc.cli.neurons import neurons
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(explain)
+app.command("explain-text")(explain_text)
 app.command()(neurons)
 app.command()(examine)
 app.command("compile")(compile_model)
