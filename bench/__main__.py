@@ -67,6 +67,28 @@ def neurons(
     raise typer.Exit(code)
 
 
+@app.command()
+def coverage(
+    suite: Annotated[str, typer.Option(help="torchvision, timm, transformers or recurrent.")] = "torchvision",
+    only: Annotated[str, typer.Option(help="Regular expression that models' names are searched for.")] = "",
+    again: Annotated[bool, typer.Option("--again", help="Also models that have a record.")] = False,
+    misses: Annotated[bool, typer.Option("--misses", help="Also models whose record is not ok.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at one time, one thread each.")] = 2,
+    limit: Annotated[float, typer.Option(help="Seconds for one model.")] = 600.0,
+    memory_gb: Annotated[float, typer.Option(help="Memory for one model.")] = 10.0,
+    peers: Annotated[bool, typer.Option("--peers", help="Try other libraries on the same models.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Only write docs/coverage.md from the records.")] = False,
+) -> None:
+    """Which models frpc covers, one process a model; finished models are skipped when it is run again."""
+    from bench.coverage import page
+    from bench.coverage.run import run
+
+    if write:
+        page.write()
+        raise typer.Exit
+    raise typer.Exit(run(suite, only, again, misses, jobs, limit, memory_gb, peers))
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 

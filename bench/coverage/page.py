@@ -1,0 +1,157 @@
+"""Makes docs/coverage.md of the records: totals, a row for each model, every miss with its reason, and the peers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bench.coverage.driver import Record, read_records
+from bench.coverage.suites import SUITES
+
+__all__ = ["PAGE", "current", "render", "write"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, RESULTS = ROOT / "docs" / "coverage.md", ROOT / "bench" / "results"
+REASON = 160  # characters of a reason that the page keeps
+
+HEAD = """\
+# Coverage
+
+<!-- made by `python -m bench coverage --write` from bench/results/coverage_*.jsonl; edit neither, run it again -->
+
+Every model below was built with random weights, compiled with `frpc.compile(model, inputs, bias="uniform")` and held against
+its own account. Parameters are drawn so that nothing is an identity, a zero or a constant: convolutions `N(0, 2/fan_in)`,
+linear layers `N(0, 1/fan_in)`, their biases `N(0, 0.1²)`, batch means `N(0, 0.1²)` and variances `U(0.5, 1.5)`; gains
+`U(0.5, 1.5)`, layer scales `U(0.05, 0.15)`, other zeros `N(0, 0.1²)`. Inputs are as small as the model takes, unit normal, or
+random tokens. A run takes hours; `python -m bench coverage --suite torchvision --only resnet18` tries one model.
+
+- **nodes**, **ops**: operators that carry relevance, and how many kinds of them.
+- **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were being tried.
+- **error**: the largest `|sum V - y| / sum|V|` of three random targets of two samples. Up to 1e-6 in float32 and 1e-12 in float64
+  counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest.
+- **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
+- **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three;
+  `fixed` where the model itself fixes the batch size.
+"""
+
+PEERS_HEAD = """\
+## Other libraries
+
+The same models, given to the methods that promise something like conservation, with every bias, batch mean and batch shift set to
+0, so that nothing may be lost to constants. **ran**: the promised sum is met within 1 % of `sum|R|`; **off**: it is not, and
+nothing was raised; **raised**: an exception.
+
+- **Captum LRP** promises that relevances sum to the explained output, **Captum DeepLift** that they sum to `f(x) - f(0)`; both
+  report the difference as their convergence delta.
+- **zennit EpsilonPlus**, with zennit's own canonizers for the model's family, starts from 1 at the target: relevances sum to 1.
+"""
+
+
+def render(suites: Mapping[str, Mapping[str, Record]], peers: Mapping[str, Mapping[str, Record]]) -> str:
+    """Returns the page.
+
+    Args:
+        suites: records of each suite, by model.
+        peers: records of the peers, for each suite.
+    """
+    tried = {suite: records for suite, records in suites.items() if records}
+    parts = [HEAD, _provenance(tried), _totals(tried)]
+    parts += [_suite(suite, records) for suite, records in tried.items()]
+    compared = {suite: records for suite, records in peers.items() if records}
+    if compared:
+        parts += [PEERS_HEAD, *(_peers(suite, records) for suite, records in compared.items())]
+    return "\n".join(parts)
+
+
+def current() -> str:
+    """Returns the page as the records in bench/results make it."""
+    files = {suite: RESULTS / f"coverage_{suite}.jsonl" for suite in SUITES}
+    peers = {suite: file.with_name(f"{file.stem}_peers.jsonl") for suite, file in files.items()}
+    known, compared = ({suite: read_records(file) for suite, file in found.items()} for found in (files, peers))
+    return render(known, compared)
+
+
+def write() -> None:
+    """Writes docs/coverage.md."""
+    PAGE.write_text(current(), encoding="utf-8")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Returns a table in Markdown, of which the first ``words`` columns are words and the others numbers."""
+    rule = ["---"] * words + ["---:"] * (len(heads) - words)
+    cells = [heads, rule, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def _provenance(suites: Mapping[str, Mapping[str, Record]]) -> str:
+    """Says when, where and with what the records were made."""
+    records = [record for found in suites.values() for record in found.values()]
+    dates = sorted(r["date"] for r in records if "date" in r)
+    versions = sorted({f"{name} {version}" for r in records for name, version in r.get("versions", {}).items()})
+    commits = sorted({str(r["commit"])[:10] for r in records if r.get("commit")})
+    machines = sorted({r["cpu"] for r in records if "cpu" in r})
+    if not dates:
+        return "Nothing was tried yet.\n"
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"Run {when} on {'; '.join(machines)}; {', '.join(versions)}; commits {', '.join(commits)}.\n"
+
+
+def _totals(suites: Mapping[str, Mapping[str, Record]]) -> str:
+    rows = []
+    for suite, records in suites.items():
+        statuses = Counter(r["status"] for r in records.values())
+        others = ", ".join(f"{count} {status}" for status, count in statuses.most_common() if status != "ok")
+        share = f"{statuses['ok'] / len(records):.0%}"
+        rows.append((f"[{suite}](#{suite})", others or "none", str(statuses["ok"]), str(len(records)), share))
+    return table(("suite", "not covered", "covered", "tried", "share"), rows, 2)
+
+
+def _suite(suite: str, records: Mapping[str, Record]) -> str:
+    ran = {name: r for name, r in records.items() if "error_float32" in r}
+    heads = ("model", "input", "nodes", "ops", "compile s", "error f32", "error f64", "constants", "batch f32", "batch f64")
+    parts = [f"## {suite}\n", table(heads, (_row(name, r) for name, r in ran.items()), 2)]
+    missed = {name: r for name, r in records.items() if r["status"] != "ok"}
+    if missed:
+        parts.append(table(("not covered", "how", "why"), (_miss(name, r) for name, r in missed.items()), 3))
+    return "\n".join(parts)
+
+
+def _row(name: str, r: Record) -> tuple[str, ...]:
+    sizes = ", ".join("×".join(map(str, shape)) for shape in r["input"])
+    errors = (_small(r["error_float32"]), _small(r["error_float64"]))
+    share = "not finite" if r["constants"] is None else f"{r['constants']:.1%}"
+    batch = tuple("fixed" if r[key] is None else _small(r[key]) for key in ("variance_float32", "variance_float64"))
+    return (f"`{name}`", sizes, str(r["nodes"]), str(len(r["ops"])), f"{r['compile_seconds']:.1f}", *errors, share, *batch)
+
+
+def _small(value: float | None) -> str:
+    return "not finite" if value is None else "0" if value == 0 else f"{value:.0e}"
+
+
+def _miss(name: str, r: Record) -> tuple[str, str, str]:
+    if r["status"] == "missing":
+        return f"`{name}`", "missing", "; ".join(f"`{cause.split(' — ')[0]}` ({cause.split(' — ')[1]})" for cause in r["missing"])
+    why = " ".join(f"{r.get('error', '')} {r.get('reason', '')}".split())
+    return f"`{name}`", r["status"], why if len(why) <= REASON else f"{why[:REASON]}…"
+
+
+def _peers(suite: str, records: Mapping[str, Record]) -> str:
+    methods = sorted({method for r in records.values() for method in r.get("peers", {})})
+    counts = [(m, *(str(_count(records, m, status)) for status in ("ran", "off", "raised"))) for m in methods]
+    rows = [(f"`{name}`", *(_outcome(r, m) for m in methods)) for name, r in records.items()]
+    totals, details = table(("method", "ran", "off", "raised"), counts), table(("model", *methods), rows, 1 + len(methods))
+    return f"### {suite}\n\n{totals}\n{details}"
+
+
+def _count(records: Mapping[str, Record], method: str, status: str) -> int:
+    return sum(r.get("peers", {}).get(method, {}).get("status") == status for r in records.values())
+
+
+def _outcome(r: Record, method: str) -> str:
+    if method not in r.get("peers", {}):
+        return str(r.get("status", ""))
+    found = r["peers"][method]
+    if found["status"] == "raised":
+        return f"raised: {found['reason'][: REASON // 2]}"
+    return f"{found['status']}, {_small(found['error'])}"

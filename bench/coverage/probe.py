@@ -1,0 +1,163 @@
+"""Tries one model in this process and returns what was found, ready for JSON."""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import frpc
+from bench.coverage.subject import Inputs, Subject, take
+from bench.coverage.suites import load
+from bench.machine import peak_rss
+from frpc.errors import UnsupportedOpError
+
+__all__ = ["BOUNDS", "OUTPUT_BOUNDS", "measure", "try_model", "work"]
+
+TARGETS, CHECKED = 3, 2  # targets asked for, and samples of each
+BOUNDS = {"float32": 1e-5, "float64": 1e-11}  # |sum V - y| / sum|V|
+OUTPUT_BOUNDS = {"float32": 1e-4, "float64": 1e-10}  # relative to the largest output
+REASON_LINES = 6
+
+
+def explain(explainer: frpc.Explainer, inputs: Inputs, target: tuple[int, ...]) -> frpc.Explanation:
+    """Calls an explainer by position or by keyword."""
+    one = target if len(target) > 1 else target[0]
+    with torch.no_grad():
+        return explainer(**inputs, target=one) if isinstance(inputs, dict) else explainer(*inputs, target=one)
+
+
+def maps_of(explanation: frpc.Explanation) -> Tensor:
+    """Returns the map of each sample as one row, ``[B, N]``, all inputs together, in float64."""
+    found = explanation.relevance if isinstance(explanation.relevance, tuple) else (explanation.relevance,)
+    return torch.cat([m.double().flatten(1) for m in found], 1)
+
+
+def conservation(explanation: frpc.Explanation, target: tuple[int, ...]) -> float:
+    """Returns the largest ``|sum V - y| / sum|V|`` of the samples; 0 where nothing reaches the output."""
+    maps, explained = maps_of(explanation), explanation.output[(slice(None), *target)].double()
+    lost = (maps.sum(1) - explained).abs()
+    return float(torch.where(lost == 0, 0.0, lost / maps.abs().sum(1)).max())
+
+
+def constants_share(explanation: frpc.Explanation) -> float:
+    """Returns ``|beta| / (|beta| + sum |V - beta/N|)``, averaged over samples: beta is the constants' part of the output."""
+    maps, beta = maps_of(explanation), explanation.bias.double()
+    local = (maps - beta[:, None] / maps.shape[1]).abs().sum(1)
+    return float((beta.abs() / (beta.abs() + local)).nan_to_num().mean())
+
+
+def batch_variance(explainer: frpc.Explainer, inputs: Inputs, target: tuple[int, ...]) -> float | None:
+    """Returns how far the first sample's map, made alone, is from its map in a batch: relative L1; None if batches are fixed."""
+    if any(refusal.what == "a free batch size" for refusal in explainer.refusals):
+        return None
+    alone, together = (maps_of(explain(explainer, part, target))[0] for part in (take(inputs, slice(1)), inputs))
+    return float((alone - together).abs().sum() / together.abs().sum())
+
+
+def measure(subject: Subject, dtype: str) -> dict[str, Any]:
+    """Compiles a subject and checks it at random targets; the model's own output is computed before."""
+    expected = subject.explained(subject.inputs)
+    few = take(subject.inputs, slice(CHECKED))
+    start = time.perf_counter()
+    explainer = frpc.compile(subject.model, few, bias="uniform", **subject.options)
+    seconds = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(0)
+    targets = [tuple(int(torch.randint(n, (), generator=generator)) for n in expected.shape[1:]) for _ in range(TARGETS)]
+    found = [explain(explainer, few, target) for target in targets]
+    rules = next(stage.program for stage in explainer.stages if stage.name == "assign").rules
+    scale = float(expected.abs().max()) or 1.0
+    return {
+        "nodes": len(rules),
+        "ops": sorted({str(n.target).removeprefix("aten.").removesuffix(".default") for n in rules}),
+        "compile_seconds": seconds,
+        f"output_{dtype}": float((found[0].output - expected[:CHECKED]).abs().max()) / scale,
+        f"error_{dtype}": max(conservation(e, t) for e, t in zip(found, targets, strict=True)),
+        f"variance_{dtype}": batch_variance(explainer, subject.inputs, targets[0]),
+        "constants": sum(constants_share(e) for e in found) / len(found),
+        "output_spread": float(expected.double().std() / scale),
+    }
+
+
+def try_model(suite: str, name: str) -> dict[str, Any]:
+    """Builds a model and tries frpc on it, in float32 and in float64.
+
+    Returns:
+        A record whose status is ``ok``; ``inexact`` (it runs, beyond a bound); ``missing`` (operators without a rule);
+        ``raised``; or ``not built`` (the model itself does not run here).
+    """
+    start = time.perf_counter()
+    try:
+        subject = load(suite).build(name)
+    except Exception as error:
+        return {"status": "not built", **_reason(error)}
+    record: dict[str, Any] = {"input": [list(x.shape[1:]) for x in _tensors(subject.inputs)]}
+    record["parameters"] = sum(p.numel() for p in subject.model.parameters())
+    try:
+        single = measure(subject, "float32")
+        gc.collect()
+        record |= measure(subject.double(), "float64") | single
+    except UnsupportedOpError as error:
+        record |= {"status": "missing", "missing": _gaps(error), **_reason(error)}
+    except Exception as error:
+        record |= {"status": "raised", **_reason(error)}
+    else:
+        record |= _verdict(record)
+    return {**record, "seconds": time.perf_counter() - start, "peak_rss": peak_rss()}
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return list(inputs.values() if isinstance(inputs, dict) else inputs)
+
+
+def _verdict(record: dict[str, Any]) -> dict[str, str]:
+    """Holds the numbers against their bounds; what is not finite is beyond every bound."""
+    beyond = [
+        f"{what} {record[f'{what}_{dtype}']:.1e} in {dtype}, bound {bound:.0e}"
+        for what, bounds in (("error", BOUNDS), ("output", OUTPUT_BOUNDS))
+        for dtype, bound in bounds.items()
+        if not record[f"{what}_{dtype}"] <= bound
+    ]
+    for key, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[key] = None
+    return {"status": "inexact", "reason": "; ".join(beyond)} if beyond else {"status": "ok"}
+
+
+def _reason(error: Exception) -> dict[str, str]:
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    return {"error": type(error).__name__, "reason": "\n".join(lines[:REASON_LINES])}
+
+
+def _gaps(error: UnsupportedOpError) -> dict[str, int]:
+    """Counts the nodes of each cause."""
+    return dict(Counter(f"{gap.op} — {gap.reason}" for gap in error.gaps))
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Makes a model that is too large fail with a message, and this process the first to go if memory runs out."""
+    size = int(gigabytes * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    adjust = Path("/proc/self/oom_score_adj")
+    if adjust.exists():
+        adjust.write_text("1000")
+
+
+def work(suite: str, memory_gb: float, peers: bool, name: str) -> dict[str, Any]:
+    """Tries one model, in a process of its own."""
+    limit_memory(memory_gb)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if peers:
+        from bench.coverage.peers import try_peers
+
+        return try_peers(suite, name)
+    return try_model(suite, name)
