@@ -170,12 +170,21 @@ def _pair(x: Tensor) -> Tensor:
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: bool) -> ExportedProgram:
     batch = Dim("batch", min=1)
     named = dict(zip(names, inputs, strict=True)) if names else {}
-    shapes: Any = {n: {0: batch} for n in names} if names else tuple({0: batch} for _ in inputs)
+    shapes: Any = {n: {0: batch} for n in names} if names else _positional(model, [{0: batch} for _ in inputs])
     with torch.no_grad(), _quiet("The tensor attributes"):  # recurrent layers note their weights anew at every call
         program = torch.export.export(
             model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
         )
         return program.run_decompositions({})  # functional: in-place operators become plain ones, nothing else is unrolled
+
+
+def _positional(model: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:
+    """Lays shapes out as torch.export wants them: what ``forward(self, *x)`` takes is one tuple."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:first], tuple(shapes[first:]))
 
 
 def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], first: Exception) -> ExportedProgram:

@@ -11,6 +11,7 @@ from torch import Tensor
 from frpc.affine import Affine, Call, Operand, linear_op, rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
+from frpc.rules.arithmetic import unmasked
 
 aten = torch.ops.aten
 
@@ -139,7 +140,7 @@ def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
     rest = [value for name, value in call.args.items() if name != "self"]
     mark = torch.ones_like(rest[-1], dtype=torch.bool) if isinstance(rest[-1], Tensor) else True
     untouched = call.op(torch.zeros_like(a, dtype=torch.bool), *rest[:-1], mark).logical_not()
-    return Affine({"self": Scale(untouched.to(a.dtype), a.shape)}, call.op(torch.zeros_like(a), *rest))
+    return Affine({"self": Scale(untouched.to(a.dtype), a.shape)}, unmasked(call.op(torch.zeros_like(a), *rest)))
 
 
 @rule(
