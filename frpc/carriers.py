@@ -220,4 +220,4 @@ def _token_embeddings(graph: fx.Graph, integers: Sequence[fx.Node]) -> list[fx.N
 
 def is_first_result(node: fx.Node) -> bool:
     """Says whether a node reads the first result of an operator with several."""
-    return node.target is operator.getitem and node.args[1] == 0
+    return node.target is operator.getitem and bool(node.args[1] == 0)

@@ -17,7 +17,7 @@ from frpc.graph import first_result, origin_of
 __all__ = ["expand_composites"]
 
 aten = torch.ops.aten
-_SPELLED_OUT = get_decompositions([aten.aminmax, aten.floor_divide, aten.special_ndtr])
+_SPELLED_OUT: dict[Any, Any] = get_decompositions([aten.aminmax, aten.floor_divide, aten.special_ndtr])
 """Operators PyTorch computes in one piece and also defines through others."""
 
 

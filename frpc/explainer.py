@@ -175,7 +175,7 @@ class Explainer(nn.Module):
 
     def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
-        found = self.neurons(layer, [index], *inputs, **named)
+        found = self.neurons(layer, [index], *self._given(inputs, named))
         relevance = found.relevance
         one = tuple(r[:, 0] for r in relevance) if isinstance(relevance, tuple) else relevance[:, 0]
         return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs)

@@ -24,7 +24,11 @@ _MOMENTS: dict[Any, OpOverload] = {
     aten.std_mean.dim: aten.std.correction,
     aten.std_mean.correction: aten.std.correction,
 }
-_BOUNDS = {aten.clamp.Tensor: ("min", "max"), aten.clamp_min.Tensor: ("min",), aten.clamp_max.Tensor: ("max",)}
+_BOUNDS: dict[Any, tuple[str, ...]] = {
+    aten.clamp.Tensor: ("min", "max"),
+    aten.clamp_min.Tensor: ("min",),
+    aten.clamp_max.Tensor: ("max",),
+}
 _CHOICES: dict[str, OpOverload] = {"min": aten.maximum.default, "max": aten.minimum.default}
 
 

@@ -98,7 +98,9 @@ def _weights(given: Sequence[Value], has_biases: bool, count: int) -> list[Weigh
     each = len(given) // count
     groups = [list(given[i * each : (i + 1) * each]) for i in range(count)]
     projected = each % 2 == 1  # W, U, two biases or none, and the projection if there is one
-    return [Weights(g[0], g[1], *(g[2:4] if has_biases else (None, None)), g[-1] if projected else None) for g in groups]
+    none = (None, None)
+    biases = [(g[2], g[3]) if has_biases else none for g in groups]
+    return [Weights(g[0], g[1], b, d, g[-1] if projected else None) for g, (b, d) in zip(groups, biases, strict=True)]
 
 
 def _scan(
@@ -164,7 +166,7 @@ def unroll_recurrent_layers(graph_module: fx.GraphModule) -> bool:
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in STEPS]
     changed = False
     for node in nodes:
-        given = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        given = bind(node.target, node.args, node.kwargs)
         if given["train"] and given["dropout"] > 0:
             continue  # it draws random numbers: no rule will be found for it
         _check_time(node, given)

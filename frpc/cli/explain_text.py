@@ -89,7 +89,7 @@ def _run(request: Request, current: Session) -> tuple[list[TextExplanation], dic
         loaded = _quietly(lambda: directory.load(request.model, dtype=getattr(torch, request.dtype), device=request.device))
         read = time.perf_counter()
         progress.update(task, advance=1, description="compiling and explaining")
-        options = {"bias": request.bias.value} | ({"source": request.source} if request.source else {})
+        options: dict[str, Any] = {"bias": request.bias.value} | ({"source": request.source} if request.source else {})
         found = explain(
             loaded.model,
             loaded.tokenizer,

@@ -120,7 +120,7 @@ def rms_norm(call: Call, a: Tensor, shape: Sequence[int], weight: Vector = None,
 def _weighed_sum(call: Call, coefficient: Tensor, dims: Sequence[int], keepdim: bool) -> LinearMap:
     """Returns ``a -> sum(coefficient * a)`` over dimensions counted from the end."""
     a = coefficient.shape
-    return Compose(Scale(coefficient, a), LinearOp(lambda u: u.sum(dims, keepdim=keepdim), a, call.value.shape))
+    return Compose(Scale(coefficient, a), LinearOp(lambda u: u.sum(list(dims), keepdim=keepdim), a, call.value.shape))
 
 
 def _kept(value: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
@@ -140,7 +140,7 @@ def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
 def _deviation(a: Tensor, dims: Sequence[int], correction: Number | None) -> Tensor:
     """Returns ``(a - mean(a)) / (n - correction)``."""
     count = math.prod(a.shape[d] for d in dims)
-    return (a - a.mean(dims, keepdim=True)) / (count - (1 if correction is None else correction))
+    return (a - a.mean(list(dims), keepdim=True)) / (count - (1 if correction is None else correction))
 
 
 @rule(aten.var.correction, formula="(a - mean(a)) / (n - correction), summed", source="method §2: norms")

@@ -15,27 +15,16 @@ aten = torch.ops.aten
 
 for _op in (
     aten.upsample_nearest1d.vec,
-    aten.upsample_nearest1d.default,
     aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default,
     aten.upsample_nearest3d.vec,
-    aten.upsample_nearest3d.default,
     aten._upsample_nearest_exact1d.vec,
-    aten._upsample_nearest_exact1d.default,
     aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact2d.default,
     aten._upsample_nearest_exact3d.vec,
-    aten._upsample_nearest_exact3d.default,
     aten.upsample_linear1d.vec,
-    aten.upsample_linear1d.default,
     aten.upsample_bilinear2d.vec,
-    aten.upsample_bilinear2d.default,
     aten.upsample_trilinear3d.vec,
-    aten.upsample_trilinear3d.default,
     aten.upsample_bicubic2d.vec,
-    aten.upsample_bicubic2d.default,
     aten._upsample_bilinear2d_aa.vec,
-    aten._upsample_bilinear2d_aa.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
 ):
@@ -48,9 +37,7 @@ for _op in (aten.im2col.default, aten.col2im.default):
 def _by_axis(call: Call, a: Tensor, *arguments: object) -> Callable[[Tensor], Tensor]:
     """Interpolation axis by axis, as two matrix products: the operator's own transpose fixes the batch when traced."""
     height, width = call.value.shape[-2:]
-    align, factors = arguments[1], list(arguments[2:])
-    if call.op is aten._upsample_bicubic2d_aa.vec:
-        factors = list(factors[0]) if isinstance(factors[0], Sequence) else [None, None]
+    align, factors = arguments[1], arguments[2] if isinstance(arguments[2], Sequence) else (None, None)
     rows = _resized_units(a, -2, [height, a.shape[-2]], align, factors[0], None)
     columns = _resized_units(a, -1, [a.shape[-1], width], align, None, factors[1])
     return lambda u: rows @ (u @ columns)
@@ -66,8 +53,7 @@ def _resized_units(a: Tensor, axis: int, size: Sequence[int], *options: object) 
     return resized[0, 0]
 
 
-for _op in (aten._upsample_bicubic2d_aa.vec, aten._upsample_bicubic2d_aa.default):
-    linear_op(_op, _by_axis, formula="a, resized")
+linear_op(aten._upsample_bicubic2d_aa.vec, _by_axis, formula="a, resized")
 
 
 @rule(

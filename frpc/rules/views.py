@@ -144,7 +144,8 @@ linear_op(
 
 @rule(aten.as_strided.default, formula="a, reshaped", source="method §2: linear")
 def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Affine:
-    expected, step = [], 1
+    expected: list[str] = []
+    step = 1
     for n in reversed(size):
         expected.insert(0, str(step))
         step = step * n

@@ -87,11 +87,10 @@ def colours(strength: float) -> tuple[str, str] | None:
     """Background and letters for a strength in -1..1; None where there is nothing to colour."""
     if abs(strength) < FAINT:
         return None
-    end = to_rgb(FOR if strength > 0 else AGAINST)
     share = 0.08 + 0.87 * abs(strength)
-    mixed = tuple(1 + share * (part - 1) for part in end)
-    luminance = 0.2126 * mixed[0] ** 2.2 + 0.7152 * mixed[1] ** 2.2 + 0.0722 * mixed[2] ** 2.2
-    return to_hex(mixed), "#ffffff" if luminance < 0.25 else "#111111"
+    red, green, blue = (1 + share * (part - 1) for part in to_rgb(FOR if strength > 0 else AGAINST))
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    return to_hex((red, green, blue)), "#ffffff" if luminance < 0.25 else "#111111"
 
 
 def plain(sheet: Sheet) -> str:
