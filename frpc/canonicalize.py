@@ -28,6 +28,7 @@ from frpc.fused import (
     unify_norms,
 )
 from frpc.graph import fetch, origin_of, replace
+from frpc.precision import keep_float64
 from frpc.recurrent import unroll_recurrent_layers
 
 __all__ = ["PASSES", "Pass"]
@@ -336,8 +337,9 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
 
 PASSES: tuple[Pass, ...] = (
     refuse_random,
-    remove_copies,
     remove_assertions,
+    keep_float64,
+    remove_copies,
     unify_convolutions,
     unroll_recurrent_layers,
     split_to_slices,

@@ -22,6 +22,7 @@ from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
 from frpc.mixing import mixing
 from frpc.plan import Plan, Query, make_plan
+from frpc.precision import roundings
 from frpc.rules.ruleset import RuleSet
 
 __all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front"]
@@ -206,7 +207,7 @@ def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
         got = compiled.program(*inputs, torch.ones_like(expected))[0]
     scale = expected.abs().amax() + torch.finfo(expected.dtype).tiny
     error = float((got - expected).abs().amax() / scale)
-    bound = 1e4 * torch.finfo(expected.dtype).eps  # folding and another memory order re-associate sums, no more
+    bound = 1e4 * roundings(shared.captured.graph_module, expected)  # folding and another memory order re-associate sums, no more
     if not error <= bound and bool(torch.isfinite(expected).all()):
         raise CompileError(
             f"the compiled program's output differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"

@@ -20,6 +20,7 @@ from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
 from frpc.lower import Refusal
 from frpc.pipeline import copy_graph, front
+from frpc.precision import keep_float64
 from frpc.recurrent import unroll_recurrent_layers
 
 pytestmark = [
@@ -273,7 +274,10 @@ def test_canonicalization(name: str) -> None:
 
 
 def test_every_canonicalization_has_a_test() -> None:
-    tested = {one_pass for one_pass, *_ in CANONICAL.values()} | {canonicalize.refuse_random}
+    tested = {one_pass for one_pass, *_ in CANONICAL.values()} | {
+        canonicalize.refuse_random,
+        keep_float64,
+    }  # test_precision.py has the latter
     assert [p.__name__ for p in canonicalize.PASSES if p not in tested] == []
 
 

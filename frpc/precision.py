@@ -1,0 +1,49 @@
+"""Precision: a model in float64 is an audit, and is computed in float64 throughout.
+
+Many norms cast to float32 inside, whatever the model's dtype. In a float32 model that is no cast at all; in the same model in
+float64 it would round what is carried to float32, and its account with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from frpc.graph import first_result, replace
+
+__all__ = ["keep_float64", "narrowed", "roundings"]
+
+aten = torch.ops.aten
+
+_CASTS = {aten._to_copy.default, aten.to.dtype}
+
+
+def narrowed(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Returns the casts of a graph from float64 to float32."""
+    found = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in _CASTS]
+    return [n for n in found if n.meta["val"].dtype is torch.float32 and n.args[0].meta["val"].dtype is torch.float64]
+
+
+def keep_float64(graph_module: fx.GraphModule) -> bool:
+    """``to(x, float32) -> x`` where x is float64; what follows is computed in float64 too."""
+    casts = narrowed(graph_module)
+    stale: set[Any] = set()
+    for node in casts:
+        stale.update(node.users)
+        replace(node, node.args[0])  # type: ignore[arg-type]
+    for node in graph_module.graph.nodes:
+        if node in stale and node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with enable_python_dispatcher():
+                node.meta["val"] = node.target(*args, **kwargs)
+            stale.update(node.users)
+    return bool(casts)
+
+
+def roundings(graph_module: fx.GraphModule, result: Any) -> float:
+    """Returns the relative rounding of a captured model's output: that of float32 where it casts to it."""
+    dtype = torch.float32 if narrowed(graph_module) else first_result(result).dtype
+    return float(torch.finfo(dtype).eps)
