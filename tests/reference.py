@@ -37,11 +37,13 @@ class Carried:
 
     Shapes: value [*S], maps [*S, N], share [N].
     share is where the unit of a constant goes: 1/N to every cell (T 3.7), or all of it to a column of its own.
+    gate says that the value is a sigmoid's: in a product with a carried value it is a coefficient (method, products).
     """
 
     value: Tensor
     maps: Tensor
     share: Tensor
+    gate: bool = False
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
@@ -174,8 +176,10 @@ def scale(a: Carried, factor: Tensor | float) -> Carried:
 
 
 def mul(a: Any, b: Any) -> Carried:
-    """A product of two carried values gives each half of itself: V = b/2 V_a + a/2 V_b."""
+    """A product of two carried values gives each half of itself, V = b/2 V_a + a/2 V_b; of one and a gate, V = gate V_a."""
     if isinstance(a, Carried) and isinstance(b, Carried):
+        if a.gate != b.gate:
+            return scale(b, a.value) if a.gate else scale(a, b.value)
         return add(scale(a, b.value / 2), scale(b, a.value / 2))
     return scale(a, b) if isinstance(a, Carried) else scale(b, a)
 
@@ -322,7 +326,7 @@ def elementwise(a: Carried, name: str, *options: Any, **named: Any) -> Carried:
     value = a.value.new_tensor([f(z) for z in neurons]).view_as(a.value)
     gain = a.value.new_tensor([secant(name, z, *options, **named) for z in neurons]).view_as(a.value)
     at_zero = fixed(f(0.0), a.share)
-    return Carried(value, a.maps * gain[..., None] + at_zero.maps, a.share)
+    return Carried(value, a.maps * gain[..., None] + at_zero.maps, a.share, gate=name in ("sigmoid", "hardsigmoid"))
 
 
 def prelu(a: Carried, weight: Tensor) -> Carried:
