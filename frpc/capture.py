@@ -181,10 +181,9 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], 
 def _positional(model: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:
     """Lays shapes out as torch.export wants them: what ``forward(self, *x)`` takes is one tuple."""
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return tuple(shapes)
-    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*shapes[:first], tuple(shapes[first:]))
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
+    rest = (tuple(shapes[first:]),) if len(shapes) > first else ()
+    return (*shapes[:first], *rest)
 
 
 def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], first: Exception) -> ExportedProgram:
@@ -204,8 +203,9 @@ _PACKED = "  Packed sequences have sizes that depend on the lengths: call frpc.r
 
 
 def _is_packed(error: Exception) -> bool:
-    """Says whether an error comes out of packing or running a packed sequence."""
-    return any(frame.filename.endswith(("utils/rnn.py", "modules/rnn.py")) for frame in traceback.extract_tb(error.__traceback__))
+    """Says whether an error comes out of packing a sequence, or of a layer that was given a packed one."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(f.f_code.co_filename.endswith("utils/rnn.py") or f.f_locals.get("batch_sizes") is not None for f in frames)
 
 
 def _first_line(error: Exception) -> str:

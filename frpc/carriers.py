@@ -17,9 +17,9 @@ from torch._ops import OpOverload
 
 from frpc.affine import Operand, bind
 from frpc.errors import LayerNameError, OptionError, nearest
-from frpc.graph import first_result, origin_of
+from frpc.graph import RESHAPES, first_result, origin_of
 
-__all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "may_carry", "operands_of"]
+__all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "is_first_result", "may_carry", "operands_of"]
 
 aten = torch.ops.aten
 
@@ -43,6 +43,8 @@ _VALUE_FREE = {  # operators whose result does not depend on the values of a flo
 _FACTORS: dict[Any, tuple[str, str]] = {  # products, and the two arguments that are factors
     aten.mul.Tensor: ("self", "other"),
     aten.matmul.default: ("self", "other"),
+    aten.mv.default: ("self", "vec"),
+    aten.linear.default: ("input", "weight"),
     aten.mm.default: ("self", "mat2"),
     aten.bmm.default: ("self", "mat2"),
     aten.addmm.default: ("mat1", "mat2"),
@@ -64,15 +66,7 @@ _GATES = {
 }
 
 _PASS_ON_GATES = {  # of a gate and constants these make a gate again
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
+    *RESHAPES,
     aten.expand.default,
     aten.permute.default,
     aten.transpose.int,

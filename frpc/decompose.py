@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from frpc.affine import TABLE
-from frpc.graph import first_result, origin_of
+from frpc.graph import first_result, origin_of, replace, replace_items
 
 __all__ = ["expand_composites"]
 
@@ -63,22 +62,9 @@ def _inline(graph: fx.Graph, node: fx.Node) -> bool:
             copies[inner] = graph.node_copy(inner, copies.__getitem__)
             copies[inner].meta["origin"] = origin_of(node)
     result: Any = fx.map_arg(traced.graph.output_node().args[0], copies.__getitem__)
-    single = isinstance(node.meta["val"], Tensor) and not isinstance(result, fx.Node)
-    _replace(node, result[0] if single else result)
-    return True
-
-
-def _replace(node: fx.Node, result: Any) -> None:
-    """Lets the composition's result, one node or several, stand for a node."""
-    if isinstance(result, fx.Node):
-        result.meta["layers"] = (*result.meta.get("layers", ()), *node.meta.get("layers", ()))
-        node.replace_all_uses_with(result)
+    results = (result,) if isinstance(result, fx.Node) else result
+    if isinstance(node.meta["val"], Tensor):
+        replace(node, results[0])
     else:
-        for user in list(node.users):
-            assert user.target is operator.getitem, "an operator with several results is read item by item"
-            position: Any = user.args[1]
-            part = result[position]
-            part.meta["layers"] = (*part.meta.get("layers", ()), *user.meta.get("layers", ()))
-            user.replace_all_uses_with(part)
-            node.graph.erase_node(user)
-    node.graph.erase_node(node)
+        replace_items(node, results)
+    return True

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -18,6 +19,7 @@ from torch import fx
 
 __all__ = [
     "NOWHERE",
+    "RESHAPES",
     "Batch",
     "Origin",
     "batch_of",
@@ -27,12 +29,13 @@ __all__ = [
     "first_result",
     "origin_of",
     "replace",
+    "replace_items",
     "set_layers",
 ]
 
 aten = torch.ops.aten
 
-_ORDER_KEEPING = {
+RESHAPES = {  # operators that keep the order of elements
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -100,6 +103,15 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     new.meta.setdefault("origin", origin_of(old))
     new.meta.setdefault("val", old.meta.get("val"))
     old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def replace_items(old: fx.Node, results: Sequence[fx.Node]) -> None:
+    """Lets nodes stand for the items of a call with several results."""
+    for user in list(old.users):
+        assert user.target is operator.getitem, "an operator with several results is read item by item"
+        position: Any = user.args[1]
+        replace(user, results[position])
     old.graph.erase_node(old)
 
 
@@ -190,7 +202,7 @@ def batches_of(graph: fx.Graph, fixed: int | None) -> dict[fx.Node, Batch]:
 def _merged(node: fx.Node, batch: Batch, parent: fx.Node, before: Batch) -> Batch:
     """Works out how many parts of a sample lie outside the samples, in a dimension that holds more than samples."""
     sizes, previous = first_result(node.meta["val"]).shape, first_result(parent.meta["val"]).shape
-    if node.target in _ORDER_KEEPING:
+    if node.target in RESHAPES:
         outside = before.outer * math.prod(int(n) for n in previous[: before.axis])
         return Batch(batch.axis, batch.factor, max(1, outside // math.prod(int(n) for n in sizes[: batch.axis])))
     grown = batch.factor // before.factor if node.target in _REPEATING else 1

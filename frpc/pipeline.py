@@ -5,7 +5,6 @@ capture -> canonicalize -> assign -> plan -> emit -> optimize -> lower
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
 from frpc.mixing import mixing
 from frpc.plan import Plan, Query, make_plan
-from frpc.precision import roundings
+from frpc.precision import rounding
 from frpc.rules.ruleset import RuleSet
 
 __all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front"]
@@ -100,7 +99,7 @@ def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, 
     captured = capture(model, inputs, output, names)
     middle = time.perf_counter()
     canonical = copy_graph(captured.graph_module)
-    passes = tuple(p.__name__ for p in canonicalize.PASSES if _checked(p, canonical))
+    passes = _named(canonicalize.PASSES, _run(canonicalize.PASSES, canonical))
     end = time.perf_counter()
     stages = (
         Stage("capture", middle - start, (), captured.graph_module),
@@ -117,25 +116,30 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.output(result)
     for old, new in copies.items():
         new.meta = dict(old.meta)
-    root = copy.copy(graph_module)
     fresh = nn.Module()
     for name, part in graph_module._modules.items():
         fresh.add_module(name, part)
     for name, value in graph_module._buffers.items():
         fresh.register_buffer(name, value)
-    del root
     return fx.GraphModule(fresh, graph, class_name=type(graph_module).__name__)
 
 
-def _checked(one_pass: Callable[[fx.GraphModule], Any], graph_module: fx.GraphModule) -> Any:
-    """Runs a pass and lints its result; a broken graph is reported with the pass's name."""
-    result = one_pass(graph_module)
-    try:
-        graph_module.graph.lint()
-    except RuntimeError as error:
-        raise CompileError(f"pass {one_pass.__name__} left a broken graph: {error}") from error
+def _run(passes: Sequence[Callable[[fx.GraphModule], Any]], graph_module: fx.GraphModule) -> list[Any]:
+    """Runs passes and lints what each leaves; a broken graph is reported with the pass's name. Returns their results."""
+    results = []
+    for one_pass in passes:
+        results.append(one_pass(graph_module))
+        try:
+            graph_module.graph.lint()
+        except RuntimeError as error:
+            raise CompileError(f"pass {one_pass.__name__} left a broken graph: {error}") from error
     graph_module.recompile()
-    return result
+    return results
+
+
+def _named(passes: Sequence[Callable[[fx.GraphModule], bool]], changed: Sequence[bool]) -> tuple[str, ...]:
+    """Names the passes that changed something."""
+    return tuple(p.__name__ for p, did in zip(passes, changed, strict=True) if did)
 
 
 def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
@@ -152,9 +156,9 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     emitted = emit(assignment, plan, shared.captured.fake_mode)
     clock.note("emit", emitted)
     optimized = copy_graph(emitted)
-    clock.note("optimize", optimized, tuple(p.__name__ for p in optimize.PASSES if _checked(p, optimized)))
+    clock.note("optimize", optimized, _named(optimize.PASSES, _run(optimize.PASSES, optimized)))
     lowered = copy_graph(optimized)
-    refusals = [r for p in lower.PASSES for r in _checked(p, lowered)]
+    refusals = [refusal for found in _run(lower.PASSES, lowered) for refusal in found]
     clock.note("lower", lowered, tuple(p.__name__ for p in lower.PASSES))
     if foreign := only_aten(lowered, shared.captured.graph_module):
         raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
@@ -207,7 +211,7 @@ def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
         got = compiled.program(*inputs, torch.ones_like(expected))[0]
     scale = expected.abs().amax() + torch.finfo(expected.dtype).tiny
     error = float((got - expected).abs().amax() / scale)
-    bound = 1e4 * roundings(shared.captured.graph_module, expected)  # folding and another memory order re-associate sums, no more
+    bound = 1e4 * rounding(shared.captured.graph_module, expected)  # folding and another memory order re-associate sums, no more
     if not error <= bound and bool(torch.isfinite(expected).all()):
         raise CompileError(
             f"the compiled program's output differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"

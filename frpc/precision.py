@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from frpc.graph import first_result, replace
+from frpc.graph import replace
 
-__all__ = ["keep_float64", "narrowed", "roundings"]
+__all__ = ["keep_float64", "narrowed", "rounding"]
 
 aten = torch.ops.aten
 
@@ -43,7 +43,6 @@ def keep_float64(graph_module: fx.GraphModule) -> bool:
     return bool(casts)
 
 
-def roundings(graph_module: fx.GraphModule, result: Any) -> float:
-    """Returns the relative rounding of a captured model's output: that of float32 where it casts to it."""
-    dtype = torch.float32 if narrowed(graph_module) else first_result(result).dtype
-    return float(torch.finfo(dtype).eps)
+def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:
+    """Returns the relative rounding of a captured model's output: that of float32 where the model casts to it."""
+    return torch.finfo(torch.float32 if narrowed(graph_module) else output.dtype).eps

@@ -10,7 +10,6 @@ thesis's ``f(U * x)`` is the secant of f times ``U * x`` here, which conserves f
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.errors import BatchError, InputError, TrainingModeError
-from frpc.graph import origin_of, replace
+from frpc.graph import origin_of, replace, replace_items
 
 __all__ = ["masked", "unroll_recurrent_layers"]
 
@@ -86,6 +85,12 @@ STEPS: dict[Any, Step] = {
     aten.gru.input: _gru,
     aten.rnn_tanh.input: _rnn(aten.tanh.default),
     aten.rnn_relu.input: _rnn(aten.relu.default),
+}
+CELLS: dict[Any, Step] = {
+    aten.lstm_cell.default: _lstm,
+    aten.gru_cell.default: _gru,
+    aten.rnn_tanh_cell.default: _rnn(aten.tanh.default),
+    aten.rnn_relu_cell.default: _rnn(aten.relu.default),
 }
 
 
@@ -158,43 +163,48 @@ def _run(
 
 
 def unroll_recurrent_layers(graph_module: fx.GraphModule) -> bool:
-    """``lstm(x)``, ``gru(x)``, ``rnn(x) -> step(... step(step(h, x_1), x_2) ..., x_T)``.
+    """``lstm(x)``, ``gru(x)``, ``rnn(x) -> step(... step(step(h, x_1), x_2) ..., x_T)``; a cell is one step.
 
     Raises:
         BatchError: where time steps lie in the batch's dimension.
     """
-    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in STEPS]
     changed = False
-    for node in nodes:
-        given = bind(node.target, node.args, node.kwargs)
-        if given["train"] and given["dropout"] > 0:
-            continue  # it draws random numbers: no rule will be found for it
-        _check_time(node, given)
-        hx = given["hx"] if isinstance(given["hx"], list | tuple) else [given["hx"]]
-        directions = 2 if given["bidirectional"] else 1
-        layers = _weights(given["params"], given["has_biases"], given["num_layers"] * directions)
-        output, last = _run(
-            Editor(graph_module, node).call,
-            STEPS[node.target],
-            layers,
-            directions,
-            given["input"],
-            tuple(hx),
-            1 if given["batch_first"] else 0,
-        )
-        _connect(node, (output, *last))
-        changed = True
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in STEPS | CELLS:
+            continue
+        unroll = _unroll_layer if node.target in STEPS else _unroll_cell
+        changed = unroll(node, Editor(graph_module, node).call) or changed
     graph_module.graph.eliminate_dead_code()
     return changed
 
 
-def _connect(node: fx.Node, results: Sequence[fx.Node]) -> None:
-    """Lets the results stand for the items of a call with several."""
-    for user in list(node.users):
-        assert user.target is operator.getitem, "an operator with several results is read item by item"
-        position: Any = user.args[1]
-        replace(user, results[position])
-    node.graph.erase_node(node)
+def _unroll_layer(node: fx.Node, emit: Emit) -> bool:
+    given = bind(node.target, node.args, node.kwargs)
+    if given["train"] and given["dropout"] > 0:
+        return False  # it draws random numbers: no rule will be found for it
+    _check_time(node, given)
+    directions = 2 if given["bidirectional"] else 1
+    layers = _weights(given["params"], given["has_biases"], given["num_layers"] * directions)
+    time = 1 if given["batch_first"] else 0
+    output, last = _run(emit, STEPS[node.target], layers, directions, given["input"], _state(given["hx"]), time)
+    replace_items(node, (output, *last))
+    return True
+
+
+def _unroll_cell(node: fx.Node, emit: Emit) -> bool:
+    given = bind(node.target, node.args, node.kwargs)
+    weights = Weights(given["w_ih"], given["w_hh"], given["b_ih"], given["b_hh"], None)
+    drive = emit(aten.linear.default, given["input"], weights.w, weights.b)
+    state = CELLS[node.target](emit, weights, drive, _state(given["hx"]))
+    if len(state) == 1:
+        replace(node, state[0])
+    else:
+        replace_items(node, state)
+    return True
+
+
+def _state(hx: Value) -> State:
+    return tuple(hx) if isinstance(hx, list | tuple) else (hx,)
 
 
 def _check_time(node: fx.Node, given: dict[str, Any]) -> None:

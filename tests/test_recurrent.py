@@ -146,6 +146,11 @@ class Carried:
         """f with f(0) = 0, times ``f(z) / z``: T writes f of the map, which sums to f(z) for ReLU alone."""
         return self.times(torch.where(self.value == 0, 0.0, f(self.value) / self.value))
 
+    def sigmoid(self) -> Carried:
+        """``1/2 + tanh(z/2)/(2z) z`` (the method page's row)."""
+        from_input = self.through(lambda z: z.sigmoid() - 0.5)
+        return Carried(from_input.value + 0.5, from_input.maps + 0.5 / self.maps[0].numel())
+
     def parts(self, count: int) -> list[Carried]:
         return [Carried(v, m) for v, m in zip(self.value.chunk(count), self.maps.chunk(count), strict=True)]
 
@@ -190,10 +195,11 @@ def lstm_twin(steps: list[Carried], w: Tensor, u: Tensor, b: Tensor, d: Tensor) 
 
 def gru_twin(steps: list[Carried], w: Tensor, u: Tensor, b: Tensor, d: Tensor) -> list[Carried]:
     h, found = nothing(steps), []
-    for x in steps:
+    for first, x in zip([True] + [False] * len(steps), steps, strict=False):
         (xr, xz, xn), (hr, hz, hn) = x.affine(w, b).parts(3), h.affine(u, d).parts(3)
         r, z = (xr.value + hr.value).sigmoid(), (xz.value + hz.value).sigmoid()
-        n = (xn + hn.times(r)).through(torch.tanh)
+        reset = (xr + hr).sigmoid().times(hn.value) if first else hn.times(r)  # at first hn is d: r alone comes from the input
+        n = (xn + reset).through(torch.tanh)
         h = n.times(1 - z) + h.times(z)
         found.append(h)
     return found

@@ -113,12 +113,17 @@ def copy(call: Call, a: Tensor, source: Tensor, non_blocking: bool = False) -> A
     return Affine({"src": scaled(1, source.shape, call.value.shape)})
 
 
+def back(dim: int, rank: int) -> int:
+    """Counts a dimension from the end, so that columns may come in front."""
+    return dim if dim < 0 else dim - rank
+
+
 def from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     """Counts dimensions from the end, so that columns may come in front; none named means all."""
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return list(range(-rank, 0))
     listed = [dims] if isinstance(dims, int) else list(dims)
-    return [d if d < 0 else d - rank for d in listed]
+    return [back(d, rank) for d in listed]
 
 
 def refuse_batch(a: Tensor, dims: Sequence[int]) -> None:
@@ -144,9 +149,8 @@ linear_op(aten.mean.dim, _reduced(torch.mean), formula="mean over dimensions")
 
 def _accumulated(call: Call, a: Tensor, dim: int, dtype: Any = None) -> Callable[[Tensor], Tensor]:
     """Returns the running sum along a dimension; columns stay in front."""
-    along = dim if dim < 0 else dim - a.dim()
-    if isinstance(a.shape[along], torch.SymInt):
-        raise RuleDeclinedError("it adds over the batch: the result mixes samples")
+    along = back(dim, a.dim())
+    refuse_batch(a, [along])
     return lambda u: u.cumsum(along)
 
 

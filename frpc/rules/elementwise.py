@@ -24,7 +24,7 @@ def _quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
     return torch.where(near, series, numerator / torch.where(near, 1.0, a))
 
 
-def _expm1_over(a: Tensor) -> Tensor:
+def expm1_over(a: Tensor) -> Tensor:
     """``(e^a - 1) / a``."""
     return _quotient(a, torch.expm1(a), 1.0 + 0.5 * a)
 
@@ -63,7 +63,7 @@ def _gelu(a: Tensor, approximate: str = "none") -> Tensor:
 
 def _elu(a: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     below = a.clamp(max=0.0) * input_scale  # clamped: e^a of a large positive a would be inf in the branch not taken
-    return torch.where(a > 0, scale, scale * alpha * input_scale * _expm1_over(below))
+    return torch.where(a > 0, scale, scale * alpha * input_scale * expm1_over(below))
 
 
 def _clamp_at_zero(low: float | None, high: float | None) -> float:
@@ -111,7 +111,7 @@ def _exp_over(a: Tensor, value: Tensor, rate: float) -> Tensor:
     """``(b^a - 1) / a``, ``rate = log b``: expm1 near 0, where b^a - 1 cancels; b^a far out, where rounding a log b shows."""
     near = (a * rate).abs() < 1.0
     far = (value - 1.0) / torch.where(near, 1.0, a)
-    return torch.where(near, rate * _expm1_over(torch.where(near, a * rate, 0.0)), far)
+    return torch.where(near, rate * expm1_over(torch.where(near, a * rate, 0.0)), far)
 
 
 def _sinh_over(a: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ def _erf_over(a: Tensor) -> Tensor:
     return _quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0))
 
 
-def _whole(value: Tensor, a: Tensor) -> Tensor:
-    """``f(a) / a`` for functions without a value at 0: all of the result is carried, and nothing at a = 0."""
+def over(value: Tensor, a: Tensor) -> Tensor:
+    """``f(a) / a``, and 0 at a = 0: all of the result is carried, and nothing where there is nothing to carry."""
     return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
 
 
@@ -186,8 +186,8 @@ elementwise(
 elementwise(aten.softshrink.default, _softshrink, formula="1 - bound/|a| outside the bound, 0 inside")
 elementwise(aten.hardshrink.default, lambda a, bound=0.5: (a.abs() > bound).to(a.dtype), formula="[|a| > bound]")
 elementwise(aten.threshold.default, _threshold, _threshold_at_zero, formula="(f(a) - f(0)) / a")
-elementwise(aten.exp.default, _expm1_over, 1.0, formula="(e^a - 1) / a, c = 1")
-elementwise(aten.expm1.default, _expm1_over, formula="(e^a - 1) / a")
+elementwise(aten.exp.default, expm1_over, 1.0, formula="(e^a - 1) / a, c = 1")
+elementwise(aten.expm1.default, expm1_over, formula="(e^a - 1) / a")
 elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a")
 elementwise(aten.sin.default, _sin_over, formula="sin(a) / a")
 elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1")
@@ -208,13 +208,11 @@ elementwise(aten.abs.default, torch.sign, formula="sgn(a)")
 elementwise(aten.neg.default, lambda a: -1.0, formula="-1")
 elementwise(aten.square.default, lambda a: a, formula="a")
 elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)")
-elementwise(aten.sqrt.default, lambda a: _whole(torch.sqrt(a), a), formula="1 / sqrt(a)")
-elementwise(aten.rsqrt.default, lambda a: _whole(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.reciprocal.default, lambda a: _whole(torch.reciprocal(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log.default, lambda a: _whole(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log2.default, lambda a: _whole(torch.log2(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log10.default, lambda a: _whole(torch.log10(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(
-    aten.logit.default, lambda a, eps=None: _whole(torch.logit(a, eps), a), formula="f(a) / a (no value at 0: all carried)"
-)
-elementwise(aten.acosh.default, lambda a: _whole(torch.acosh(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.sqrt.default, lambda a: over(torch.sqrt(a), a), formula="1 / sqrt(a)")
+elementwise(aten.rsqrt.default, lambda a: over(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.reciprocal.default, lambda a: over(torch.reciprocal(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log.default, lambda a: over(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log2.default, lambda a: over(torch.log2(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.log10.default, lambda a: over(torch.log10(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.logit.default, lambda a, eps=None: over(torch.logit(a, eps), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(aten.acosh.default, lambda a: over(torch.acosh(a), a), formula="f(a) / a (no value at 0: all carried)")

@@ -16,9 +16,10 @@ from frpc.affine import Affine, Call, rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Center, Compose, LinearMap, LinearOp, Scale
 from frpc.maps.base import Shape
-from frpc.rules.arithmetic import Number, from_end, refuse_batch
-from frpc.rules.elementwise import _expm1_over
+from frpc.rules.arithmetic import Number, back, from_end, refuse_batch
+from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.linear import batch_norm_affine, per_channel
+from frpc.rules.selection import gathered
 
 aten = torch.ops.aten
 Vector = Tensor | None
@@ -132,11 +133,6 @@ def _kept(value: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
     return value
 
 
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``numerator / denominator``, and 0 where the denominator is."""
-    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
-
-
 def _deviation(a: Tensor, dims: Sequence[int], correction: Number | None) -> Tensor:
     """Returns ``(a - mean(a)) / (n - correction)``."""
     count = math.prod(a.shape[d] for d in dims)
@@ -155,7 +151,7 @@ def var(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | N
 def std(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | None, keepdim: bool) -> Affine:
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
-    coefficient = _over(_deviation(a, dims, correction), _kept(call.value, dims, keepdim))
+    coefficient = over(_deviation(a, dims, correction), _kept(call.value, dims, keepdim))
     return Affine({"self": _weighed_sum(call, coefficient, dims, keepdim)})
 
 
@@ -167,7 +163,7 @@ def vector_norm(
     refuse_batch(a, dims)
     if not 1 <= order < math.inf:
         raise RuleDeclinedError(f"a norm of order {order} has no such account: write it out, as x.abs().amax(dim) for order inf")
-    part = _over(a, _kept(call.value, dims, keepdim))  # Euler: |a|_p = sum_i a_i d|a|_p/da_i
+    part = over(a, _kept(call.value, dims, keepdim))  # Euler: |a|_p = sum_i a_i d|a|_p/da_i
     coefficient = part if order == 2 else part.sgn() * part.abs() ** (order - 1)
     return Affine({"self": _weighed_sum(call, coefficient, dims, keepdim)})
 
@@ -177,19 +173,14 @@ def vector_norm(
 
 def _winner(a: Tensor, dim: int) -> tuple[int, Tensor]:
     """Returns the dimension counted from the end, and where the largest element along it is."""
-    back = from_end(dim, a.dim())[0]
-    refuse_batch(a, [back])
-    return back, a.argmax(back, keepdim=True)
-
-
-def _pick(u: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Takes the elements an index names, in every column; ``dim`` counts from the end."""
-    return u.gather(dim, index.expand([*u.shape[: u.dim() - index.dim()], *index.shape]))
+    along = back(dim, a.dim())
+    refuse_batch(a, [along])
+    return along, a.argmax(along, keepdim=True)
 
 
 def _above_winner(a: Tensor, dim: int, index: Tensor) -> LinearMap:
     """Returns ``a -> a - a[winner]``."""
-    return LinearOp(lambda u: u - _pick(u, dim, index), a.shape, a.shape)
+    return LinearOp(lambda u: u - gathered(index, dim)(u), a.shape, a.shape)
 
 
 @rule(
@@ -199,30 +190,30 @@ def _above_winner(a: Tensor, dim: int, index: Tensor) -> LinearMap:
     source="method §2: secant through 0, from the largest element",
 )
 def softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
-    back, winner = _winner(a, dim)
-    inverse = _pick(call.value, back, winner)  # 1/Z: the largest element's e^z is 1
+    along, winner = _winner(a, dim)
+    inverse = gathered(winner, along)(call.value)  # 1/Z: the largest element's e^z is 1
     left_out = call.value == 0  # masked, or far below the largest
-    z = torch.where(left_out, 0.0, a - _pick(a, back, winner))
-    secant = torch.where(left_out, 0.0, _expm1_over(z) * inverse)
-    m = Compose(_above_winner(a, back, winner), Scale(secant, a.shape))
+    z = torch.where(left_out, 0.0, a - gathered(winner, along)(a))
+    secant = torch.where(left_out, 0.0, expm1_over(z) * inverse)
+    m = Compose(_above_winner(a, along, winner), Scale(secant, a.shape))
     return Affine({str(call.op._schema.arguments[0].name): m}, torch.where(left_out, 0.0, inverse))
 
 
 @rule(aten._log_softmax.default, formula="1 on a - a_max, c = -log Z", source="method §2: from the largest element")
 def log_softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
-    back, winner = _winner(a, dim)
-    return Affine({"self": _above_winner(a, back, winner)}, _pick(call.value, back, winner))
+    along, winner = _winner(a, dim)
+    return Affine({"self": _above_winner(a, along, winner)}, gathered(winner, along)(call.value))
 
 
 @rule(aten.logsumexp.default, formula="1 on a_max, c = log Z", source="method §2: from the largest element")
 def logsumexp(call: Call, a: Tensor, dims: Sequence[int], keepdim: bool = False) -> Affine:
     if len(dims) != 1:
         raise RuleDeclinedError("it sums over several dimensions: flatten them first")
-    back, winner = _winner(a, dims[0])
+    along, winner = _winner(a, dims[0])
 
     def largest(u: Tensor) -> Tensor:
-        picked = _pick(u, back, winner)
-        return picked if keepdim else picked.squeeze(back)
+        picked = gathered(winner, along)(u)
+        return picked if keepdim else picked.squeeze(along)
 
     top = largest(a)
     return Affine({"self": LinearOp(largest, a.shape, call.value.shape)}, torch.where(top == -math.inf, 0.0, call.value - top))

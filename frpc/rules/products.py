@@ -12,7 +12,7 @@ from torch import Tensor
 from frpc.affine import Affine, Call, Operand, rule
 from frpc.maps import BatchedMatMul, Compose, LinearMap, LinearOp, MatMul, scaled
 from frpc.rules.arithmetic import Number, Term, unmasked
-from frpc.rules.elementwise import _expm1_over
+from frpc.rules.elementwise import expm1_over
 
 aten = torch.ops.aten
 
@@ -170,7 +170,7 @@ def _exponential(base: Tensor, exponent: Tensor, value: Tensor) -> Tensor:
     """``(a^p - 1) / p``, the secant through p = 0: ``log a (e^(p log a) - 1) / (p log a)``."""
     logarithm = torch.log(torch.where(base > 0, base, 1.0))
     other = torch.where(exponent == 0, 0.0, (value - 1.0) / torch.where(exponent == 0, 1.0, exponent))
-    return torch.where(base > 0, logarithm * _expm1_over(exponent * logarithm), other)
+    return torch.where(base > 0, logarithm * expm1_over(exponent * logarithm), other)
 
 
 @rule(

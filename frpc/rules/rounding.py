@@ -13,13 +13,9 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
 from frpc.maps import Cast, Identity, Scale
+from frpc.rules.elementwise import over
 
 aten = torch.ops.aten
-
-
-def _over(value: Tensor, a: Tensor) -> Tensor:
-    """``f(a) / a`` for f that is 0 around 0."""
-    return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
 
 
 @rule(
@@ -62,9 +58,9 @@ def nan_to_num(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return Affine({"self": Scale(finite.to(a.dtype), a.shape)}, torch.where(finite, 0.0, call.value))
 
 
-elementwise(aten.round.default, lambda a: _over(torch.round(a), a), formula="round(a) / a")
-elementwise(aten.round.decimals, lambda a, decimals: _over(torch.round(a, decimals=decimals), a), formula="round(a) / a")
-elementwise(aten.trunc.default, lambda a: _over(torch.trunc(a), a), formula="trunc(a) / a")
+elementwise(aten.round.default, lambda a: over(torch.round(a), a), formula="round(a) / a")
+elementwise(aten.round.decimals, lambda a, decimals: over(torch.round(a, decimals=decimals), a), formula="round(a) / a")
+elementwise(aten.trunc.default, lambda a: over(torch.trunc(a), a), formula="trunc(a) / a")
 elementwise(
     aten.frac.default, lambda a: torch.where(a.abs() < 1, 1.0, torch.frac(a) / a), formula="1 inside (-1, 1), else frac(a) / a"
 )

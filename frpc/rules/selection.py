@@ -11,23 +11,12 @@ from torch import Tensor
 from frpc.affine import Affine, Call, Operand, linear_op, rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
-from frpc.rules.arithmetic import unmasked
+from frpc.rules.arithmetic import back, refuse_batch, unmasked
 
 aten = torch.ops.aten
 
 
-def _back(dim: int, rank: int) -> int:
-    """Counts a dimension from the end, so that columns may come in front."""
-    return dim if dim < 0 else dim - rank
-
-
-def _apart(a: Tensor, dims: Sequence[int], does: str) -> None:
-    """Refuses a choice among samples; a fixed batch is found out by the check of the whole model."""
-    if any(isinstance(a.shape[d], torch.SymInt) for d in dims):
-        raise RuleDeclinedError(f"it {does} the batch: the result mixes samples")
-
-
-def _gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
+def gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
     """Returns ``u -> u.gather(dim, indices)`` for u with columns in front; ``dim`` is negative."""
     return lambda u: u.gather(dim, indices.expand([*u.shape[: u.dim() - indices.dim()], *indices.shape]))
 
@@ -51,19 +40,19 @@ def _gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
     source="method §2: selection",
 )
 def winners(call: Call, a: Tensor, *arguments: Any) -> Affine:
-    dim, indices = _back(call.args["dim"], a.dim()), call.out[1]
-    _apart(a, [dim], "chooses over")
+    dim, indices = back(call.args["dim"], a.dim()), call.out[1]
+    refuse_batch(a, [dim])
     if indices.dim() == a.dim():
-        return Affine({"self": LinearOp(_gathered(indices, dim), a.shape, call.value.shape)})
-    pick = _gathered(indices.unsqueeze(dim), dim)
+        return Affine({"self": LinearOp(gathered(indices, dim), a.shape, call.value.shape)})
+    pick = gathered(indices.unsqueeze(dim), dim)
     return Affine({"self": LinearOp(lambda u: pick(u).squeeze(dim), a.shape, call.value.shape)})
 
 
 def _extreme(call: Call, a: Tensor, dims: Sequence[int] = (), keepdim: bool = False) -> Callable[[Tensor], Tensor]:
     """Returns the selection of the first largest or smallest element over several dimensions."""
     rank = a.dim()
-    chosen = sorted(_back(d, rank) for d in dims) or list(range(-rank, 0))
-    _apart(a, chosen, "chooses over")
+    chosen = sorted(back(d, rank) for d in dims) or list(range(-rank, 0))
+    refuse_batch(a, chosen)
     order = [d for d in range(-rank, 0) if d not in chosen] + chosen
 
     def flat(u: Tensor) -> Tensor:
@@ -73,7 +62,7 @@ def _extreme(call: Call, a: Tensor, dims: Sequence[int] = (), keepdim: bool = Fa
     largest = call.op is aten.amax.default
     found = flat(a)
     winner = (found.argmax(-1) if largest else found.argmin(-1)).unsqueeze(-1)
-    pick = _gathered(winner, -1)
+    pick = gathered(winner, -1)
 
     def select(u: Tensor) -> Tensor:
         return pick(flat(u)).reshape([*u.shape[: u.dim() - rank], *call.value.shape])
@@ -90,12 +79,12 @@ linear_op(aten.amin.default, _extreme, formula="the smallest element, the first 
 
 linear_op(
     aten.gather.default,
-    lambda call, a, dim, index, sparse_grad=False: _gathered(index, _back(dim, a.dim())),
+    lambda call, a, dim, index, sparse_grad=False: gathered(index, back(dim, a.dim())),
     formula="a[indices]",
 )
 linear_op(
     aten.index_select.default,
-    lambda call, a, dim, index: lambda u: u.index_select(_back(dim, a.dim()), index),
+    lambda call, a, dim, index: lambda u: u.index_select(back(dim, a.dim()), index),
     formula="a[indices]",
 )
 
@@ -216,7 +205,7 @@ def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: T
     source="method §2: linear",
 )
 def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: float = 1) -> Affine:
-    read = LinearOp(lambda v: v.index_select(_back(dim, a.dim()), index) * alpha, a.shape, b.shape)
+    read = LinearOp(lambda v: v.index_select(back(dim, a.dim()), index) * alpha, a.shape, b.shape)
     return _two(call, a, b, "source", Identity(a.shape), Transpose(read))
 
 
@@ -231,7 +220,7 @@ def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, *how:
     if how and tuple(how) != ("sum", True):
         raise RuleDeclinedError(f"reduce={how[0]!r}, include_self={how[1]}: only the sum onto a is linear in both")
     within = LinearOp(lambda u: _corner(u, index.shape), b.shape, index.shape)
-    added = Compose(within, Transpose(LinearOp(_gathered(index, _back(dim, a.dim())), a.shape, index.shape)))
+    added = Compose(within, Transpose(LinearOp(gathered(index, back(dim, a.dim())), a.shape, index.shape)))
     return _two(call, a, b, "src", Identity(a.shape), added)
 
 
