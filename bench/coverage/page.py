@@ -29,7 +29,8 @@ random tokens. A run takes hours; `python -m bench coverage --suite torchvision 
 - **nodes**, **ops**: operators that carry relevance, and how many kinds of them.
 - **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were being tried.
 - **error**: the largest `|sum V - y| / sum|V|` of three random targets of two samples. Up to 1e-5 in float32 and 1e-11 in float64
-  counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest.
+  counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest (1e-4 in float64 too
+  where the model itself casts to float32, which frpc does not follow in float64).
 - **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
 - **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three;
   `fixed` where the model itself fixes the batch size.
@@ -45,6 +46,8 @@ nothing was raised; **raised**: an exception.
 - **Captum LRP** promises that relevances sum to the explained output, **Captum DeepLift** that they sum to `f(x) - f(0)`; both
   report the difference as their convergence delta.
 - **zennit EpsilonPlus**, with zennit's own canonizers for the model's family, starts from 1 at the target: relevances sum to 1.
+- **lxt AttnLRP** (lxt's efficient form) promises that relevances sum to the explained output. Like the others it is given the
+  version of the model's library that is named above.
 """
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from bench.coverage.subject import Subject, take
 from bench.coverage.suites import load
 
-__all__ = ["BOUND", "METHODS", "judge", "try_peers", "without_constants"]
+__all__ = ["BOUND", "METHODS", "Peer", "judge", "try_peers", "without_constants"]
 
 BOUND = 1e-2  # |sum R - promised| / sum|R|
 REASON = 300
@@ -75,10 +77,40 @@ def zennit_epsilon_plus(model: nn.Module, x: Tensor, target: tuple[int, ...]) ->
     return found, torch.ones(len(x))
 
 
-METHODS: dict[str, tuple[str, Method]] = {
-    "Captum LRP": ("captum", captum_lrp),
-    "Captum DeepLift": ("captum", captum_deeplift),
-    "zennit EpsilonPlus": ("zennit", zennit_epsilon_plus),
+def lxt_attn_lrp(model: nn.Module, x: Tensor, target: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """AttnLRP as lxt computes it, gradient times input of a patched model: relevances sum to the output."""
+    output = model(x)[(slice(None), *target)]
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    return x * gradient, output
+
+
+def patch_by_lxt(subject: Subject) -> None:
+    """Lets lxt change the classes the model is made of, for the whole process; refused for models it has no map for."""
+    from lxt.efficient import monkey_patch
+
+    monkey_patch(sys.modules[type(subject.model).__module__])
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A method of another library.
+
+    Attributes:
+        library: the package it comes in.
+        run: returns relevances, and the sum they promise, ``[B]``.
+        prepare: called with one model before the one that is explained is built.
+    """
+
+    library: str
+    run: Method
+    prepare: Callable[[Subject], None] | None = None
+
+
+METHODS: dict[str, Peer] = {
+    "Captum LRP": Peer("captum", captum_lrp),
+    "Captum DeepLift": Peer("captum", captum_deeplift),
+    "zennit EpsilonPlus": Peer("zennit", zennit_epsilon_plus),
+    "lxt AttnLRP": Peer("lxt", lxt_attn_lrp, patch_by_lxt),  # last: it changes classes for good
 }
 
 
@@ -95,17 +127,28 @@ def without_constants(model: nn.Module) -> nn.Module:
 def try_peers(suite: str, name: str) -> dict[str, Any]:
     """Tries every method on a model; each gets a model of its own, because some leave hooks and rules behind."""
     found: dict[str, Any] = {}
-    for method, (library, run) in METHODS.items():
-        if importlib.util.find_spec(library) is None:
+    for method, peer in METHODS.items():
+        if importlib.util.find_spec(peer.library) is None:
             found[method] = {"status": "not installed"}
             continue
         try:
             subject = load(suite).build(name)
         except Exception as error:
             return {"status": "not built", "reason": str(error)[:REASON]}
+        if peer.prepare is not None:
+            try:
+                peer.prepare(subject)
+            except Exception as error:
+                found[method] = {"status": "raised", "reason": _told(error), "seconds": 0.0}
+                continue
+            subject = load(suite).build(name)
         without_constants(subject.model)
-        found[method] = judge(run, subject)
+        found[method] = judge(peer.run, subject)
     return {"status": "ok", "peers": found}
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:REASON]
 
 
 def judge(run: Method, subject: Subject) -> dict[str, Any]:
@@ -119,8 +162,7 @@ def judge(run: Method, subject: Subject) -> dict[str, Any]:
         target = tuple(int(torch.randint(n, (), generator=generator)) for n in sizes)
         relevance, promised = run(model, x.clone().requires_grad_(), target)
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return {"status": "raised", "reason": text[:REASON], "seconds": time.perf_counter() - start}
+        return {"status": "raised", "reason": _told(error), "seconds": time.perf_counter() - start}
     maps = relevance.detach().double().flatten(1)
     error = float(((maps.sum(1) - promised.detach().double()).abs() / maps.abs().sum(1)).max())
     kept = error <= BOUND  # false for what is not finite
