@@ -40,6 +40,8 @@ _VALUE_FREE = {  # operators whose result does not depend on the values of a flo
     aten.sym_size.int,
 }
 
+_TYPED_ALIKE = {aten.type_as.default, aten.to.other}  # of the other operand they take the type, not the values
+
 _FACTORS: dict[Any, tuple[str, str]] = {  # products, and the two arguments that are factors
     aten.mul.Tensor: ("self", "other"),
     aten.matmul.default: ("self", "other"),
@@ -139,6 +141,8 @@ def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Prod
         product: how products of two carried values are shared.
     """
     operands = {name: n for name, n in operands_of(node).items() if n in carried}
+    if node.target in _TYPED_ALIKE:
+        operands.pop("other", None)
     if node.target is aten.div.Tensor and {"self", "other"} <= operands.keys():
         del operands["other"]
     first, second = _FACTORS.get(node.target, ("", ""))

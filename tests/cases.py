@@ -419,6 +419,7 @@ CASES: tuple[Case, ...] = (
     direct(aten.to.dtype, torch.float64, shape=V),
     direct(aten.to.other, torch.ones(1, dtype=torch.float64), shape=V),
     Case(aten.type_as.default, "", of(lambda a: a.type_as(K4)), (V,), "jacobian"),
+    Case(aten.type_as.default, "like a value that carries", of(lambda a: (2 * a).type_as(a)), (V,), "jacobian"),
     Case(aten.sign.default, "", of(lambda a: a.sign() + a), (V,), "piecewise"),
     Case(aten.sgn.default, "", of(lambda a: a.sgn() + a), (V,), "piecewise"),
     Case(aten.floor.default, "", of(lambda a: (3 * a).floor() - a), (V,), "piecewise"),

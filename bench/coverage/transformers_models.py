@@ -123,9 +123,8 @@ def names() -> list[str]:
 def build(name: str) -> Subject:
     config_class, model_class, sizes, inputs, options = ENTRIES[name]
     torch.manual_seed(0)
-    attention = "eager" if name.endswith("-eager") else "sdpa"
-    known = {"num_labels": CLASSES, **({"attn_implementation": attention} if name != "mamba" else {})}
-    config = getattr(transformers, config_class)(**sizes, **known)
+    written_out = {"attn_implementation": "eager"} if name.endswith("-eager") else {}  # else the library's own choice
+    config = getattr(transformers, config_class)(**sizes, num_labels=CLASSES, **written_out)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     model = getattr(transformers, model_class)(config) if model_class else _Whisper(config)
