@@ -61,7 +61,7 @@ def explain(folder: Path, kind: str, sentences: list[str]) -> list[Explained]:
 def draw(rows: list[list[Explained]]) -> Figure:
     """A block for each sentence, a line for each model, one scale for all."""
     count = sum(len(block) for block in rows)
-    height = ROW * count + 0.3 * len(rows) + 0.7
+    height = max(ROW * count + 0.3 * len(rows) + 0.7, 2.4)  # as high as the label of the scale is long
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     FigureCanvasAgg(figure)  # it measures words
     axes = figure.add_axes((0.0, 0.0, 0.9, 1.0))
