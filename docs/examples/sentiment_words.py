@@ -28,7 +28,7 @@ SENTENCES = (
     "It is too long, too loud and never funny.",
     "The best film of the year, moving and smart.",
 )
-WORD, WIDTH, ROW, NAME, DPI = 11.0, 10.0, 0.34, 0.55, 130  # points; inches: page, row of words, model's name
+WORD, WIDTH, ROW, NAME, ACCOUNT, DPI = 11.0, 10.0, 0.34, 0.55, 2.3, 130  # points; inches: least page, row, name, account
 CONTRAST = ((-1.0, 1.0),)  # positive minus negative
 
 
@@ -69,13 +69,15 @@ def draw(rows: list[list[Explained]]) -> Figure:
     axes.axis("off")
     limit = max(abs(share) for block in rows for row in block for share in row.shares)
     axes.text(0.2, 0.3, "each word's share of logit(positive) − logit(negative)", fontsize=TITLE + 1, va="center")
-    axes.text(0.9 * WIDTH - 0.1, 0.3, "words + constants = total", fontsize=SMALL + 1, va="center", ha="right")
-    y = 0.75
-    for block in rows:
-        for row in block:
-            _draw_row(axes, row, y, limit)
-            y += ROW
-        y += 0.3
+    lines = [(row, 0.75 + ROW * (i * len(block) + j) + 0.3 * i) for i, block in enumerate(rows) for j, row in enumerate(block)]
+    longest = max(_draw_words(axes, row, y, limit) for row, y in lines)
+    width = max(WIDTH, (longest + ACCOUNT) / 0.9)  # one unit of the axes stays an inch
+    figure.set_size_inches(width, height)
+    axes.set_xlim(0, 0.9 * width)
+    axes.text(0.9 * width - 0.1, 0.3, "words + constants = total", fontsize=SMALL + 1, va="center", ha="right")
+    for row, y in lines:
+        account = f"{signed(sum(row.shares))} {signed(row.constants)} = {signed(row.total)}"
+        axes.text(0.9 * width - 0.1, y, account, fontsize=SMALL + 1, va="center", ha="right")
     bar = figure.add_axes((0.9, 0.1, 0.02, 0.8))
     bar.axis("off")
     shares = [torch.tensor(row.shares).double().numpy() for block in rows for row in block]
@@ -83,8 +85,8 @@ def draw(rows: list[list[Explained]]) -> Figure:
     return figure
 
 
-def _draw_row(axes: Axes, row: Explained, y: float, limit: float) -> None:
-    """Words from left to right, each in a box of its colour, then the account."""
+def _draw_words(axes: Axes, row: Explained, y: float, limit: float) -> float:
+    """Draws words from left to right, each in a box of its colour; returns where they end."""
     axes.text(0.2, y, row.kind.upper(), fontsize=SMALL + 1, va="center", color="#555555")
     x, scale = 0.2 + NAME, Normalize(-limit, limit)
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -94,8 +96,7 @@ def _draw_row(axes: Axes, row: Explained, y: float, limit: float) -> None:
         box = {"boxstyle": "round,pad=0.18", "facecolor": colour, "edgecolor": "#cccccc", "linewidth": 0.5}
         text = axes.text(x, y, word, fontsize=WORD, va="center", color="white" if dark else "black", bbox=box, parse_math=False)
         x += text.get_window_extent(renderer).width / axes.figure.dpi + 0.12
-    account = f"{signed(sum(row.shares))} {signed(row.constants)} = {signed(row.total)}"
-    axes.text(0.9 * WIDTH - 0.1, y, account, fontsize=SMALL + 1, va="center", ha="right")
+    return x
 
 
 def main() -> None:
