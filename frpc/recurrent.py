@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from frpc.affine import bind
 from frpc.editor import Editor
@@ -179,6 +180,7 @@ def unroll_recurrent_layers(graph_module: fx.GraphModule) -> bool:
 
 
 def _unroll_layer(node: fx.Node, emit: Emit) -> bool:
+    assert isinstance(node.target, OpOverload)
     given = bind(node.target, node.args, node.kwargs)
     if given["train"] and given["dropout"] > 0:
         return False  # it draws random numbers: no rule will be found for it
@@ -192,6 +194,7 @@ def _unroll_layer(node: fx.Node, emit: Emit) -> bool:
 
 
 def _unroll_cell(node: fx.Node, emit: Emit) -> bool:
+    assert isinstance(node.target, OpOverload)
     given = bind(node.target, node.args, node.kwargs)
     weights = Weights(given["w_ih"], given["w_hh"], given["b_ih"], given["b_hh"], None)
     drive = emit(aten.linear.default, given["input"], weights.w, weights.b)
