@@ -123,8 +123,9 @@ class LayerMaps:
         if self._held is None:
             self._demand(self.nbytes(), "all windows")
             rows, columns = self.positions
-            ordered = [row.permute(0, 2, 3, 4, 1) for _, row in self._produce((0, rows), (0, columns))]
-            self._held = torch.stack(ordered, 1).permute(0, 5, 1, 2, 3, 4)  # stacked in the order they lie in memory
+            bands = [band.permute(0, 2, 3, 4, 5, 1) for _, band in self._produce((0, rows), (0, columns))]
+            whole = bands[0] if len(bands) == 1 else torch.cat(bands, 1)  # in the order they lie in memory
+            self._held = whole.permute(0, 5, 1, 2, 3, 4)
         return self._held
 
     def _demand(self, size: int, what: str) -> None:
@@ -236,10 +237,11 @@ class LayerMaps:
         limit = memory_limit or self.memory_limit
         rows, _ = self.positions
         for span in self.plan.column_spans(limit):
-            for i, row in self._produce((0, rows), span):
-                values = self._spatial(self.values)[:, :, i : i + 1, span[0] : span[1]]
-                bias = self._spatial(self.bias)[:, :, i : i + 1, span[0] : span[1]]
-                yield Block((i, i + 1), span, row.unsqueeze(2), values, bias, self.window)
+            for first, band in self._produce((0, rows), span):
+                last = first + int(band.shape[2])
+                values = self._spatial(self.values)[:, :, first:last, span[0] : span[1]]
+                bias = self._spatial(self.bias)[:, :, first:last, span[0] : span[1]]
+                yield Block((first, last), span, band, values, bias, self.window)
 
     def _spatial(self, field: Tensor) -> Tensor:
         return field.reshape([*field.shape[:2], *self.positions])

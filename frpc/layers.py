@@ -227,8 +227,7 @@ def _dense_rows(context: LayerContext, span: tuple[int, int], columns: tuple[int
             carried = torch.zeros_like(context.values).expand([len(index), *context.values.shape])
         parts.append(_spatial(carried)[:, :, :, slice(*span), slice(*columns)].movedim(0, -1).contiguous())
     whole = torch.cat(parts, -1).unflatten(-1, context.cells)
-    for i in range(*span):
-        yield i, whole[:, :, i - span[0]]
+    yield span[0], whole
 
 
 def _spatial(columns: Tensor) -> Tensor:
@@ -253,4 +252,4 @@ def _transposed_rows(
                 seed[(slice(None), *place)] = 1
                 seeds.append(seed)
         local = _pull_chunks(pulled, values, seeds)  # [C * w, B, H0, W0]
-        yield i, local.unflatten(0, (channels, -1)).movedim(2, 0)
+        yield i, local.unflatten(0, (channels, -1)).movedim(2, 0).unsqueeze(2)

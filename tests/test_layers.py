@@ -113,6 +113,23 @@ def test_three_strategies_give_one_map(net: tuple[frpc.Explainer, Tensor], layer
     assert relative(fresh.channel(1), dense[:, 1].sum((1, 2))) <= 1e-10
 
 
+@pytest.mark.parametrize(("band", "lines"), [(1, 60), (20_000, 300)])
+def test_bands_and_chunks_of_any_size_give_one_map(
+    net: tuple[frpc.Explainer, Tensor], band: int, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large layers are computed row by row and their products in pieces; small bounds force that on a small net."""
+    explainer, x = net
+    layers = ("0", "3", "5", "7", "8", "9")
+    whole = [explainer.layer(layer, x, strategy="windows").local for layer in layers]
+    monkeypatch.setattr("frpc.windows.rows._BAND", band)
+    monkeypatch.setattr("frpc.windows.taps._CHUNK", 1)
+    monkeypatch.setattr("frpc.windows.taps._LINES", lines)
+    for layer, one in zip(layers, whole, strict=True):
+        blocks = list(explainer.layer(layer, x, strategy="windows").blocks())
+        assert len(blocks) >= (one.shape[2] if band == 1 else 1)
+        assert relative(torch.cat([block.local for block in blocks], 2), one) <= 1e-12
+
+
 @pytest.mark.parametrize("layer", LOCAL)
 def test_transposed_windows_of_neurons_are_their_maps(net: tuple[frpc.Explainer, Tensor], layer: str) -> None:
     explainer, x = net

@@ -19,7 +19,7 @@ from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 
 aten = torch.ops.aten
 
-__all__ = ["LocalityEndsError", "build_rows", "producers", "set_columns", "stream"]
+__all__ = ["LocalityEndsError", "build_rows", "producers", "set_spans", "stream"]
 
 
 class LocalityEndsError(Exception):
@@ -234,27 +234,38 @@ _BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], .
 )
 
 
-def set_columns(layer: Rows, order: Sequence[Rows], span: Span) -> None:
-    """Tells every producer which columns this run needs, from the layer back, clipped at the border."""
-    wanted: dict[int, Span] = {id(layer): span}
+def set_spans(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> None:
+    """Tells every producer which rows and columns this run needs, from the layer back, clipped at the border."""
+    needs: dict[int, tuple[Span, Span]] = {id(layer): (wanted, span)}
     for rows in reversed(order):
-        mine = wanted.get(id(rows))
+        mine = needs.get(id(rows))
         if mine is None:
             continue
-        rows.span = (max(0, mine[0]), min(rows.size[2], mine[1]))
-        rows.release(1 << 62)
+        rows.begin(_clipped(mine[0], rows.size[1]), _clipped(mine[1], rows.size[2]))
         for operand in rows.operands:
-            low, high = rows.needs_columns(rows.span)
-            other = wanted.get(id(operand), (low, high))
-            wanted[id(operand)] = (min(low, other[0]), max(high, other[1]))
+            theirs = (rows.needs_rows(rows.wanted), rows.needs_columns(rows.span))
+            other = needs.get(id(operand), theirs)
+            needs[id(operand)] = (_hull(theirs[0], other[0]), _hull(theirs[1], other[1]))
+
+
+def _clipped(span: Span, size: int) -> Span:
+    """The span inside the border; where nothing of it is, the position next to it."""
+    return min(max(0, span[0]), size - 1), max(1, min(size, span[1]))
+
+
+def _hull(one: Span, other: Span) -> Span:
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def stream(layer: Rows, order: Sequence[Rows], span: Span, rows: Span) -> Iterator[tuple[int, Tensor]]:
-    """Yields ``(i, [B, C, w, Rh, Rw])`` for the rows ``[first, last)`` and columns of ``span``, each row computed once."""
-    set_columns(layer, order, span)
-    for i in range(*rows):
-        yield i, layer.row(i)
-        _release(layer, order, i + 1)
+    """Yields ``(first, [B, C, h, w, Rh, Rw])``: the rows ``[*rows)`` and columns ``[*span)`` in bands, each computed once."""
+    set_spans(layer, order, rows, span)
+    first = rows[0]
+    while first < rows[1]:
+        last = min(first + layer.height, rows[1])
+        yield first, layer.band(first, last)
+        first = last
+        _release(layer, order, first)
 
 
 def _release(layer: Rows, order: Sequence[Rows], upcoming: int) -> None:
@@ -266,5 +277,5 @@ def _release(layer: Rows, order: Sequence[Rows], upcoming: int) -> None:
             continue
         rows.release(mine)
         for operand in rows.operands:
-            low = rows.needs_rows(mine)[0]
+            low = rows.needs_rows((mine, mine + 1))[0]
             lowest[id(operand)] = min(low, lowest.get(id(operand), low))

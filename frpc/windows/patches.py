@@ -151,7 +151,7 @@ def cone_flops(layer: Rows, row: int, column: int) -> float:
 
 def _needed(rows: Rows, operand: Rows, span: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     top, bottom, left, right = span
-    low, high = rows.needs_rows(top)[0], rows.needs_rows(bottom - 1)[1]
+    low, high = rows.needs_rows((top, bottom))
     first, last = rows.needs_columns((left, right))
     return max(0, low), min(operand.size[1], high), max(0, first), min(operand.size[2], last)
 

@@ -5,10 +5,11 @@ whose corner is ``i * jump + offset``; jump, offset and side are known before an
 is then, for each kernel tap, one matrix product over channels, added at a shifted place in the window; max pooling selects
 windows and shifts them; an activation multiplies by its coefficient; sums and concatenations align windows and unite them.
 
-Layers are produced row by row. Every operator computes a row on demand, from rows of its operands, and keeps it only until no
-later row needs it: a layer far larger than memory streams through, and nothing is computed twice.
+Layers are produced in bands of rows. Every operator computes a band on demand, from bands of its operands, and keeps it only
+until no later row needs it: a layer far larger than memory streams through, and nothing is computed twice. Small layers are one
+band; of large ones a band is a row.
 
-Shapes: a row is ``[B, C, w, Rh, Rw]``: the windows of ``w`` neighbouring positions of one row of positions.
+Shapes: a band is ``[B, C, h, w, Rh, Rw]``: the windows of ``w`` neighbouring positions of ``h`` neighbouring rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -30,7 +32,6 @@ __all__ = [
     "SourceRows",
     "Span",
     "SumRows",
-    "blank_row",
 ]
 
 
@@ -57,53 +58,88 @@ class Grid:
 Grids = tuple[Grid, Grid]
 Span = tuple[int, int]
 
+_BAND = 1 << 22  # elements of a band of several rows: 16 MB of float32
+
 
 class Rows:
-    """Produces the rows of windows of one value.
+    """Produces the windows of one value, a band of rows at a time.
 
     Attributes:
         operands: what it is computed from.
         grids: windows along rows and columns.
         size: channels, rows and columns of the value, ``(C, H, W)``.
+        like: the input, for its batch, its type and its device.
+        batch: samples.
+        height: rows of a band.
         uses: how many others compute from it.
-        span: the columns asked for in this run.
+        wanted, span: the rows and the columns asked for in this run.
     """
 
-    def __init__(self, operands: Sequence[Rows], grids: Grids, size: tuple[int, int, int]) -> None:
+    def __init__(self, operands: Sequence[Rows], grids: Grids, size: tuple[int, int, int], like: Tensor | None = None) -> None:
         self.operands, self.grids, self.size = tuple(operands), grids, size
+        self.like: Tensor = operands[0].like if like is None else like
+        self.batch = int(self.like.shape[0])
+        self.height = int(max(1, min(size[1], _BAND // max(1.0, self.batch * self.row_elements()))))
         self.uses = 0
+        self.wanted: Span = (0, size[1])
         self.span: Span = (0, size[2])
         self._kept: dict[int, Tensor] = {}
         for operand in operands:
             operand.uses += 1
-            first, last = self.needs_rows(0)
-            operand.lookback = max(operand.lookback, float(last - first))
+            needed = self.needs_rows((0, self.height))
+            operand.lookback = max(operand.lookback, float(needed[1] - needed[0]))
 
-    def row(self, i: int) -> Tensor:
-        """Returns row ``i``, ``[B, C, w, Rh, Rw]``; it must not be changed."""
-        found = self._kept.get(i)
-        if found is None:
-            found = self._kept[i] = self.compute(i)
-        return found
+    def band(self, first: int, last: int) -> Tensor:
+        """Returns the rows ``[first, last)``, ``[B, C, h, w, Rh, Rw]``; they must not be changed."""
+        parts = []
+        while first < last:
+            start = first - (first - self.wanted[0]) % self.height
+            stop = min(start + self.height, self.wanted[1])
+            found = self._kept.get(start)
+            if found is None:
+                found = self._kept[start] = self.compute(start, stop)
+            parts.append(found[:, :, first - start : min(last, stop) - start])
+            first = stop
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
-    def taken(self, i: int) -> Tensor:
-        """Returns row ``i`` to a sole user, who may change it."""
-        if self.uses > 1:
-            return self.row(i).clone()
-        return self._kept.pop(i) if i in self._kept else self.compute(i)
+    def taken(self, first: int, last: int) -> Tensor:
+        """Returns the rows ``[first, last)`` to a user who may change them."""
+        found = self.band(first, last)
+        return found.clone() if self.uses > 1 else found
 
     def release(self, below: int) -> None:
-        """Forgets the rows under ``below``."""
-        for i in [i for i in self._kept if i < below]:
-            del self._kept[i]
+        """Forgets the bands that end at row ``below`` or before."""
+        for start in [start for start in self._kept if min(start + self.height, self.wanted[1]) <= below]:
+            del self._kept[start]
 
-    def compute(self, i: int) -> Tensor:
-        """Computes row ``i`` from rows of the operands."""
+    def begin(self, wanted: Span, span: Span) -> None:
+        """Starts a run for these rows and columns."""
+        self.wanted, self.span = wanted, span
+        self._kept.clear()
+
+    def compute(self, first: int, last: int) -> Tensor:
+        """Computes the rows ``[first, last)`` from rows of the operands."""
         raise TypeError(f"{type(self).__name__} computes no rows")
 
-    def needs_rows(self, i: int) -> Span:
-        """Which rows of the operands row ``i`` needs, possibly beyond the border."""
-        return i, i + 1
+    def blank(self, rows: int, *, zeros: bool = True) -> Tensor:
+        """Returns a band for some rows and the columns asked for, ``[B, C, h, w, Rh, Rw]``, with channels innermost in memory.
+
+        A tap lays small windows into larger ones; with channels innermost its runs are long, and products of channels need no
+        copy.
+
+        Args:
+            zeros: whether it is filled with zeros, or not at all.
+        """
+        shape = [self.batch, rows, self.span[1] - self.span[0], self.grids[0].side, self.grids[1].side, self.size[0]]
+        return (self.like.new_zeros(shape) if zeros else self.like.new_empty(shape)).permute(0, 5, 1, 2, 3, 4)
+
+    def small(self, rows: int) -> bool:
+        """Says whether so many rows are few enough to lie side by side in one piece."""
+        return rows * self.row_elements() * self.batch <= _BAND
+
+    def needs_rows(self, rows: Span) -> Span:
+        """Which rows of the operands these rows need, possibly beyond the border."""
+        return rows
 
     def needs_columns(self, span: Span) -> Span:
         """Which columns of the operands these columns need, possibly beyond the border."""
@@ -119,39 +155,38 @@ class Rows:
 
     def calls(self) -> float:
         """Operator calls for the whole value."""
-        return 2.0 * self.size[1]
+        return 2.0 * self.bands()
+
+    def bands(self) -> float:
+        """How many bands the whole value is computed in."""
+        return float(-(-self.size[1] // self.height))
 
     def row_elements(self) -> float:
         """Elements of one full row of one sample."""
         return float(self.size[0] * self.size[2] * self.grids[0].side * self.grids[1].side)
 
     def kept(self) -> float:
-        """Elements held at one time while the layer streams: the rows its users look back on."""
-        return self.row_elements() * self.lookback
+        """Elements of one sample held at one time while the layer streams: the rows its users look back on."""
+        return self.row_elements() * min(float(self.size[1]), self.lookback + self.height - 1)
 
     lookback = 1.0
 
 
-def blank_row(like: Tensor, channels: int, width: int, grids: Grids) -> Tensor:
-    """Returns a row of zeros, ``[B, C, w, Rh, Rw]``, with channels innermost in memory.
-
-    A tap adds small windows into larger ones; with channels innermost its runs are long, and products of channels need no
-    copy.
-    """
-    rows, columns = grids
-    return like.new_zeros([like.shape[0], width, rows.side, columns.side, channels]).permute(0, 4, 1, 2, 3)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Bands one above the other, in the order they lie in memory."""
+    return torch.cat([part.permute(0, 2, 3, 4, 5, 1) for part in parts], 1).permute(0, 5, 1, 2, 3, 4)
 
 
 class SourceRows(Rows):
-    """The input: every cell sees itself, ``[B, C, W, 1, 1]`` a row."""
+    """The input: every cell sees itself, ``[B, C, h, W, 1, 1]`` a band."""
 
     def __init__(self, x: Tensor) -> None:
         point = Grid(1, 0, 1)
-        super().__init__((), (point, point), (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])))
+        super().__init__((), (point, point), (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), x)
         self.x = x
 
-    def compute(self, i: int) -> Tensor:
-        return self.x[:, :, i, self.span[0] : self.span[1], None, None]
+    def compute(self, first: int, last: int) -> Tensor:
+        return self.x[:, :, first:last, self.span[0] : self.span[1], None, None]
 
 
 class PointRows(Rows):
@@ -161,15 +196,17 @@ class PointRows(Rows):
         super().__init__((operand,), operand.grids, operand.size)
         self.coefficient = coefficient
 
-    def compute(self, i: int) -> Tensor:
+    def compute(self, first: int, last: int) -> Tensor:
         g = self.coefficient
+        windows = self.operands[0].taken(first, last)
         if g is None:
-            return self.operands[0].row(i)
-        windows = self.operands[0].taken(i) if not isinstance(self.operands[0], SourceRows) else self.operands[0].row(i).clone()
+            return windows
+        if isinstance(self.operands[0], SourceRows):
+            windows = windows.clone()
         if isinstance(g, Tensor):
-            g = g if g.shape[-2] == 1 else g[..., i : i + 1, :]
+            g = g if g.shape[-2] == 1 else g[..., first:last, :]
             g = g if g.shape[-1] == 1 else g[..., self.span[0] : self.span[1]]
-            g = g[..., 0, :, None, None]
+            g = g[..., None, None]
         return windows.mul_(g)
 
 
@@ -185,16 +222,17 @@ class SettledRows(Rows):
         super().__init__((operand,), grids, operand.size)
         self.axis = axis
 
-    def compute(self, i: int) -> Tensor:
-        source = self.operands[0].row(i)
-        out = blank_row(source, self.size[0], source.shape[2], self.grids)
+    def compute(self, first: int, last: int) -> Tensor:
+        source = self.operands[0].band(first, last)
+        out = self.blank(last - first)
         if self.axis == 0:
-            inner, outer = self._overlap(i)
-            out[..., outer, :] = source[..., inner, :]
+            for i in range(first, last):
+                inner, outer = self._overlap(i)
+                out[:, :, i - first, :, outer] = source[:, :, i - first, :, inner]
             return out
         for j in range(*self.span):
             inner, outer = self._overlap(j)
-            out[:, :, j - self.span[0], :, outer] = source[:, :, j - self.span[0], :, inner]
+            out[:, :, :, j - self.span[0], :, outer] = source[:, :, :, j - self.span[0], :, inner]
         return out
 
     def _overlap(self, position: int) -> tuple[slice, slice]:
@@ -208,14 +246,14 @@ class SumRows(Rows):
     """The sum of several values, their windows aligned and united."""
 
     def __init__(self, operands: Sequence[Rows]) -> None:
-        grids = _united(operands)
-        super().__init__(operands, grids, operands[0].size)
+        super().__init__(operands, _united(operands), operands[0].size)
 
-    def compute(self, i: int) -> Tensor:
-        first = _placed(self.operands[0], self.operands[0].row(i), self.grids)
-        out = first.clone() if first is self.operands[0].row(i) else first
-        for operand in self.operands[1:]:
-            _window_of(out, operand.grids, self.grids).add_(operand.row(i))
+    def compute(self, first: int, last: int) -> Tensor:
+        bands = [operand.band(first, last) for operand in self.operands]
+        out = self.blank(last - first, zeros=self.operands[0].grids != self.grids)
+        _window_of(out, self.operands[0].grids, self.grids).copy_(bands[0])
+        for operand, band in zip(self.operands[1:], bands[1:], strict=True):
+            _window_of(out, operand.grids, self.grids).add_(band)
         return out
 
 
@@ -226,11 +264,11 @@ class ConcatRows(Rows):
         super().__init__(operands, _united(operands), size)
         self.starts = list(starts)
 
-    def compute(self, i: int) -> Tensor:
-        like = self.operands[0].row(i)
-        out = blank_row(like, self.size[0], like.shape[2], self.grids)
-        for operand, start in zip(self.operands, self.starts, strict=True):
-            _window_of(out[:, start : start + operand.size[0]], operand.grids, self.grids).copy_(operand.row(i))
+    def compute(self, first: int, last: int) -> Tensor:
+        bands = [operand.band(first, last) for operand in self.operands]
+        out = self.blank(last - first)
+        for operand, band, start in zip(self.operands, bands, self.starts, strict=True):
+            _window_of(out[:, start : start + operand.size[0]], operand.grids, self.grids).copy_(band)
         return out
 
 
@@ -241,8 +279,8 @@ class ChannelRows(Rows):
         super().__init__((operand,), operand.grids, (int(channels.numel()), *operand.size[1:]))
         self.channels = channels
 
-    def compute(self, i: int) -> Tensor:
-        return self.operands[0].row(i).index_select(1, self.channels)
+    def compute(self, first: int, last: int) -> Tensor:
+        return self.operands[0].band(first, last).index_select(1, self.channels)
 
 
 def _united(operands: Sequence[Rows]) -> Grids:
@@ -258,14 +296,6 @@ def _window_of(out: Tensor, inner: Grids, outer: Grids) -> Tensor:
     return out[..., top : top + inner[0].side, left : left + inner[1].side]
 
 
-def _placed(operand: Rows, row: Tensor, grids: Grids) -> Tensor:
-    if operand.grids == grids:
-        return row
-    out = blank_row(row, operand.size[0], row.shape[2], grids)
-    _window_of(out, operand.grids, grids).copy_(row)
-    return out
-
-
 class FramedRows(Rows):
     """A value between channels of zeros: ``start`` of them before, the rest behind."""
 
@@ -273,8 +303,8 @@ class FramedRows(Rows):
         super().__init__((operand,), operand.grids, (channels, *operand.size[1:]))
         self.start = start
 
-    def compute(self, i: int) -> Tensor:
-        inner = self.operands[0].row(i)
-        out = blank_row(inner, self.size[0], inner.shape[2], self.grids)
+    def compute(self, first: int, last: int) -> Tensor:
+        inner = self.operands[0].band(first, last)
+        out = self.blank(last - first)
         out[:, self.start : self.start + inner.shape[1]].copy_(inner)
         return out

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from frpc.maps import Conv, LinearPool, Select, Window
-from frpc.windows.rows import Rows, Span, blank_row
+from frpc.windows.rows import Rows, Span
 
 __all__ = ["ConvRows", "CutRows", "MeanRows", "TapRows", "WinnerRows"]
 
-_CHUNK = 1 << 19  # elements of a partial product: 2 MB of float32 stay in the second-level cache
+_CHUNK = 1 << 20  # elements gathered for one product: 4 MB of float32
+_LINES = 512  # but at least so many lines of it, or packing the weights would cost more than the product
 
 Line = tuple[int, int, int, int]
+
+
+class Tap(NamedTuple):
+    """One place of a kernel along an axis, and the positions where it lies inside the border.
+
+    Attributes:
+        shift: how far it moves windows.
+        theirs, ours: positions of the operand and own ones, counted in the bands at hand.
+    """
+
+    tap: int
+    shift: int
+    theirs: slice
+    ours: slice
 
 
 class TapRows(Rows):
@@ -30,41 +47,101 @@ class TapRows(Rows):
         self.geometry = (rows, columns)
         super().__init__((operand,), grids, size)
 
-    def needs_rows(self, i: int) -> Span:
-        k, t, p, d = self.geometry[0]
-        return i * t - p, i * t - p + (k - 1) * d + 1
+    def needs_rows(self, rows: Span) -> Span:
+        return _needs(self.geometry[0], rows)
 
     def needs_columns(self, span: Span) -> Span:
-        k, t, p, d = self.geometry[1]
-        return span[0] * t - p, (span[1] - 1) * t - p + (k - 1) * d + 1
+        return _needs(self.geometry[1], span)
 
-    def row_taps(self, i: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields ``(tap, window shift, operand row)`` of the taps inside the border."""
-        k, t, p, d = self.geometry[0]
-        for a in range(k):
-            y = i * t - p + a * d
-            if 0 <= y < self.operands[0].size[1]:
-                yield a, a * d * self.operands[0].grids[0].jump, self.operands[0].row(y)
+    def strips(self, first: int, last: int) -> Iterator[tuple[slice, list[Reach]]]:
+        """Yields own rows, counted from ``first``, with the taps along rows that reach into the operand from them.
 
-    def column_taps(self, low: int, high: int) -> Iterator[tuple[int, int, slice, slice]]:
-        """Yields ``(tap, window shift, operand columns, own columns)`` for own columns ``[low, high)``, counted in the rows."""
-        k, t, p, d = self.geometry[1]
+        Where the operand's rows are few, all of them at once; where they are large, row by row, so that none is copied to lie
+        beside the others.
+        """
         operand = self.operands[0]
-        for b in range(k):
-            first = max(low, -((operand.span[0] + p - b * d) // -t))
-            last = min(high, (operand.span[1] - 1 + p - b * d) // t + 1)
-            if first < last:
-                x = first * t - p + b * d - operand.span[0]
-                theirs = slice(x, x + (last - first - 1) * t + 1, t)
-                yield b, b * d * operand.grids[1].jump, theirs, slice(first - self.span[0], last - self.span[0])
+        low, high = self.needs_rows((first, last))
+        low, high = min(max(0, low), operand.size[1] - 1), max(1, min(operand.size[1], high))
+        if operand.small(high - low):
+            source = operand.band(low, high)
+            yield slice(0, last - first), [Reach(tap, source) for tap in self.taps(0, (first, last), (low, high))]
+            return
+        for i in range(first, last):
+            reached = self.taps(0, (i, i + 1), (low, high))
+            bands = [operand.band(low + tap.theirs.start, low + tap.theirs.start + 1) for tap in reached]
+            here = [Reach(tap._replace(theirs=slice(0, 1)), band) for tap, band in zip(reached, bands, strict=True)]
+            yield slice(i - first, i - first + 1), here
 
-    def empty_row(self, like: Tensor) -> Tensor:
-        """Returns a row of zeros for the columns asked for."""
-        return blank_row(like, self.size[0], self.span[1] - self.span[0], self.grids)
+    def pairs(self, out: Tensor, first: int, last: int) -> Iterator[tuple[Tensor, Tensor, Tap, Tap]]:
+        """Yields, for every pair of taps, the part of a band it writes, the operand's part it reads, and the taps.
+
+        Taps along rows count own rows from ``first`` on.
+        """
+        across = self.taps(1, self.span, self.operands[0].span)
+        rh, rw = (g.side for g in self.operands[0].grids)
+        for rows, reached in self.strips(first, last):
+            for down, source in reached:
+                ours = slice(rows.start + down.ours.start, rows.start + down.ours.stop)
+                for right in across:
+                    windows = (slice(down.shift, down.shift + rh), slice(right.shift, right.shift + rw))
+                    part = out[:, :, ours, right.ours, *windows]
+                    yield part, source[:, :, down.theirs, right.theirs], down._replace(ours=ours), right
+
+    def taps(self, axis: int, mine: Span, theirs: Span) -> list[Tap]:
+        """Returns the taps that reach from own positions ``mine`` into the operand's ``theirs``."""
+        k, t, p, d = self.geometry[axis]
+        found = []
+        for tap in range(k):
+            first = max(mine[0], -((theirs[0] + p - tap * d) // -t))
+            last = min(mine[1], (theirs[1] - 1 + p - tap * d) // t + 1)
+            if first < last:
+                start = first * t - p + tap * d - theirs[0]
+                reach = slice(start, start + (last - first - 1) * t + 1, t)
+                found.append(Tap(tap, tap * d * self.operands[0].grids[axis].jump, reach, slice(first - mine[0], last - mine[0])))
+        return found
+
+
+class Reach(NamedTuple):
+    """A tap along rows, and the operand's rows it reaches into, ``[B, C, h', w', rh, rw]``."""
+
+    tap: Tap
+    source: Tensor
+
+
+def _needs(line: Line, span: Span) -> Span:
+    k, t, p, d = line
+    return span[0] * t - p, (span[1] - 1) * t - p + (k - 1) * d + 1
+
+
+class Piece(NamedTuple):
+    """Cells ``[low, high)`` of windows along one axis that the same taps, ``[first, last)``, write."""
+
+    low: int
+    high: int
+    first: int
+    last: int
+
+
+def pieces(kernel: int, shift: int, inner: int, outer: int) -> list[Piece]:
+    """Splits windows of side ``outer`` where the windows of side ``inner`` of a kernel's taps begin and end.
+
+    Args:
+        shift: cells from one tap's window to the next one's.
+    """
+    ends = sorted({0, outer} | {b * shift + edge for b in range(kernel) for edge in (0, inner)})
+    found = []
+    for low, high in pairwise(ends):
+        covering = [b for b in range(kernel) if b * shift <= low and high <= b * shift + inner]
+        found.append(Piece(low, high, covering[0], covering[-1] + 1) if covering else Piece(low, high, 0, 0))
+    return found
 
 
 class ConvRows(TapRows):
-    """``U'[c', i', j'] += K[c', c, a, b] U[c, i' t + a d - p, j' t + b d - p]``, shifted by ``(a, b) d s`` in the window."""
+    """``U'[c', i', j'] += K[c', c, a, b] U[c, i' t + a d - p, j' t + b d - p]``, shifted by ``(a, b) d s`` in the window.
+
+    Windows split into rectangles of cells that the same taps write. Each is one matrix product: the operand's cells of all its
+    taps side by side, times the kernel's part. Every cell of the result is written once, and nothing is added in memory.
+    """
 
     def __init__(self, operand: Rows, conv: Conv, size: tuple[int, int, int]) -> None:
         weight = conv.weight if conv.weight.dim() == 4 else conv.weight.unsqueeze(2)
@@ -73,74 +150,123 @@ class ConvRows(TapRows):
             lines = [(1, 1, 0, 1), (int(weight.shape[3]), conv.stride[0], conv.padding[0], conv.dilation[0])]
         super().__init__(operand, [tuple(int(v) for v in line) for line in lines], size)  # type: ignore[misc]
         g = conv.groups
-        # [kh, kw, G, C'/G, C/G]: one small matrix for each tap and group
-        self.weight = weight.reshape(g, -1, *weight.shape[1:]).permute(3, 4, 0, 1, 2).contiguous()
+        self.weight = weight.reshape(g, -1, *weight.shape[1:]).permute(0, 3, 4, 2, 1).contiguous()  # [G, kh, kw, C/G, C'/G]
         self.groups, self.kernel = g, weight
 
-    def compute(self, i: int) -> Tensor:
-        taps = list(self.row_taps(i))
-        like = taps[0][2] if taps else self.operands[0].row(0)
-        out = self.empty_row(like)
-        rh, rw = (g.side for g in self.operands[0].grids)
-        step = max(1, _CHUNK // (max(self.size[0], self.operands[0].size[0]) * rh * rw))
-        scratch = like.new_empty([0])
-        for low in range(self.span[0], self.span[1], step):
-            for a, down, source in taps:
-                for b, right, theirs, ours in self.column_taps(low, min(low + step, self.span[1])):
-                    scratch = self._add(
-                        out[:, :, ours, :, right : right + rw], source[:, :, theirs], self.weight[a, b], down, scratch
-                    )
+    def compute(self, first: int, last: int) -> Tensor:
+        if self.weight.shape[3] == self.weight.shape[4] == 1:
+            return self._depthwise(first, last)
+        out = self.blank(last - first, zeros=False)
+        scratch = _Scratch(out)
+        for rows, reached in self.strips(first, last):
+            down = {reach.tap.tap: reach for reach in reached}
+            for top in self._pieces(0):
+                here = [down[a] for a in range(top.first, top.last) if a in down]
+                for left in self._pieces(1):
+                    cells = out[:, :, rows, :, top.low : top.high, left.low : left.high].permute(0, 2, 3, 4, 5, 1)
+                    if here and left.first < left.last:
+                        self._product(cells, here, top.low, left, scratch)
+                    else:
+                        cells.zero_()
         return out
+
+    def _depthwise(self, first: int, last: int) -> Tensor:
+        """One channel to one channel: a coefficient for each channel and tap."""
+        out = self.blank(last - first)
+        for part, source, down, right in self.pairs(out, first, last):
+            part.addcmul_(source, self.weight[:, down.tap, right.tap].reshape(-1, 1, 1, 1, 1))
+        return out
+
+    def _pieces(self, axis: int) -> list[Piece]:
+        k, _, _, d = self.geometry[axis]
+        inner = self.operands[0].grids[axis]
+        return pieces(k, d * inner.jump, inner.side, self.grids[axis].side)
+
+    def _product(self, out: Tensor, down: list[Reach], top: int, left: Piece, scratch: _Scratch) -> None:
+        """Writes the cells that the taps ``down`` and ``[left.first, left.last)`` reach.
+
+        Shapes: out ``[B, h, w, height, width, C']``, the cells from ``(top, left.low)`` on.
+        """
+        matrix = self.weight[:, down[0].tap.tap : down[-1].tap.tap + 1, left.first : left.last].flatten(
+            1, 3
+        )  # [G, taps C/G, C'/G]
+        batch, h, w, height, width, _ = out.shape
+        lines = max(_LINES, _CHUNK // (self.groups * int(matrix.shape[1])))
+        columns = max(1, min(w, lines // (batch * h * height * width)))
+        tall = max(1, min(height, lines // (batch * h * columns * width)))
+        for low in range(0, w, columns):
+            high = min(low + columns, w)
+            right = self.taps(1, (self.span[0] + low, self.span[0] + high), self.operands[0].span)
+            across = {tap.tap: tap for tap in right}
+            for start in range(0, height, tall):
+                part = out[:, :, low:high, start : start + tall]
+                shape = [*part.shape[:5], self.groups, len(down), left.last - left.first, -1]
+                gathered = scratch.take(0, part[..., 0].numel() * self.groups * int(matrix.shape[1])).view(shape)
+                for k, reach in enumerate(down):
+                    for b in range(left.first, left.last):
+                        place = (top + start, left.low - b * self._shift(1))
+                        _gather(gathered[..., k, b - left.first, :], reach, across.get(b), place)
+                flat = gathered.view(-1, self.groups, matrix.shape[1])
+                product = scratch.take(1, part.numel()).view(-1, self.groups, matrix.shape[2])
+                if self.groups == 1:
+                    torch.mm(flat[:, 0], matrix[0], out=product[:, 0])
+                else:
+                    torch.bmm(flat.transpose(0, 1), matrix, out=product.transpose(0, 1))
+                part.copy_(product.view(part.shape))
+
+    def _shift(self, axis: int) -> int:
+        return self.geometry[axis][3] * self.operands[0].grids[axis].jump
 
     def taps_each(self) -> float:
         """Multiplications for one result: taps times channels of a group."""
-        return float(self.weight.shape[0] * self.weight.shape[1] * self.weight.shape[4])
-
-    def _add(self, out: Tensor, source: Tensor, matrix: Tensor, down: int, scratch: Tensor) -> Tensor:
-        """Adds ``matrix @ source`` to ``out``, ``down`` rows into its windows; returns the scratch memory for the next call.
-
-        Shapes: out ``[B, C', n, Rh, rw]``, source ``[B, C, n, rh, rw]``, matrix ``[G, C'/G, C/G]``.
-        """
-        batch, channels, n, rh, rw = source.shape
-        if matrix.shape[1] == matrix.shape[2] == 1:  # depthwise: a coefficient for each channel
-            out[:, :, :, down : down + rh].addcmul_(source, matrix.reshape(1, -1, 1, 1, 1))
-            return scratch
-        step = rh if n > 1 else max(1, min(rh, _CHUNK // (max(channels, out.shape[1]) * rw)))
-        for top in range(0, rh, step):
-            part = source[:, :, :, top : top + step].permute(0, 2, 3, 4, 1)  # [B, n, height, rw, C]
-            flat = part.reshape(-1, self.groups, channels // self.groups).transpose(0, 1)  # [G, L, C/G]
-            size = flat.shape[1] * out.shape[1]
-            if scratch.numel() < size:
-                scratch = source.new_empty([size])
-            product = scratch[:size].view(flat.shape[1], self.groups, -1)  # [L, G, C'/G]
-            if self.groups == 1:
-                torch.mm(flat[0], matrix[0].t(), out=product[:, 0])
-            else:
-                torch.bmm(flat, matrix.transpose(1, 2), out=product.transpose(0, 1))
-            height = part.shape[2]
-            spread = product.view(batch, n, height, rw, -1).permute(0, 4, 1, 2, 3)
-            out[:, :, :, down + top : down + top + height].add_(spread)
-        return scratch
+        return float(self.weight.shape[1] * self.weight.shape[2] * self.weight.shape[3])
 
     def moved(self) -> float:
-        taps = self.weight.shape[0] * self.weight.shape[1]
-        return taps * (3.0 * self.row_elements() + self.operands[0].row_elements()) * self.size[1] * self._share()
+        taps = self.weight.shape[1] * self.weight.shape[2]
+        gathered = taps * self.operands[0].row_elements() * self.size[2] / self.operands[0].size[2]
+        return (3.0 * gathered + 3.0 * self.row_elements()) * self.size[1]
 
     def calls(self) -> float:
-        taps = self.weight.shape[0] * self.weight.shape[1]
-        chunk = self.row_elements() * self._share() / _CHUNK
-        return 4.0 * taps * self.size[1] * max(1.0, chunk)
-
-    def _share(self) -> float:
-        """How much of its own window one tap touches."""
-        mine, theirs = self.grids, self.operands[0].grids
-        return (theirs[0].side * theirs[1].side) / (mine[0].side * mine[1].side)
+        down, right = ([max(1, p.last - p.first) for p in self._pieces(axis)] for axis in (0, 1))
+        chunks = max(1.0, self.height * self.row_elements() * self.batch / _CHUNK)
+        return self.bands() * max(sum(down) * sum(right) + 4.0 * len(down) * len(right), 8.0 * chunks)
 
     def flops(self) -> float:
         source = self.operands[0]
-        kh, kw, groups, o, c = self.weight.shape
         window = source.grids[0].side * source.grids[1].side
-        return 2.0 * kh * kw * groups * o * c * self.size[1] * self.size[2] * window
+        return 2.0 * self.taps_each() * self.size[0] * self.size[1] * self.size[2] * window
+
+
+class _Scratch:
+    """Memory used again from one product to the next."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.buffers = [like.new_empty([0]), like.new_empty([0])]
+
+    def take(self, which: int, count: int) -> Tensor:
+        if self.buffers[which].numel() < count:
+            self.buffers[which] = self.buffers[which].new_empty([count])
+        return self.buffers[which][:count]
+
+
+def _gather(out: Tensor, reach: Reach, right: Tap | None, place: tuple[int, int]) -> None:
+    """Lays the operand's cells that one tap brings to a rectangle of cells: zeros where the tap lies on the border.
+
+    Shapes: out ``[B, h, w, height, width, G, C/G]``; ``place`` is the rectangle's corner, in the result's windows along rows, in
+    the operand's along columns.
+    """
+    height, width = out.shape[3:5]
+    down, source = reach
+    if right is None:
+        out.zero_()
+        return
+    rows, columns = down.ours, right.ours
+    for border in (out[:, : rows.start], out[:, rows.stop :], out[:, :, : columns.start], out[:, :, columns.stop :]):
+        if border.numel():
+            border.zero_()
+    top, left = place[0] - down.shift, place[1]
+    cells = source[:, :, down.theirs, right.theirs, top : top + height, left : left + width].permute(0, 2, 3, 4, 5, 1)
+    out[:, rows, columns].copy_(cells.unflatten(-1, out.shape[5:]))
 
 
 class MeanRows(TapRows):
@@ -150,15 +276,11 @@ class MeanRows(TapRows):
         super().__init__(operand, pool.geometry_2d(), size)
         self.inverse = pool.inverse_divisor()  # [H, W]
 
-    def compute(self, i: int) -> Tensor:
-        rh, rw = (g.side for g in self.operands[0].grids)
-        out: Tensor | None = None
-        for _, down, source in self.row_taps(i):
-            out = self.empty_row(source) if out is None else out
-            for _, right, theirs, ours in self.column_taps(*self.span):
-                out[:, :, ours, down : down + rh, right : right + rw].add_(source[:, :, theirs])
-        assert out is not None, "a pooling window holds at least one cell"
-        return out.mul_(self.inverse[i, self.span[0] : self.span[1], None, None].to(out))
+    def compute(self, first: int, last: int) -> Tensor:
+        out = self.blank(last - first)
+        for part, source, _, _ in self.pairs(out, first, last):
+            part.add_(source)
+        return out.mul_(self.inverse[first:last, self.span[0] : self.span[1], None, None].to(out))
 
 
 class WinnerRows(TapRows):
@@ -177,26 +299,20 @@ class WinnerRows(TapRows):
         inside = (tap_column >= 0) & (tap_column < self.operands[0].size[2])
         return (here == tap_row * self.operands[0].size[2] + tap_column) & inside
 
-    def compute(self, i: int) -> Tensor:
-        rh, rw = (g.side for g in self.operands[0].grids)
+    def compute(self, first: int, last: int) -> Tensor:
+        out = self.blank(last - first)
         low, high = self.span
-        out: Tensor | None = None
-        for a, down, source in self.row_taps(i):
-            out = self.empty_row(source) if out is None else out
-            for b, right, theirs, ours in self.column_taps(*self.span):
-                mask = self.won(i, low, 1, high - low, a, b)[:, :, 0, ours, None, None].to(source.dtype)
-                out[:, :, ours, down : down + rh, right : right + rw].addcmul_(source[:, :, theirs], mask)
-        assert out is not None, "a pooling window holds at least one cell"
+        for part, source, down, right in self.pairs(out, first, last):
+            won = self.won(first, low, last - first, high - low, down.tap, right.tap)[:, :, down.ours, right.ours, None, None]
+            part.addcmul_(source, won.to(source.dtype))
         return out
 
 
 class CutRows(TapRows):
     """A slice or a frame of zeros in space: position ``i`` is position ``i t - p`` of the operand, or nothing."""
 
-    def compute(self, i: int) -> Tensor:
-        out: Tensor | None = None
-        for _, _, source in self.row_taps(i):
-            out = self.empty_row(source)
-            for _, _, theirs, ours in self.column_taps(*self.span):
-                out[:, :, ours].copy_(source[:, :, theirs])
-        return self.empty_row(self.operands[0].row(0)) if out is None else out
+    def compute(self, first: int, last: int) -> Tensor:
+        out = self.blank(last - first)
+        for part, source, _, _ in self.pairs(out, first, last):
+            part.copy_(source)
+        return out
