@@ -208,7 +208,8 @@ def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
     """
     with torch.no_grad():
         expected = shared.captured.graph_module(*inputs)
-        got = compiled.program(*inputs, torch.ones_like(expected))[0]
+        kept = shared.canonical.graph.output_node().args[0].meta["val"].dtype  # type: ignore[union-attr]
+        got = compiled.program(*inputs, torch.ones_like(expected, dtype=kept))[0]  # a model in float64 may end in float32
     scale = expected.abs().amax() + torch.finfo(expected.dtype).tiny
     error = float((got - expected).abs().amax() / scale)
     bound = 1e4 * rounding(shared.captured.graph_module, expected)  # folding and another memory order re-associate sums, no more

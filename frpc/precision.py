@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from frpc.editor import Editor
 from frpc.graph import replace
 
 __all__ = ["keep_float64", "narrowed", "rounding"]
@@ -28,7 +29,11 @@ def narrowed(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def keep_float64(graph_module: fx.GraphModule) -> bool:
-    """``to(x, float32) -> x`` where x is float64; what follows is computed in float64 too."""
+    """``to(x, float32) -> x`` where x is float64; what follows is computed in float64 too.
+
+    What a model makes in float32 itself, a state of zeros say, is cast to float64 where the two meet: matrix products take
+    operands of one dtype only.
+    """
     casts = narrowed(graph_module)
     stale: set[Any] = set()
     for node in casts:
@@ -36,11 +41,21 @@ def keep_float64(graph_module: fx.GraphModule) -> bool:
         replace(node, node.args[0])  # type: ignore[arg-type]
     for node in graph_module.graph.nodes:
         if node in stale and node.op == "call_function":
+            _widen_others(graph_module, node)
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             with enable_python_dispatcher():
                 node.meta["val"] = node.target(*args, **kwargs)
             stale.update(node.users)
     return bool(casts)
+
+
+def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Casts the float32 operands of a call to float64 where it has operands in float64 too."""
+    dtypes = {n: n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
+    if torch.float64 in dtypes.values():
+        for other in [n for n, dtype in dtypes.items() if dtype is torch.float32]:
+            wide = Editor(graph_module, node).call(aten._to_copy.default, other, dtype=torch.float64)
+            node.replace_input_with(other, wide)
 
 
 def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:

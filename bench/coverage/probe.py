@@ -21,11 +21,12 @@ from bench.machine import peak_rss
 from frpc.errors import UnsupportedOpError
 from frpc.precision import narrowed
 
-__all__ = ["BOUNDS", "OUTPUT_BOUNDS", "measure", "try_model", "work"]
+__all__ = ["BOUNDS", "OUTPUT_BOUNDS", "VARIANCE_BOUNDS", "measure", "try_model", "work"]
 
 TARGETS, CHECKED = 3, 2  # targets asked for, and samples of each
 BOUNDS = {"float32": 1e-5, "float64": 1e-11}  # |sum V - y| / sum|V|
 OUTPUT_BOUNDS = {"float32": 1e-4, "float64": 1e-10}  # relative to the largest output; float32's where the model casts to it
+VARIANCE_BOUNDS = {"float32": 1e-6, "float64": 1e-11}  # relative L1 between a sample's map alone and in a batch
 REASON_LINES = 6
 
 
@@ -125,9 +126,9 @@ def _verdict(record: dict[str, Any]) -> dict[str, str]:
     outputs = dict.fromkeys(OUTPUT_BOUNDS, OUTPUT_BOUNDS["float32"]) if record["narrowed"] else OUTPUT_BOUNDS
     beyond = [
         f"{what} {record[f'{what}_{dtype}']:.1e} in {dtype}, bound {bound:.0e}"
-        for what, bounds in (("error", BOUNDS), ("output", outputs))
+        for what, bounds in (("error", BOUNDS), ("output", outputs), ("variance", VARIANCE_BOUNDS))
         for dtype, bound in bounds.items()
-        if not record[f"{what}_{dtype}"] <= bound
+        if record[f"{what}_{dtype}"] is not None and not record[f"{what}_{dtype}"] <= bound  # no variance where batches are fixed
     ]
     for key, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
