@@ -32,8 +32,8 @@ random tokens. A run takes hours; `python -m bench coverage --suite torchvision 
   counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest (1e-4 in float64 too
   where the model itself casts to float32, which frpc does not follow in float64).
 - **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
-- **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three: up
-  to 1e-6 and 1e-11 counts as covered; `fixed` where the model itself fixes the batch size.
+- **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three:
+  up to 1e-6 and 1e-11 counts as covered; `fixed` where the model itself fixes the batch size.
 """
 
 PEERS_HEAD = """\

@@ -2,8 +2,8 @@
 
 The local part of a neuron's map lives in its receptive field. Position ``i`` of a layer keeps a window of ``side`` input cells
 whose corner is ``i * jump + offset``; jump, offset and side are known before anything runs (method: windows). A convolution
-is then, for each kernel tap, one matrix product over channels, added at a shifted place in the window; max pooling selects
-windows and shifts them; an activation multiplies by its coefficient; sums and concatenations align windows and unite them.
+moves the windows of each kernel tap to a shifted place, multiplied over channels; max pooling selects windows and shifts them;
+an activation multiplies by its coefficient; sums and concatenations align windows and unite them.
 
 Layers are produced in bands of rows. Every operator computes a band on demand, from bands of its operands, and keeps it only
 until no later row needs it: a layer far larger than memory streams through, and nothing is computed twice. Small layers are one
