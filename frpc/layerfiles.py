@@ -56,7 +56,8 @@ def write_blocks(maps: LayerMaps, path: Path, advance: Callable[[int], object] =
         _put(file.write, maps.values, maps.values.dtype)
         _put(file.write, maps.bias, maps.values.dtype)
         for block in maps.blocks():
-            _put(file.write, block.local, maps.values.dtype)
+            for row in block.local.unbind(2):
+                _put(file.write, row, maps.values.dtype)
             advance(block.values.numel())
 
 
