@@ -43,6 +43,7 @@ def consume(maps: LayerMaps, limit: int, rows: int | None, check: bool) -> Tally
                 tally.residual = max(tally.residual or 0.0, float(block.residual().max()))
                 tally.checks += time.perf_counter() - begun
             progress.update(task, completed=tally.neurons)
+            del block  # or it would be held while the next one is computed
             if tally.blocks == rows:
                 break
     tally.seconds = time.perf_counter() - start - tally.checks

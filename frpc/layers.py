@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -14,13 +13,13 @@ from torch import Tensor, fx
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
 from frpc.context import LayerContext, layer_context
-from frpc.errors import OptionError
+from frpc.errors import MemoryLimitError, OptionError
 from frpc.graph import first_result
 from frpc.layermaps import LayerMaps, human_bytes
 from frpc.plan import total_cost
 from frpc.propagate import push
 from frpc.windows import Grid, Rows, stream
-from frpc.windows.build import producers
+from frpc.windows.build import producers, working_elements
 
 __all__ = ["LAYER_STRATEGIES", "Candidate", "LayerPlan", "layer_maps"]
 
@@ -33,6 +32,8 @@ Pulled = Callable[[Tensor], Tensor]
 _FLOPS_PER_SECOND = 2e11
 _BYTES_PER_SECOND = 1.2e10
 _SECONDS_PER_CALL = 8e-6
+
+_SMALL_RUN = 1e8  # bytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,28 @@ class LayerPlan:
     why: str
     candidates: tuple[Candidate, ...]
     ended: str | None
-    working_bytes: float
+    working: Callable[[tuple[int, int]], float] = field(repr=False, compare=False)
     width: int
 
     def column_spans(self, limit: int) -> list[tuple[int, int]]:
-        """Splits the layer's columns so that one run's working memory stays under ``limit`` bytes."""
-        parts = min(self.width, max(1, math.ceil(self.working_bytes / (0.8 * limit))))
-        bounds = [round(k * self.width / parts) for k in range(parts + 1)]
-        return list(pairwise(bounds))
+        """Splits the layer's columns into the fewest runs whose working memory stays under ``limit`` bytes.
+
+        A run of one column is taken however small the limit, if it needs no more than a few bands of small layers.
+
+        Raises:
+            MemoryLimitError: if even one column takes more; says how much.
+        """
+        for parts in range(1, self.width + 1):
+            spans = list(pairwise(round(k * self.width / parts) for k in range(parts + 1)))
+            if max(self.working(span) for span in spans) <= limit:
+                return spans
+        least = max(self.working(span) for span in spans)
+        if least <= _SMALL_RUN:
+            return spans
+        raise MemoryLimitError(
+            f"{self.layer}: one column of positions takes {human_bytes(least)} to compute, over the limit of {human_bytes(limit)}. "
+            "Raise memory_limit, or ask for single neurons: explainer.neurons()."
+        )
 
     def __str__(self) -> str:
         lines = [f"all neurons of {self.layer}: {self.strategy} ({self.why})"]
@@ -82,7 +97,7 @@ class LayerPlan:
             lines.append(f"windows end at {self.ended}")
         lines.append(f"{'strategy':<12} {'GFLOP':>12} {'GB moved':>10} {'weight':>10}")
         lines += [f"{c.strategy:<12} {c.flops / 1e9:>12.2f} {c.bytes / 1e9:>10.3f} {c.seconds:>10.3f}" for c in self.candidates]
-        lines.append(f"working memory {human_bytes(self.working_bytes)}")
+        lines.append(f"working memory {human_bytes(self.working((0, self.width)))} for all columns at one time")
         return "\n".join(lines)
 
 
@@ -161,10 +176,10 @@ def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | No
         _weigh("forward", cells * batch * cost.flops, cells * batch * cost.bytes, calls * max(1.0, cells / 64)),
         _weigh("transposed", neurons * batch * cost.flops, neurons * batch * cost.bytes, calls * max(1.0, neurons / 32)),
     ]
-    working = float(context.values.numel() * cells * context.values.element_size())
+    whole = float(context.values.numel() * cells * context.values.element_size())
     width = int(context.values.shape[-1]) if context.values.dim() > 2 else 1
+    order = [] if rows is None else producers(rows)
     if rows is not None:
-        order = producers(rows)
         flops, moved = sum(r.flops() for r in order), sum(r.moved() for r in order)
         size = context.values.element_size() * batch
         found.append(_weigh("windows", batch * flops, size * moved, sum(r.calls() for r in order)))
@@ -172,8 +187,12 @@ def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | No
     chosen, why = candidates[0].strategy, "the least work"
     if strategy != "auto":
         chosen, why = _forced(strategy, candidates, ended), "asked for"
-    if chosen == "windows" and rows is not None:
-        working = sum(r.kept() for r in producers(rows)) * context.values.element_size() * batch
+
+    def working(span: tuple[int, int]) -> float:
+        if chosen != "windows" or rows is None:
+            return whole * (span[1] - span[0]) / width
+        return working_elements(rows, order, span) * context.values.element_size() * batch
+
     return LayerPlan(name, chosen, why, candidates, ended, working, width)
 
 

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 
 import frpc
 from frpc.errors import LayerNameError, MemoryLimitError, OptionError, TargetError
-from frpc.windows import Grid
+from frpc.windows import Grid, Rows
+from frpc.windows.rows import PointRows
+from frpc.windows.taps import ConvRows
 from reference import relevance_maps
 from strategies import cases
 
@@ -128,6 +133,32 @@ def test_bands_and_chunks_of_any_size_give_one_map(
         blocks = list(explainer.layer(layer, x, strategy="windows").blocks())
         assert len(blocks) >= (one.shape[2] if band == 1 else 1)
         assert relative(torch.cat([block.local for block in blocks], 2), one) <= 1e-12
+
+
+def test_bands_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that steps over rows leaves bands half used; they are neither forgotten too early nor changed twice."""
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 90, 1, stride=6)]
+    module, x = nn.Sequential(*layers).double().eval(), randn(1, 2, 40, 8, seed=5)
+    explainer = frpc.compile(module, (x,))
+    made: list[tuple[int, int]] = []
+    for kind in (ConvRows, PointRows):
+        compute = kind.compute
+
+        def counted(self: Rows, first: int, last: int, compute: Any = compute) -> Tensor:
+            made.append((id(self), first))
+            return compute(self, first, last)
+
+        monkeypatch.setattr(kind, "compute", counted)
+    monkeypatch.setattr("frpc.windows.rows._BAND", 4 * 4 * 8 * 25)  # four rows of the second convolution
+    blocks = list(explainer.layer("4", x, strategy="windows").blocks())
+    assert len(made) == len(set(made))
+    assert len({producer for producer, _ in made}) == 5
+    assert max(Counter(producer for producer, _ in made).values()) >= 7
+    whole = explainer.layer("4", x, strategy="forward").dense()
+    monkeypatch.undo()
+    assert relative(torch.cat([block.local for block in blocks], 2), explainer.layer("4", x, strategy="windows").local) <= 1e-12
+    assert relative(explainer.layer("4", x, strategy="windows").dense(), whole) <= 1e-10
 
 
 @pytest.mark.parametrize("layer", LOCAL)

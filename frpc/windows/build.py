@@ -14,12 +14,23 @@ from frpc.assign import Assignment
 from frpc.graph import first_result
 from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearOp, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
 from frpc.plan import feeding
-from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, Span, SumRows
+from frpc.windows.rows import (
+    ChannelRows,
+    ConcatRows,
+    FramedRows,
+    PointRows,
+    Rows,
+    SettledRows,
+    SourceRows,
+    Span,
+    SumRows,
+    clipped,
+)
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 
 aten = torch.ops.aten
 
-__all__ = ["LocalityEndsError", "build_rows", "producers", "set_spans", "stream"]
+__all__ = ["LocalityEndsError", "build_rows", "producers", "stream", "working_elements"]
 
 
 class LocalityEndsError(Exception):
@@ -234,48 +245,53 @@ _BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], .
 )
 
 
-def set_spans(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> None:
-    """Tells every producer which rows and columns this run needs, from the layer back, clipped at the border."""
+def spans_of(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> dict[int, tuple[Span, Span]]:
+    """Returns which rows and columns of every producer a run needs, from the layer back, clipped at the border."""
     needs: dict[int, tuple[Span, Span]] = {id(layer): (wanted, span)}
     for rows in reversed(order):
-        mine = needs.get(id(rows))
-        if mine is None:
+        if id(rows) not in needs:
             continue
-        rows.begin(_clipped(mine[0], rows.size[1]), _clipped(mine[1], rows.size[2]))
+        mine = needs[id(rows)]
+        mine = needs[id(rows)] = (clipped(mine[0], rows.size[1]), clipped(mine[1], rows.size[2]))
         for operand in rows.operands:
-            theirs = (rows.needs_rows(rows.wanted), rows.needs_columns(rows.span))
+            theirs = (rows.needs_rows(mine[0]), rows.needs_columns(mine[1]))
             other = needs.get(id(operand), theirs)
             needs[id(operand)] = (_hull(theirs[0], other[0]), _hull(theirs[1], other[1]))
+    return needs
 
 
-def _clipped(span: Span, size: int) -> Span:
-    """The span inside the border; where nothing of it is, the position next to it."""
-    return min(max(0, span[0]), size - 1), max(1, min(size, span[1]))
+def begin(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> None:
+    """Tells every producer which rows and columns this run needs, and who will read them."""
+    needs = spans_of(layer, order, wanted, span)
+    readers: dict[int, list[Rows]] = {}
+    for rows in order:
+        for operand in rows.operands if id(rows) in needs else ():
+            readers.setdefault(id(operand), []).append(rows)
+    for rows in order:
+        if id(rows) in needs:
+            rows.begin(*needs[id(rows)], readers.get(id(rows), []))
 
 
 def _hull(one: Span, other: Span) -> Span:
     return min(one[0], other[0]), max(one[1], other[1])
 
 
+def working_elements(layer: Rows, order: Sequence[Rows], span: Span) -> float:
+    """Returns how many elements of one sample a run for these columns holds at one time.
+
+    An activation that is the only reader of a value scales it where it lies, so that the two count once.
+    """
+    spans = spans_of(layer, order, (0, layer.size[1]), span)
+    in_place = {id(rows.operands[0]) for rows in order if isinstance(rows, PointRows) and rows.operands[0].uses == 1}
+    return sum(rows.kept(spans[id(rows)][1]) for rows in order if id(rows) not in in_place)
+
+
 def stream(layer: Rows, order: Sequence[Rows], span: Span, rows: Span) -> Iterator[tuple[int, Tensor]]:
     """Yields ``(first, [B, C, h, w, Rh, Rw])``: the rows ``[*rows)`` and columns ``[*span)`` in bands, each computed once."""
-    set_spans(layer, order, rows, span)
+    begin(layer, order, rows, span)
     first = rows[0]
     while first < rows[1]:
         last = min(first + layer.height, rows[1])
         yield first, layer.band(first, last)
         first = last
-        _release(layer, order, first)
-
-
-def _release(layer: Rows, order: Sequence[Rows], upcoming: int) -> None:
-    """Forgets, everywhere, the rows that row ``upcoming`` of the layer and later ones do not need."""
-    lowest: dict[int, int] = {id(layer): upcoming}
-    for rows in reversed(order):
-        mine = lowest.get(id(rows))
-        if mine is None:
-            continue
-        rows.release(mine)
-        for operand in rows.operands:
-            low = rows.needs_rows((mine, mine + 1))[0]
-            lowest[id(operand)] = min(low, lowest.get(id(operand), low))
+        layer.release(first)

@@ -32,6 +32,7 @@ __all__ = [
     "SourceRows",
     "Span",
     "SumRows",
+    "clipped",
 ]
 
 
@@ -58,6 +59,12 @@ class Grid:
 Grids = tuple[Grid, Grid]
 Span = tuple[int, int]
 
+
+def clipped(span: Span, size: int) -> Span:
+    """The span inside the border; where nothing of it is, the position next to it."""
+    return min(max(0, span[0]), size - 1), max(1, min(size, span[1]))
+
+
 _BAND = 1 << 22  # elements of a band of several rows: 16 MB of float32
 
 
@@ -81,6 +88,7 @@ class Rows:
         self.batch = int(self.like.shape[0])
         self.height = int(max(1, min(size[1], _BAND // max(1.0, self.batch * self.row_elements()))))
         self.uses = 0
+        self._readers: dict[int, int] = {}  # of a run: the lowest row that each still needs
         self.wanted: Span = (0, size[1])
         self.span: Span = (0, size[2])
         self._kept: dict[int, Tensor] = {}
@@ -93,14 +101,20 @@ class Rows:
         """Returns the rows ``[first, last)``, ``[B, C, h, w, Rh, Rw]``; they must not be changed."""
         parts = []
         while first < last:
-            start = first - (first - self.wanted[0]) % self.height
+            start = self.band_start(first)
             stop = min(start + self.height, self.wanted[1])
             found = self._kept.get(start)
             if found is None:
                 found = self._kept[start] = self.compute(start, stop)
+                for operand in self.operands:  # the next band begins at ``stop``
+                    operand.passed(self, self.needs_rows((stop, stop + 1))[0])
             parts.append(found[:, :, first - start : min(last, stop) - start])
             first = stop
         return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def band_start(self, row: int) -> int:
+        """Returns the first row of the band that holds a row."""
+        return row - (row - self.wanted[0]) % self.height
 
     def taken(self, first: int, last: int) -> Tensor:
         """Returns the rows ``[first, last)`` to a user who may change them."""
@@ -112,10 +126,16 @@ class Rows:
         for start in [start for start in self._kept if min(start + self.height, self.wanted[1]) <= below]:
             del self._kept[start]
 
-    def begin(self, wanted: Span, span: Span) -> None:
-        """Starts a run for these rows and columns."""
+    def begin(self, wanted: Span, span: Span, readers: Sequence[Rows]) -> None:
+        """Starts a run for these rows and columns, which ``readers`` will ask for from the first row to the last."""
         self.wanted, self.span = wanted, span
+        self._readers = {id(reader): wanted[0] for reader in readers}
         self._kept.clear()
+
+    def passed(self, reader: Rows, low: int) -> None:
+        """Forgets what no reader needs any more, now that one of them needs nothing below row ``low``."""
+        self._readers[id(reader)] = low
+        self.release(min(self._readers.values()))
 
     def compute(self, first: int, last: int) -> Tensor:
         """Computes the rows ``[first, last)`` from rows of the operands."""
@@ -165,9 +185,10 @@ class Rows:
         """Elements of one full row of one sample."""
         return float(self.size[0] * self.size[2] * self.grids[0].side * self.grids[1].side)
 
-    def kept(self) -> float:
-        """Elements of one sample held at one time while the layer streams: the rows its users look back on."""
-        return self.row_elements() * min(float(self.size[1]), self.lookback + self.height - 1)
+    def kept(self, span: Span) -> float:
+        """Elements of one sample held at one time, in these columns: the rows its readers look back on."""
+        share = (span[1] - span[0]) / self.size[2]
+        return share * self.row_elements() * min(float(self.size[1]), self.lookback + self.height - 1)
 
     lookback = 1.0
 
@@ -185,6 +206,9 @@ class SourceRows(Rows):
         super().__init__((), (point, point), (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), x)
         self.x = x
 
+    def taken(self, first: int, last: int) -> Tensor:
+        return self.band(first, last).clone()  # the input itself must not be changed
+
     def compute(self, first: int, last: int) -> Tensor:
         return self.x[:, :, first:last, self.span[0] : self.span[1], None, None]
 
@@ -201,8 +225,6 @@ class PointRows(Rows):
         windows = self.operands[0].taken(first, last)
         if g is None:
             return windows
-        if isinstance(self.operands[0], SourceRows):
-            windows = windows.clone()
         if isinstance(g, Tensor):
             g = g if g.shape[-2] == 1 else g[..., first:last, :]
             g = g if g.shape[-1] == 1 else g[..., self.span[0] : self.span[1]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frpc.maps import Conv, LinearPool, Select, Window
-from frpc.windows.rows import Rows, Span
+from frpc.windows.rows import Rows, Span, clipped
 
 __all__ = ["ConvRows", "CutRows", "MeanRows", "TapRows", "WinnerRows"]
 
@@ -60,8 +60,7 @@ class TapRows(Rows):
         beside the others.
         """
         operand = self.operands[0]
-        low, high = self.needs_rows((first, last))
-        low, high = min(max(0, low), operand.size[1] - 1), max(1, min(operand.size[1], high))
+        low, high = clipped(self.needs_rows((first, last)), operand.size[1])
         if operand.small(high - low):
             source = operand.band(low, high)
             yield slice(0, last - first), [Reach(tap, source) for tap in self.taps(0, (first, last), (low, high))]
@@ -187,9 +186,8 @@ class ConvRows(TapRows):
 
         Shapes: out ``[B, h, w, height, width, C']``, the cells from ``(top, left.low)`` on.
         """
-        matrix = self.weight[:, down[0].tap.tap : down[-1].tap.tap + 1, left.first : left.last].flatten(
-            1, 3
-        )  # [G, taps C/G, C'/G]
+        reached = slice(down[0].tap.tap, down[-1].tap.tap + 1)
+        matrix = self.weight[:, reached, left.first : left.last].flatten(1, 3)  # [G, taps C/G, C'/G]
         batch, h, w, height, width, _ = out.shape
         lines = max(_LINES, _CHUNK // (self.groups * int(matrix.shape[1])))
         columns = max(1, min(w, lines // (batch * h * height * width)))
