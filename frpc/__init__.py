@@ -14,6 +14,8 @@ from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
 from frpc.explainer import Explainer, compile
 from frpc.explanation import Explanation, LayerRelevance
+from frpc.methods import Method, methods
+from frpc.references import data_mean
 
 if TYPE_CHECKING:
     from frpc import heatmap, text
@@ -28,12 +30,15 @@ __all__ = [
     "FrpcError",
     "InputError",
     "LayerRelevance",
+    "Method",
     "UnsupportedOpError",
     "check",
     "compile",
+    "data_mean",
     "errors",
     "examine",
     "heatmap",
+    "methods",
     "rule",
     "rules",
     "text",

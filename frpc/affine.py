@@ -29,11 +29,14 @@ class Affine:
 
     Attributes:
         terms: a linear map for each carried operand.
-        constant: ``c``, broadcastable to the result; None where it is zero.
+        constant: ``c``, broadcastable to the result; None where it is zero, and in rule sets that do not follow constants.
+        direct: the pulled value is the operands' relevance itself, not a multiplier of it: rules of a first layer, which share
+            relevance out without looking at the input's value.
     """
 
     terms: Mapping[Operand, LinearMap]
     constant: Tensor | float | None = None
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class Call:
         args: its arguments by schema name, defaults filled in; tensors hold values.
         out: its result; for operators with several results the tuple of them, of which the first carries.
         carried: the operands that carry relevance.
+        reference: the same call at the reference input, in rule sets that explain increments; its batch is 1 or the call's.
+        positive: the operands that are known to be nowhere negative.
     """
 
     op: OpOverload
     args: Mapping[str, Any]
     out: Any
     carried: frozenset[Operand]
+    reference: Call | None = None
+    positive: frozenset[Operand] = frozenset()
 
     @property
     def value(self) -> Tensor:
@@ -75,6 +82,9 @@ class Rule:
         carries: names of the arguments that may carry relevance.
         formula: ``M`` and ``c`` in one line of text, for the rule table.
         source: paper and equation.
+        elementwise: the operator is a function of one number, applied to every element of its first argument.
+        linear: the operator is linear in the operands it carries, at least where choices made by their values stay as they are:
+            M is its Jacobian.
     """
 
     op: OpOverload
@@ -82,6 +92,8 @@ class Rule:
     carries: tuple[str, ...]
     formula: str
     source: str
+    elementwise: bool = False
+    linear: bool = False
 
     @property
     def name(self) -> str:
@@ -116,6 +128,8 @@ def rule(
     formula: str = "",
     source: str = "",
     override: bool = False,
+    elementwise: bool = False,
+    linear: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Registers a function as the rule of one or more operators.
 
@@ -128,6 +142,8 @@ def rule(
         formula: ``M`` and ``c`` in words, shown in tables.
         source: where the rule comes from.
         override: replace an existing rule.
+        elementwise: the operator is a function of one number, applied to every element of its first argument.
+        linear: M is the operator's Jacobian, so that gradients and increments can use the rule too.
 
     Raises:
         OptionError: for something that is no operator overload, an argument the operator does not have, or a second rule.
@@ -142,7 +158,7 @@ def rule(
             unknown = [n for n in chosen if n not in names]
             if unknown:
                 raise OptionError(f"{op} has no argument {unknown[0]!r}; it has {', '.join(names)}.")
-            TABLE.add(Rule(op, function, chosen, formula, source or "method: affine form"), override)
+            TABLE.add(Rule(op, function, chosen, formula, source or "method: affine form", elementwise, linear), override)
         return function
 
     return register
@@ -182,7 +198,7 @@ def elementwise(
         return Affine({_first(op): Scale(secant(a, *arguments), a.shape)}, constant or None)
 
     function.__name__ = op._schema.name.split("::")[1]
-    rule(op, formula=formula, source="T 3.8, method §2: secant through 0")(function)
+    rule(op, formula=formula, source="T 3.8, method §2: secant through 0", elementwise=True)(function)
 
 
 def linear_op(
@@ -202,7 +218,7 @@ def linear_op(
         return Affine({_first(op): kind(function(call, a, *arguments), a.shape, call.value.shape)})
 
     build.__name__ = op._schema.name.split("::")[1]
-    rule(op, formula=formula or "the operator itself", source="method §2: linear")(build)
+    rule(op, formula=formula or "the operator itself", source="method §2: linear", linear=True)(build)
 
 
 def _first(op: OpOverload) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
@@ -14,11 +15,23 @@ from torch._ops import OpOverload
 from frpc.affine import Affine, Call, Operand, Rule, bind
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
 from frpc.errors import Gap, RuleDeclinedError, UnsupportedOpError
-from frpc.graph import Batch, batches_of, describe, origin_of
+from frpc.graph import RESHAPES, Batch, batches_of, describe, origin_of
 from frpc.maps import LinearMap
-from frpc.rules.ruleset import RuleSet
+from frpc.rules.ruleset import Account, RuleSet, Site
+from frpc.signs import never_negative
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
+
+aten = torch.ops.aten
+
+_WEIGHTED = {  # operators that multiply by parameters, where those are not carried
+    aten.convolution.default,
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+}
+_MOVES = {*RESHAPES, aten.permute.default, aten.transpose.int, aten.clone.default}
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Assigned:
         rule: its rule.
         operands: which arguments carry, and the nodes that feed them.
         batch: where the samples are in its result.
+        positive: the operands that are known to be nowhere negative.
+        example: its affine form at the example values.
         maps: class names of the maps the rule chose, for tables.
     """
 
@@ -37,6 +52,7 @@ class Assigned:
     rule: Rule
     operands: dict[Operand, fx.Node]
     batch: Batch
+    positive: frozenset[Operand]
     example: Affine
 
     @property
@@ -54,6 +70,7 @@ class Assignment:
         rules: node -> its rule, in graph order.
         carried: all nodes that carry relevance, sources included.
         gaps: nodes that ought to carry and cannot.
+        account: what the multipliers of its rules mean.
     """
 
     graph_module: fx.GraphModule
@@ -61,6 +78,7 @@ class Assignment:
     rules: dict[fx.Node, Assigned]
     carried: frozenset[fx.Node]
     gaps: tuple[Gap, ...]
+    account: Account = field(default_factory=Account)
 
     def demand_complete(self) -> Assignment:
         """Returns itself, or raises with every gap at once.
@@ -73,17 +91,22 @@ class Assignment:
         return self
 
 
-def call_of(node: fx.Node, carried: frozenset[Operand], values: Any) -> Call:
+def call_of(
+    node: fx.Node, carried: frozenset[Operand], values: Any, references: Any = None, positive: frozenset[Operand] = frozenset()
+) -> Call:
     """Returns the call a rule is asked about.
 
     Args:
         node: a ``call_function`` node of an operator overload.
         carried: operands that carry.
         values: function from a node to its value.
+        references: function from a node to its value at the reference input; None where rules do not look at one.
+        positive: operands known to be nowhere negative.
     """
     assert isinstance(node.target, OpOverload)
     args, kwargs = fx.map_arg((node.args, node.kwargs), values)
-    return Call(node.target, bind(node.target, args, kwargs), values(node), carried)
+    there = None if references is None else call_of(node, carried, references)
+    return Call(node.target, bind(node.target, args, kwargs), values(node), carried, there, positive)
 
 
 def assign(
@@ -107,6 +130,7 @@ def assign(
     sources = find_sources(graph_module.graph, source)
     live = _live(graph_module, rules, constant, sources, of)
     batches = batches_of(graph_module.graph, fixed_batch)
+    positive, reading = never_negative(graph_module.graph), _reading(graph_module.graph, sources)
     found: dict[fx.Node, Assigned] = {}
     gaps: list[Gap] = []
     fixed: set[fx.Node] = set()  # calls that turn out to pass on nothing: constants for those after them
@@ -120,14 +144,26 @@ def assign(
                 gaps.append(_gap(node, f"result {node.args[1]} of {node.args[0].target}: rules speak for the first"))  # type: ignore[union-attr]
             continue
         try:
-            assigned = _assign_one(node, operands, rules, batches.get(node))
+            first = any(n in reading for n in operands.values())
+            signs = frozenset(name for name, n in operands.items() if n in positive)
+            assigned = _assign_one(node, operands, rules, batches.get(node), first, signs)
             if assigned.operands:
                 found[node] = assigned
             else:
                 fixed.add(node)
         except RuleDeclinedError as reason:
             gaps.append(_gap(node, str(reason)))
-    return Assignment(graph_module, sources, found, frozenset((*sources, *live)) - fixed, tuple(gaps))
+    carried = frozenset((*sources, *live)) - fixed
+    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account)
+
+
+def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
+    """Returns the sources and what only moves their elements about: a layer that reads one of them is a first layer."""
+    found = set(sources)
+    for node in graph.nodes:
+        if node.target in _MOVES and node.args[0] in found:
+            found.add(node)
+    return found
 
 
 def _live(
@@ -135,12 +171,14 @@ def _live(
 ) -> dict[fx.Node, dict[Operand, fx.Node]]:
     """Returns the calls that relevance passes on its way from the output to a source, with the operands it goes to."""
     carried: set[fx.Node] = set(sources)
+    all_carry = rules.account.spelled_out
     operands: dict[fx.Node, dict[Operand, fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and node not in carried and may_carry(node, carried, constant):
             carried.add(node)
             if isinstance(node.target, OpOverload):
-                operands[node] = carrying_operands(node, carried, rules.product_for(origin_of(node).module))
+                product = "all" if all_carry else rules.product_for(origin_of(node).module)
+                operands[node] = carrying_operands(node, carried, product)
             else:
                 operands[node] = {("", i): n for i, n in enumerate(node.all_input_nodes) if n in carried}
     explained = [n for n in graph_module.graph.nodes if of and of in n.meta.get("layers", ())]
@@ -151,26 +189,40 @@ def _live(
     return {node: found for node, found in operands.items() if node in wanted}
 
 
-def _assign_one(node: fx.Node, operands: dict[Operand, fx.Node], rules: RuleSet, batch: Batch | None) -> Assigned:
+def _assign_one(
+    node: fx.Node,
+    operands: dict[Operand, fx.Node],
+    rules: RuleSet,
+    batch: Batch | None,
+    first: bool,
+    positive: frozenset[Operand],
+) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
     if node.target._schema.is_mutable:
         raise RuleDeclinedError("it writes into its operand")
-    rule = rules.rule_for(node.target, origin_of(node).module)
+    weighted = node.target in _WEIGHTED and len(operands) == 1
+    rule = rules.rule_for(Site(node.target, origin_of(node).module, first, weighted))
     if rule is None:
-        raise RuleDeclinedError("no rule")
+        raise RuleDeclinedError("no rule" if rules.account.constants else f"no rule in {rules.name}")
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:
             raise RuleDeclinedError(f"carried value as {argument!r}: the rule takes it as a coefficient only")
-    call = call_of(node, frozenset(operands), lambda n: n.meta["val"])
+    references = (lambda n: n.meta["val"]) if rules.account.from_reference else None
+    call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, positive)
     if batch is None:
         raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
     with call.value.fake_mode, enable_python_dispatcher():  # type: ignore[attr-defined]
         example = rule(call)
+    if example.direct and not first:
+        raise RuleDeclinedError(
+            f"{rule.name} shares relevance out without looking at values, so only a layer that reads the input can take it"
+        )
     missing = set(operands) - set(example.terms)
     terms: dict[Operand, LinearMap] = dict(example.terms)
-    return Assigned(node, rule, {k: n for k, n in operands.items() if k not in missing}, batch, Affine(terms, example.constant))
+    carrying = {k: n for k, n in operands.items() if k not in missing}
+    return Assigned(node, rule, carrying, batch, positive, Affine(terms, example.constant, example.direct))
 
 
 def _gap(node: fx.Node, reason: str) -> Gap:

@@ -23,8 +23,8 @@ __all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "is_first
 
 aten = torch.ops.aten
 
-Product = Literal["auto", "half", "gate"]
-"""How a product of two carried values is shared: see :class:`frpc.rules.FRP`."""
+Product = Literal["auto", "half", "gate", "all"]
+"""How a product of two carried values is shared: see :class:`frpc.rules.FRP`; ``all``: nothing is taken off, divisors neither."""
 
 PRODUCTS: tuple[Product, ...] = ("auto", "half", "gate")
 
@@ -143,6 +143,8 @@ def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Prod
     operands = {name: n for name, n in operands_of(node).items() if n in carried}
     if node.target in _TYPED_ALIKE:
         operands.pop("other", None)
+    if product == "all":
+        return operands
     if node.target is aten.div.Tensor and {"self", "other"} <= operands.keys():
         del operands["other"]
     first, second = _FACTORS.get(node.target, ("", ""))

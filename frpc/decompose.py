@@ -13,11 +13,53 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from frpc.affine import TABLE
 from frpc.graph import first_result, origin_of, replace, replace_items
 
-__all__ = ["expand_composites"]
+__all__ = ["expand_composites", "spell_out"]
 
 aten = torch.ops.aten
 _SPELLED_OUT: dict[Any, Any] = get_decompositions([aten.aminmax, aten.floor_divide, aten.special_ndtr])
 """Operators PyTorch computes in one piece and also defines through others."""
+
+
+_SPELLED_OUT_NORMS: dict[Any, Any] = get_decompositions(
+    [
+        aten.native_layer_norm,
+        aten.native_group_norm,
+        aten._fused_rms_norm,
+        aten.rms_norm,
+        aten._softmax,
+        aten._safe_softmax,
+        aten._log_softmax,
+        aten.logsumexp,
+        aten.std,
+        aten.linalg_vector_norm,
+    ]
+)
+"""Norms and softmax, which rules of values take as one operator and rules of increments as what they compute."""
+
+_NORMS = {
+    aten.layer_norm.default,
+    aten.native_layer_norm.default,
+    aten.group_norm.default,
+    aten.native_group_norm.default,
+    aten.instance_norm.default,
+    aten.rms_norm.default,
+    aten._fused_rms_norm.default,
+    aten._softmax.default,
+    aten._safe_softmax.default,
+    aten._log_softmax.default,
+    aten.logsumexp.default,
+    aten.std.correction,
+    aten.linalg_vector_norm.default,
+}
+
+
+def spell_out(graph_module: fx.GraphModule) -> bool:
+    """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, ``softmax(x) -> exp(x - max) / sum``, and the like."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target in _NORMS:
+            changed = _inline(graph_module.graph, node, _SPELLED_OUT_NORMS) or changed
+    return changed
 
 
 def expand_composites(graph_module: fx.GraphModule) -> bool:
@@ -37,7 +79,7 @@ def _is_composite(target: Any) -> bool:
     return target in _SPELLED_OUT or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
-def _inline(graph: fx.Graph, node: fx.Node) -> bool:
+def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT) -> bool:
     """Puts the traced composition of a call in its place; returns whether that changed anything."""
     sources = node.all_input_nodes
     tensors = [n for n in sources if isinstance(n.meta.get("val"), Tensor)]
@@ -51,7 +93,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> bool:
 
     example: Any = tensors[0].meta["val"]
     with example.fake_mode, torch.no_grad():
-        traced = make_fx(call, decomposition_table=_SPELLED_OUT)([n.meta["val"] for n in sources])
+        traced = make_fx(call, decomposition_table=table)([n.meta["val"] for n in sources])
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
     writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in calls)
     if writes or (len(calls) == 1 and calls[0].target is node.target):

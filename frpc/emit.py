@@ -1,7 +1,10 @@
 """Emission: values and relevance traced into one runnable graph of ATen operators.
 
 The program takes the model's inputs and a seed (a linear functional of the output, ``[B, ...]`` like the output or
-``[K, B, ...]`` with columns) and returns ``(output, relevance of each wanted node ..., share of constants)``.
+``[K, B, ...]`` with columns) and returns ``(output, relevance of each wanted node ..., share of constants)``; of inner layers it
+returns ``(output, relevance of each ..., value of each ...)``. Where rules follow
+no constants, the share is what the map leaves of the explained number: what rules absorbed. With several reference inputs the
+program takes one more input, the reference; a single one is a constant, and all that follows from it is computed now.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from frpc.assign import Assignment
 from frpc.bias import Tally, field_constants
 from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import Plan
-from frpc.propagate import affine_maps, evaluate, pull
+from frpc.propagate import Pulled, affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
 
-__all__ = ["emit", "run_eagerly"]
+__all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varying_references"]
 
 
 def run_eagerly(
@@ -37,7 +40,7 @@ def run_eagerly(
     Args:
         assignment: rules of the graph.
         plan: what is asked.
-        constants: every ``get_attr`` target, and the spreading matrices of the bias policy.
+        constants: every ``get_attr`` target, the spreading matrices of the bias policy, and the reference inputs.
         inputs: the model's inputs.
         seed: ``[B, ...]`` like the output, or ``[K, B, ...]``.
         observe: see :data:`frpc.propagate.Observer`.
@@ -45,33 +48,94 @@ def run_eagerly(
     hooks = {} if observe is None else {"observe": observe}
     graph = assignment.graph_module.graph
     values = evaluate(graph, constants, inputs, **hooks)
-    maps = affine_maps(assignment, values, plan.pulled, **hooks)
-    tally = Tally(plan.query.bias, {k: v for k, v in constants.items() if k.startswith("field_")})
-    pulled = pull(assignment, maps, {plan.result: seed}, plan.wanted, tally.add, **hooks)
+    references = at_reference(assignment, constants, inputs, values, **hooks)
+    maps = affine_maps(assignment, values, plan.pulled, references=references, **hooks)
     output = first_result(values[plan.result])
+    there = None if references is None else first_result(references[plan.result])
+    functional = plan.query.top(seed, output, there)
+    tally = Tally(plan.query.bias, {k: v for k, v in constants.items() if k.startswith("field_")})
+    spread = tally.add if assignment.account.constants else None
+    pulled = pull(assignment, maps, {plan.result: functional}, plan.wanted, spread, **hooks)
+    explained = _explained(functional, output if there is None else output - there)
     if plan.result not in assignment.carried:  # an output of constants alone is all bias
-        tally.everywhere = (seed * output).flatten(seed.dim() - output.dim() + 1).sum(-1) if output.dim() > 1 else seed * output
-    return output, *_answers(assignment, plan, values, pulled, tally, seed, output)
-
-
-def _answers(
-    assignment: Assignment,
-    plan: Plan,
-    values: Mapping[fx.Node, Any],
-    pulled: Mapping[fx.Node, Tensor],
-    tally: Tally,
-    seed: Tensor,
-    output: Tensor,
-) -> Iterator[Tensor]:
-    """Yields ``a * G_a`` of each wanted node, with the constants put on inputs, and the total of the constants."""
-    lead = seed.dim() - output.dim()
+        tally.everywhere = explained
+    found = [_relevance(assignment, node, values, references, pulled, functional, output) for node in plan.wanted]
+    if plan.query.layers:
+        return output, *found, *(first_result(values[node]) for node in plan.wanted)
+    if not assignment.account.constants:
+        tally.everywhere = _absorbed(assignment, explained, found)
     cells = sum(_cells(n) for n in assignment.sources)
-    for node in plan.wanted:
-        a = first_result(values[node])
-        relevance = a * pulled[node] if node in pulled else (a * 0).expand([*seed.shape[:lead], *a.shape])
-        yield relevance if plan.query.layers else tally.on_map(relevance, a.dim(), cells)
-    # Summed over what is not batch: [*L, B], the shape of the total even where no constant was met.
-    yield tally.total(seed.flatten(lead + 1).sum(-1) if seed.dim() > lead + 1 else seed)
+    maps_ = [tally.on_map(r, first_result(values[n]).dim(), cells) for r, n in zip(found, plan.wanted, strict=True)]
+    return output, *maps_, tally.total(explained)
+
+
+def at_reference(
+    assignment: Assignment,
+    constants: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    values: Mapping[fx.Node, Any],
+    observe: Any = None,
+) -> dict[fx.Node, Any] | None:
+    """Returns the value of every node where the sources take their reference values, or None where there is no reference.
+
+    Args:
+        assignment: rules of the graph.
+        constants: every ``get_attr`` target; ``reference_0``, ... for the sources, where they do not depend on the input.
+        inputs: the model's inputs.
+        values: the value of every node at the input.
+        observe: see :data:`frpc.propagate.Observer`.
+    """
+    reference = assignment.account.reference
+    if reference is None:
+        return None
+    given: dict[fx.Node, Any] = {}
+    merged = any(a.batch.axis != 0 or a.batch.factor != 1 for a in assignment.rules.values())
+    for position, source in enumerate(assignment.sources):
+        here = first_result(values[source])
+        if f"reference_{position}" in constants:
+            there = constants[f"reference_{position}"]
+            # Where a dimension holds more than samples, one reference does not broadcast: it is repeated from the start.
+            given[source] = there.expand_as(here) if merged else there
+        else:
+            given[source] = reference.blur(here) if reference.kind == "blur" else torch.zeros_like(here)
+    hooks: dict[str, Any] = {} if observe is None else {"observe": lambda node, phase: observe(node, "reference")}
+    return evaluate(assignment.graph_module.graph, constants, inputs, given=given, **hooks)
+
+
+def _explained(functional: Tensor, output: Tensor) -> Tensor:
+    """``<G, z>`` for each column and sample, ``[*K, B]``."""
+    product = functional * output
+    lead = functional.dim() - output.dim() + 1
+    return product.flatten(lead).sum(-1) if product.dim() > lead else product
+
+
+def _relevance(
+    assignment: Assignment,
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    references: Mapping[fx.Node, Any] | None,
+    pulled: Pulled,
+    functional: Tensor,
+    output: Tensor,
+) -> Tensor:
+    """``a G_a`` of a node, ``(a - a_ref) G_a`` of increments, or ``G_a`` alone; and what first layers gave to it."""
+    a = first_result(values[node])
+    carried = a if references is None else a - first_result(references[node])
+    multiplier = pulled.multiplier.get(node)
+    parts = [] if multiplier is None else [multiplier if assignment.account.gives == "multiplier" else carried * multiplier]
+    parts += [pulled.direct[node]] if node in pulled.direct else []
+    if not parts:
+        lead = functional.shape[: functional.dim() - output.dim()]
+        return (a * 0).expand([*lead, *a.shape])
+    return sum(parts[1:], parts[0])
+
+
+def _absorbed(assignment: Assignment, explained: Tensor, found: Sequence[Tensor]) -> Tensor:
+    """What the maps leave of the explained number, ``[*K, B]``; nothing where they are no relevance."""
+    if assignment.account.gives == "multiplier":
+        return torch.zeros_like(explained)
+    rank = explained.dim()
+    return explained - sum((r.flatten(rank).sum(-1) if r.dim() > rank else r) for r in found)
 
 
 def _cells(node: fx.Node) -> int:
@@ -86,18 +150,55 @@ def emit(assignment: Assignment, plan: Plan, fake_mode: FakeTensorMode) -> fx.Gr
     module = assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
     constants.update(_matrices(assignment, plan))
+    references = reference_constants(assignment)
+    changing = references if _varies(assignment) else {}
+    constants.update({} if changing else references)
     placeholders = module.graph.find_nodes(op="placeholder")
     names = list(constants)
 
-    def program(fakes: list[Any], inputs: list[Any], seed: Tensor) -> tuple[Tensor, ...]:
-        return run_eagerly(assignment, plan, dict(zip(names, fakes, strict=True)), inputs, seed, _mark)
+    def program(fakes: list[Any], inputs: list[Any], seed: Tensor, others: list[Any]) -> tuple[Tensor, ...]:
+        known = dict(zip([*names, *changing], [*fakes, *others], strict=True))
+        return run_eagerly(assignment, plan, known, inputs, seed, _mark)
 
     # The dispatcher keeps sizes symbolic in operators whose C++ would fix the batch at its example size.
     with fake_mode, torch.no_grad(), enable_python_dispatcher():
         fakes = [fake_mode.from_tensor(c, static_shapes=True) if isinstance(c, Tensor) else c for c in constants.values()]
         seed = _example_seed(plan.result.meta["val"], plan.query.columns, fake_mode)
-        traced = make_fx(program)(fakes, [n.meta["val"] for n in placeholders], seed)
-    return _named(traced, constants, [n.name for n in placeholders])
+        others = [fake_mode.from_tensor(t, static_shapes=True) for t in changing.values()]
+        traced = make_fx(program)(fakes, [n.meta["val"] for n in placeholders], seed, others)
+    return _named(traced, constants, [*(n.name for n in placeholders), "seed", *changing])
+
+
+def reference_constants(assignment: Assignment, which: int = 0) -> dict[str, Tensor]:
+    """Returns the reference value of every source by name, ``[1, ...]`` each; empty where it depends on the input.
+
+    Raises:
+        ShapeError: if a given reference does not look like one sample of the input.
+    """
+    reference = assignment.account.reference
+    if reference is None or any(source.op != "placeholder" for source in assignment.sources):
+        return {}
+    found = {}
+    for position, source in enumerate(assignment.sources):
+        value = source.meta["val"]
+        sizes = [int(n) for n in value.shape[1:]]
+        tensors = reference.tensors(sizes, value.dtype, value.device, source.name)
+        if tensors:
+            found[f"reference_{position}"] = tensors[which]
+    return found
+
+
+def _varies(assignment: Assignment) -> bool:
+    """Says whether one program has to serve several references."""
+    return assignment.account.reference is not None and assignment.account.reference.count > 1
+
+
+def varying_references(assignment: Assignment) -> tuple[tuple[Tensor, ...], ...]:
+    """Returns what a program takes beside its inputs and the seed, once for every reference."""
+    if not _varies(assignment):
+        return ((),)
+    assert assignment.account.reference is not None
+    return tuple(tuple(reference_constants(assignment, k).values()) for k in range(assignment.account.reference.count))
 
 
 def _matrices(assignment: Assignment, plan: Plan) -> dict[str, Tensor]:
@@ -143,7 +244,7 @@ def _named(traced: fx.GraphModule, constants: Mapping[str, Any], inputs: Sequenc
     copies: dict[fx.Node, fx.Node] = {}
     root = torch.nn.Module()
     placeholders = traced.graph.find_nodes(op="placeholder")
-    for name, node in zip([*inputs, "seed"], placeholders[len(constants) :], strict=True):
+    for name, node in zip(inputs, placeholders[len(constants) :], strict=True):
         copies[node] = graph.placeholder(name)
         copies[node].meta = dict(node.meta)
     for (name, value), node in zip(constants.items(), placeholders, strict=False):

@@ -21,11 +21,13 @@ from frpc.graph import describe, first_result
 from frpc.layermaps import LayerMaps
 from frpc.layers import layer_maps
 from frpc.lower import Refusal
+from frpc.methods import method_named
 from frpc.neurons import cones_are_cheaper, neuron_maps
 from frpc.pipeline import Choice, Compiled, Front, Stage
 from frpc.plan import Plan, Query, check_strategy, layer_node
 from frpc.rules.ruleset import FRP, RuleSet
 from frpc.targets import Target, check_inputs, make_seed
+from frpc.top import Top, as_top
 
 __all__ = ["Explainer", "compile"]
 
@@ -55,16 +57,20 @@ class Explainer(nn.Module):
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
-    def forward(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor) -> Explanation:
+    def forward(
+        self, *inputs: Tensor, target: Target | None = None, seed: Tensor | Top | str | None = None, **named: Tensor
+    ) -> Explanation:
         """Explains one number of the output, or K of them, for each sample.
 
         Shapes:
             inputs, named: ``[B, ...]`` each, any B; by position, or all by the names the model's ``forward`` gives them.
             target: an int, a tuple of ints for outputs of several dimensions, ``[B]`` or ``[B, K]`` class indices.
-            seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``.
+            seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``; beside a target,
+                how relevance starts there: ``"logit"``, ``"probability"``, ``"contrastive"``, ... (:mod:`frpc.top`).
             relevance: like the source (the input, or what ``source=`` names), or ``[B, K, ...]``.
 
-        Exact when: always; ``relevance[b].sum() == output[b, target]`` to rounding (with ``bias="separate"``: plus ``bias[b]``).
+        Exact when: the rule set conserves; with the standard one ``relevance[b].sum() == output[b, target]`` to rounding
+        (with ``bias="separate"``: plus ``bias[b]``).
 
         Raises:
             InputError: an input or target that does not fit; each kind has its own class in :mod:`frpc.errors`.
@@ -73,9 +79,10 @@ class Explainer(nn.Module):
         """
         inputs = self._given(inputs, named)
         front = self._front(inputs)
-        functional, columns = self._seed(front, inputs, target, seed)
-        compiled = self._program(front, inputs, self._asked(columns=columns))
-        output, *relevances, bias = compiled.program(*(x.detach() for x in inputs), functional)
+        top, tensor = self._top(seed)
+        functional, columns = self._seed(front, inputs, target, tensor)
+        compiled = self._program(front, inputs, self._asked(columns=columns, top=top))
+        output, *relevances, bias = self._run(compiled, inputs, functional)
         if columns:
             relevances = [r.movedim(0, 1) for r in relevances]
             bias = bias.movedim(0, 1)
@@ -88,7 +95,7 @@ class Explainer(nn.Module):
         layers: str | Sequence[str],
         *inputs: Tensor,
         target: Target | None = None,
-        seed: Tensor | None = None,
+        seed: Tensor | Top | str | None = None,
         **named: Tensor,
     ) -> LayerRelevance:
         """Returns the relevance of every neuron of inner layers, ``R = a * G_a``, all from one pass.
@@ -106,12 +113,16 @@ class Explainer(nn.Module):
         inputs = self._given(inputs, named)
         front = self._front(inputs)
         self._check_layers(front, names)
-        functional, columns = self._seed(front, inputs, target, seed)
-        compiled = self._program(front, inputs, self._asked(columns=columns, layers=names))
-        output, *relevances, _ = compiled.program(*(x.detach() for x in inputs), functional)
+        top, tensor = self._top(seed)
+        functional, columns = self._seed(front, inputs, target, tensor)
+        compiled = self._program(front, inputs, self._asked(columns=columns, layers=names, top=top))
+        output, *found = self._run(compiled, inputs, functional)
+        relevances, values = found[: len(names)], found[len(names) :]
         if columns:
             relevances = [r.movedim(0, 1) for r in relevances]
-        return LayerRelevance(output, dict(zip(names, relevances, strict=True)))
+        return LayerRelevance(
+            output, dict(zip(names, relevances, strict=True)), {name: v.detach() for name, v in zip(names, values, strict=True)}
+        )
 
     def neurons(
         self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto", **named: Tensor
@@ -143,9 +154,10 @@ class Explainer(nn.Module):
         if (found := self._cones(front, layer, indices, inputs, strategy)) is not None:
             return found
         compiled = self._program(front, inputs, self._asked(columns=True, of=layer))
-        values, *relevances, bias = compiled.program(*(x.detach() for x in inputs), torch.stack(seeds))
+        values, *relevances, bias = self._run(compiled, inputs, torch.stack(seeds))
         relevances = [r.movedim(0, 1) for r in relevances]
-        chosen = torch.stack([values[(slice(None), *index)] for index in indices], 1)
+        places: list[Any] = [(slice(None), *index) for index in indices]
+        chosen = torch.stack([values[place] for place in places], 1)
         return Explanation(
             chosen, relevances[0] if len(relevances) == 1 else tuple(relevances), bias.movedim(0, 1), tuple(inputs)
         )
@@ -205,11 +217,26 @@ class Explainer(nn.Module):
 
         def pulled(seeds: Tensor) -> Tensor:
             """Local pixel maps ``[K, B, H0, W0]`` of seeds at the layer."""
-            _, relevance, _ = self._program(front, inputs, query).program(*(x.detach() for x in inputs), seeds)
+            _, relevance, _ = self._run(self._program(front, inputs, query), inputs, seeds)
             pixels = relevance.sum(2) if relevance.dim() > 3 else relevance.unsqueeze(-2)
             return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
 
         return layer_maps(assignment, name, node, inputs, self._query.bias, strategy, memory_limit, pulled)
+
+    def _top(self, seed: Tensor | Top | str | None) -> tuple[Top, Tensor | None]:
+        """Tells how relevance starts from where: a top or its name says how, a tensor says where."""
+        if seed is None or isinstance(seed, Tensor):
+            return self._query.top, seed
+        return as_top(seed), None
+
+    def _run(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> list[Tensor]:
+        """Runs a program; maps are averaged over reference inputs where there are several."""
+        self._choice.rules.check(inputs)
+        results = [compiled.program(*(x.detach() for x in inputs), functional, *others) for others in compiled.references]
+        if len(results) == 1:
+            return list(results[0])
+        output, *_ = results[0]
+        return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
 
     def predict(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
@@ -259,6 +286,11 @@ class Explainer(nn.Module):
     def bias_policy(self) -> str:
         """Where constants go: ``uniform``, ``receptive_field`` or ``separate``."""
         return self._query.bias
+
+    @property
+    def rules(self) -> RuleSet:
+        """The rule set it was compiled with."""
+        return self._choice.rules
 
     def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Tensor:
         """Returns the linear functional of the output that a target stands for, ``[B, ...]`` or ``[K, B, ...]``."""
@@ -403,8 +435,10 @@ def compile(
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     *,
     rule: RuleSet | None = None,
+    method: str | None = None,
+    seed: Top | str | None = None,
     source: str | Sequence[str] | None = None,
-    bias: str = "uniform",
+    bias: str | None = None,
     strategy: str = "auto",
     constant: Sequence[str] = (),
     output: str | int | None = None,
@@ -416,11 +450,14 @@ def compile(
             changes to it do not reach the explainer.
         inputs: example inputs, batch first, a mapping of them for models called with keywords; with them everything is
             compiled now. Without, at the first call, and again for inputs of other shapes.
-        rule: the rule set; forward relevance propagation by default.
+        rule: the rule set (:mod:`frpc.rules`); forward relevance propagation by default.
+        method: instead of a rule set, a method by its name in the papers, e.g. ``"sig-lid-ig"``; ``frpc.methods()`` lists them.
+        seed: where relevance starts at the output: ``"logit"`` (default), ``"probability"``, ``"contrastive"``, ... or a
+            :class:`~frpc.top.Top`.
         source: what relevance is spread over: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
             explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
         bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
-            ``"separate"``, beside the map.
+            ``"separate"``, beside the map. Rule sets that follow no constants leave what they absorb beside the map by default.
         strategy: ``"auto"``, or ``"transposed"`` to force it.
         constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
         output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
@@ -430,12 +467,27 @@ def compile(
         CaptureError: if ``torch.export`` cannot capture the model.
         UnsupportedOpError: if operators have no rule; names all of them.
         TrainingModeError: if the model cannot be evaluated deterministically.
+        OptionError: for an unknown method, seed or policy, or a method beside a rule set.
     """
-    query = Query(bias=check_policy(bias), strategy=check_strategy(strategy))
-    choice = Choice(rule or FRP(), _names(constant) or (), _names(source), output)
+    rules, top = _rules_of(rule, method, seed)
+    policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
+    if policy == "receptive_field" and not rules.account.constants:
+        raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
+    query = Query(bias=policy, strategy=check_strategy(strategy), top=top)
+    choice = Choice(rules, _names(constant) or (), _names(source), output)
     explainer = Explainer(model, choice, query)
     if inputs is None:
         return explainer
     if isinstance(inputs, Mapping):
         return explainer.compile_for(**inputs)
     return explainer.compile_for(*([inputs] if isinstance(inputs, Tensor) else inputs))
+
+
+def _rules_of(rule: RuleSet | None, method: str | None, seed: Top | str | None) -> tuple[RuleSet, Top]:
+    """Reads which rules are meant, and where relevance starts."""
+    if method is None:
+        return rule or FRP(), as_top(seed or "logit")
+    if rule is not None:
+        raise OptionError(f"Give rule= or method= (both given): method={method!r} is a rule set of its own.")
+    found = method_named(method)
+    return found.rules(), as_top(seed or found.top)

@@ -64,15 +64,18 @@ class Explanation:
 class LayerRelevance(Mapping[str, Tensor]):
     """Relevance of inner layers: ``R = a * G_a`` for every neuron of each layer asked for (constants not spread).
 
-    A mapping from module path to a tensor like that layer's output, ``[B, ...]`` or ``[B, K, ...]``.
+    A mapping from module path to a tensor like that layer's output, ``[B, ...]`` or ``[B, K, ...]``. With plain gradients
+    (``frpc.rules.Gradient(times_input=False)``) it holds the multipliers ``G_a`` themselves.
 
     Attributes:
         output: the model's output.
         layers: the relevances.
+        activations: the layers' own outputs, ``[B, ...]``.
     """
 
     output: Tensor
     layers: dict[str, Tensor]
+    activations: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.layers[layer]

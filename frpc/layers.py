@@ -87,8 +87,8 @@ class LayerPlan:
         if least <= _SMALL_RUN:
             return spans
         raise MemoryLimitError(
-            f"{self.layer}: one column of positions takes {human_bytes(least)} to compute, over the limit of {human_bytes(limit)}. "
-            "Raise memory_limit, or ask for single neurons: explainer.neurons()."
+            f"{self.layer}: one column of positions takes {human_bytes(least)} to compute, over the limit of "
+            f"{human_bytes(limit)}. Raise memory_limit, or ask for single neurons: explainer.neurons()."
         )
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch._ops import OpOverload
 
 from frpc.graph import fetch
 
-__all__ = ["PASSES", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
+__all__ = ["PASSES", "drop_unread", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], bool]
@@ -60,8 +61,13 @@ def merge_common(graph_module: fx.GraphModule) -> bool:
 def fold_constants(graph_module: fx.GraphModule) -> bool:
     """``f(parameters) -> tensor``, unless the result is only another view of a parameter or larger than what it is made of."""
     changed = False
+    several: dict[fx.Node, Any] = {}  # results of folded operators that have more than one
     for node in list(graph_module.graph.nodes):
         sources = node.all_input_nodes
+        if node.target is operator.getitem and node.args[0] in several:
+            _store(graph_module, node, several[node.args[0]][node.args[1]])
+            changed = True
+            continue
         if node.op != "call_function" or not sources or any(n.op != "get_attr" for n in sources):
             continue
         if node.target in _VIEWS and not any(_foldable(u) for u in node.users):
@@ -71,6 +77,8 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
         if isinstance(value, Tensor):
             _store(graph_module, node, value)
             changed = True
+        elif isinstance(value, tuple):
+            several[node] = value
     return changed
 
 
@@ -109,5 +117,14 @@ def merge_scales(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
-PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, remove_dead)
+def drop_unread(graph_module: fx.GraphModule) -> bool:
+    """Forgets tensors that no node reads any more, e.g. what a folded reference pass went through."""
+    read = {str(n.target) for n in graph_module.graph.find_nodes(op="get_attr")}
+    unread = [name for name, _ in graph_module.named_buffers() if name not in read]
+    for name in unread:
+        delattr(graph_module, name)
+    return bool(unread)
+
+
+PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, remove_dead, drop_unread)
 """In this order. Dead code goes first, so that nothing is merged into it."""

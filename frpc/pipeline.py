@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
 from frpc.capture import Captured, capture
-from frpc.emit import emit, only_aten
+from frpc.decompose import spell_out
+from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
 from frpc.mixing import mixing
@@ -84,6 +85,8 @@ class Compiled:
         plan: how it is answered.
         stages: every stage, in order.
         refusals: faster ways not taken, with reasons.
+        references: what else the program takes, for each reference input that maps are averaged over: the value of every source;
+            nothing where the reference is part of the program.
     """
 
     program: fx.GraphModule
@@ -91,6 +94,7 @@ class Compiled:
     plan: Plan
     stages: tuple[Stage, ...]
     refusals: tuple[lower.Refusal, ...] = field(default_factory=tuple)
+    references: tuple[tuple[Tensor, ...], ...] = ((),)
 
 
 def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = ()) -> Front:
@@ -164,7 +168,7 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
         raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
     if shared.captured.static_batch_reason:
         refusals.append(lower.Refusal("a free batch size", "capture", shared.captured.static_batch_reason))
-    return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals))
+    return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals), varying_references(assignment))
 
 
 def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | None = None) -> Assignment:
@@ -179,6 +183,10 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | No
     folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of, *(choice.source or ()))))
     canonical.recompile()
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
+    if choice.rules.account.spelled_out:
+        canonical = copy_graph(canonical)
+        passes = (spell_out, *canonicalize.PASSES)
+        clock.note("spell out", canonical, _named(passes, _run(passes, canonical)))
     fixed = shared.captured.inputs[0].batch
     assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of).demand_complete()
     if shared.mixing is not None:
@@ -209,7 +217,8 @@ def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
         expected = shared.captured.graph_module(*inputs)
         kept = shared.canonical.graph.output_node().args[0].meta["val"].dtype  # type: ignore[union-attr]
-        got = compiled.program(*inputs, torch.ones_like(expected, dtype=kept))[0]  # a model in float64 may end in float32
+        seed = torch.ones_like(expected, dtype=kept)  # a model in float64 may end in float32
+        got = compiled.program(*inputs, seed, *compiled.references[0])[0]
     scale = expected.abs().amax() + torch.finfo(expected.dtype).tiny
     error = float((got - expected).abs().amax() / scale)
     bound = 1e4 * rounding(shared.captured.graph_module, expected)  # folding and another memory order re-associate sums, no more

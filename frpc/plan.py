@@ -6,7 +6,7 @@ This file knows costs, not rules: it reads FLOPs and bytes off the maps that ass
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
@@ -18,6 +18,7 @@ from frpc.graph import first_result
 from frpc.maps import Cost
 from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
+from frpc.top import Logit, Top
 
 __all__ = ["STRATEGIES", "Plan", "Query", "Segment", "check_strategy", "feeding", "layer_node", "make_plan", "total_cost"]
 
@@ -35,6 +36,7 @@ class Query:
         of: module path of the layer whose neurons are explained; empty means the model's output.
         bias: where constants go.
         strategy: ``auto`` or a forced one.
+        top: what is said of the output before anything is pulled back.
     """
 
     columns: bool = False
@@ -42,6 +44,7 @@ class Query:
     of: str = ""
     bias: BiasPolicy = "uniform"
     strategy: Strategy = "auto"
+    top: Top = field(default_factory=Logit)
 
     def __str__(self) -> str:
         what = f"relevance of {', '.join(self.layers)}" if self.layers else "relevance of the input"

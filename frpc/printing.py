@@ -41,6 +41,7 @@ def code(program: fx.GraphModule, rules: Mapping[str, str]) -> str:
 
 _SECTIONS = {
     "value": "values: the model's forward pass",
+    "reference": "values at the reference input",
     "rule": "coefficients of the rules",
     "pull": "relevance, from the output back",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from frpc.affine import Affine, Operand
 from frpc.assign import Assigned, Assignment, call_of
 from frpc.graph import Batch, first_result
 
-__all__ = ["Observer", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
+__all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
 
 Observer = Callable[[fx.Node, str], AbstractContextManager[Any]]
 """Called around the work for each node with ``"value"``, ``"rule"`` or ``"pull"``; lets a tracer note whose work it sees."""
@@ -28,6 +28,18 @@ Spread = Callable[[Assigned, Tensor, Tensor | float], None]
 
 Record = Callable[[Assigned, Tensor, Mapping[Operand, Tensor]], None]
 """Called with a node, the relevance pulled to its result and the relevance it passed to each operand."""
+
+
+class Pulled(NamedTuple):
+    """What a transposed pass brought to the nodes that were asked about.
+
+    Attributes:
+        multiplier: ``G`` of a node.
+        direct: relevance that first layers gave to a node without a multiplier.
+    """
+
+    multiplier: dict[fx.Node, Tensor]
+    direct: dict[fx.Node, Tensor]
 
 
 def _unobserved(node: fx.Node, phase: str) -> AbstractContextManager[Any]:
@@ -40,6 +52,7 @@ def evaluate(
     inputs: Sequence[Tensor],
     observe: Observer = _unobserved,
     until: fx.Node | None = None,
+    given: Mapping[fx.Node, Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """Runs the graph and returns the value of every node.
 
@@ -49,12 +62,17 @@ def evaluate(
         inputs: in placeholder order.
         observe: see :data:`Observer`.
         until: the last node wanted; all by default.
+        given: values that take the place of what these nodes compute.
     """
+    given = given or {}
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(feed)
+        here = next(feed) if node.op == "placeholder" else None
+        if node in given:
+            values[node] = given[node]
+        elif node.op == "placeholder":
+            values[node] = here
         elif node.op == "get_attr":
             values[node] = constants[str(node.target)]
         elif node.op == "call_function":
@@ -69,14 +87,27 @@ def evaluate(
 
 
 def affine_maps(
-    assignment: Assignment, values: Mapping[fx.Node, Any], nodes: Iterable[fx.Node], observe: Observer = _unobserved
+    assignment: Assignment,
+    values: Mapping[fx.Node, Any],
+    nodes: Iterable[fx.Node],
+    observe: Observer = _unobserved,
+    references: Mapping[fx.Node, Any] | None = None,
 ) -> dict[fx.Node, Affine]:
-    """Returns ``z = sum_k M_k a_k + c`` for each of ``nodes`` at the given values."""
+    """Returns ``z = sum_k M_k a_k + c`` for each of ``nodes`` at the given values.
+
+    Args:
+        assignment: rules of the graph.
+        values: value of every node.
+        nodes: which maps are wanted.
+        observe: see :data:`Observer`.
+        references: value of every node at the reference input, for rules that look at it.
+    """
+    there = references.__getitem__ if references is not None and assignment.account.from_reference else None
     maps: dict[fx.Node, Affine] = {}
     for node in nodes:
         assigned = assignment.rules[node]
         with observe(node, "rule"):
-            maps[node] = assigned.rule(call_of(node, frozenset(assigned.operands), values.__getitem__))
+            maps[node] = assigned.rule(call_of(node, frozenset(assigned.operands), values.__getitem__, there, assigned.positive))
     return maps
 
 
@@ -98,7 +129,7 @@ def pull(
     spread: Spread | None = None,
     observe: Observer = _unobserved,
     record: Record | None = None,
-) -> dict[fx.Node, Tensor]:
+) -> Pulled:
     """Pulls relevance back: ``G_a = sum over the uses of a of M^T G_z``, from ``seeds`` to the ``wanted`` nodes.
 
     Args:
@@ -111,18 +142,27 @@ def pull(
         record: told what every node passed on.
 
     Returns:
-        ``G`` of each wanted node that the seeds depend on.
+        ``G`` of each wanted node that the seeds depend on, and the relevance that first layers gave to it directly.
     """
     wanted = set(wanted)
     reached = reached_from(assignment, wanted)
     pulled: dict[fx.Node, Tensor] = dict(seeds)
-    found: dict[fx.Node, Tensor] = {}
+    found = Pulled({}, {})
+    landed: dict[fx.Node, Tensor] = {}  # relevance that no longer needs the values: it only moves with its elements
     for node in reversed(assignment.graph_module.graph.nodes):
+        if node in landed:
+            share = landed.pop(node)
+            if node in wanted:
+                found.direct[node] = share
+            elif node in maps and node not in wanted:
+                (name,) = maps[node].terms
+                with observe(node, "pull"):
+                    _accumulate(landed, assignment.rules[node].operands[name], maps[node].terms[name].pull(share))
         v = pulled.pop(node, None)
         if v is None:
             continue
         if node in wanted:
-            found[node] = v
+            found.multiplier[node] = v
         if node.target is operator.getitem:
             _accumulate(pulled, node.args[0], v)
         elif node in maps:
@@ -133,7 +173,7 @@ def pull(
                 passed = {k: affine.terms[k].pull(v) for k, operand in assigned.operands.items() if operand in reached}
             for name, share in passed.items():
                 with observe(node, "pull"):
-                    _accumulate(pulled, assigned.operands[name], share)
+                    _accumulate(landed if affine.direct else pulled, assigned.operands[name], share)
             if record is not None:
                 record(assigned, v, passed)
     return found

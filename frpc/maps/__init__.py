@@ -1,6 +1,6 @@
 """Linear maps: how relevance moves through one operand of one operator; see :mod:`frpc.maps.base`."""
 
-from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp, Transpose
+from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp, Total, Transpose
 from frpc.maps.contraction import BatchedMatMul, Conv, MatMul
 from frpc.maps.movement import Pad, Place, Shuffle, Slice
 from frpc.maps.pointwise import Broadcast, Cast, Gate, Scale, scaled
@@ -27,6 +27,7 @@ __all__ = [
     "Select",
     "Shuffle",
     "Slice",
+    "Total",
     "Transpose",
     "Window",
     "scaled",

@@ -28,6 +28,7 @@ __all__ = [
     "LinearMap",
     "LinearOp",
     "Shape",
+    "Total",
     "Transpose",
     "each",
     "folded",
@@ -66,10 +67,15 @@ def size_hint(size: Any) -> int:
 
 
 class LinearMap:
-    """One linear map; see the module's docstring for shapes."""
+    """One linear map; see the module's docstring for shapes.
+
+    Attributes:
+        pushes: whether it has a forward direction; what changes the transposed pass itself has none.
+    """
 
     operand: Shape
     result: Shape
+    pushes: bool = True
 
     def push(self, u: Tensor) -> Tensor:
         """Returns ``M u``."""
@@ -111,6 +117,7 @@ class Compose(LinearMap):
     def __init__(self, first: LinearMap, second: LinearMap) -> None:
         self.first, self.second = first, second
         self.operand, self.result = first.operand, second.result
+        self.pushes = first.pushes and second.pushes
 
     def push(self, u: Tensor) -> Tensor:
         return self.second.push(self.first.push(u))
@@ -120,6 +127,26 @@ class Compose(LinearMap):
 
     def cost(self, itemsize: int = 4) -> Cost:
         return self.first.cost(itemsize) + self.second.cost(itemsize)
+
+
+class Total(LinearMap):
+    """``z = (M1 + M2 + ...) a``: several maps of one operand, added."""
+
+    def __init__(self, parts: Sequence[LinearMap]) -> None:
+        self.parts = tuple(parts)
+        self.operand, self.result = parts[0].operand, parts[0].result
+        self.pushes = all(part.pushes for part in parts)
+
+    def push(self, u: Tensor) -> Tensor:
+        pushed = [part.push(u) for part in self.parts]
+        return sum(pushed[1:], pushed[0])
+
+    def pull(self, v: Tensor) -> Tensor:
+        pulled = [part.pull(v) for part in self.parts]
+        return sum(pulled[1:], pulled[0])
+
+    def cost(self, itemsize: int = 4) -> Cost:
+        return sum((part.cost(itemsize) for part in self.parts[1:]), self.parts[0].cost(itemsize))
 
 
 class Transpose(LinearMap):

@@ -45,22 +45,30 @@ def _sum(call: Call, signed: dict[str, tuple[Term, float]]) -> Affine:
     carries=("self", "other"),
     formula="a + alpha b",
     source="method §2: addition",
+    linear=True,
 )
 def add(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, 1.0), "other": (b, float(alpha))})
 
 
-@rule(aten.sub.Tensor, carries=("self", "other"), formula="a - alpha b", source="method §2: addition")
+@rule(aten.sub.Tensor, carries=("self", "other"), formula="a - alpha b", source="method §2: addition", linear=True)
 def sub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, 1.0), "other": (b, -float(alpha))})
 
 
-@rule(aten.rsub.Scalar, aten.rsub.Tensor, carries=("self", "other"), formula="b - alpha a", source="method §2: addition")
+@rule(
+    aten.rsub.Scalar,
+    aten.rsub.Tensor,
+    carries=("self", "other"),
+    formula="b - alpha a",
+    source="method §2: addition",
+    linear=True,
+)
 def rsub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, -float(alpha)), "other": (b, 1.0)})
 
 
-@rule(aten.cat.default, carries="tensors", formula="each operand at its place", source="method §2: concatenation")
+@rule(aten.cat.default, carries="tensors", formula="each operand at its place", source="method §2: concatenation", linear=True)
 def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Affine:
     result = call.value.shape
     dim = dim % len(result)
@@ -74,7 +82,7 @@ def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Affine:
     return Affine(terms, torch.cat(fixed, dim) if len(terms) < len(tensors) else None)
 
 
-@rule(aten.lerp.Scalar, carries=("self", "end"), formula="(1 - w) a + w b", source="method §2: addition")
+@rule(aten.lerp.Scalar, carries=("self", "end"), formula="(1 - w) a + w b", source="method §2: addition", linear=True)
 def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     return _sum(call, {"self": (a, 1.0 - float(weight)), "end": (b, float(weight))})
 
@@ -86,6 +94,7 @@ def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     carries=("self", "other"),
     formula="[condition] on a, [not condition] on b",
     source="method §2: selection",
+    linear=True,
 )
 def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
     result = call.value.shape
@@ -106,6 +115,7 @@ def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
     carries=("self", "src"),
     formula="the source, broadcast; what it overwrites is gone",
     source="method §2: linear",
+    linear=True,
 )
 def copy(call: Call, a: Tensor, source: Tensor, non_blocking: bool = False) -> Affine:
     if not call.carries("src"):

@@ -134,18 +134,29 @@ def over(value: Tensor, a: Tensor) -> Tensor:
     return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
 
 
-@rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|")
+@rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|", elementwise=True)
 def relu(call: Call, a: Tensor) -> Affine:
     return Affine({"self": Gate(call.value)})
 
 
-@rule(aten.prelu.default, aten._prelu_kernel.default, formula="1 if a > 0 else w", source="method §2: secant through 0")
+@rule(
+    aten.prelu.default,
+    aten._prelu_kernel.default,
+    formula="1 if a > 0 else w",
+    source="method §2: secant through 0",
+    elementwise=True,
+)
 def prelu(call: Call, a: Tensor, weight: Tensor) -> Affine:
     shape = [-1 if i == 1 else 1 for i in range(a.dim())] if weight.dim() == 1 and a.dim() > 1 else list(weight.shape)
     return Affine({"self": Scale(torch.where(a > 0, 1.0, weight.reshape(shape)), a.shape)})
 
 
-@rule(aten.log_sigmoid_forward.default, formula="(log(1+e^-a) - log 2)/(-a), c = -log 2", source="method §2: secant through 0")
+@rule(
+    aten.log_sigmoid_forward.default,
+    formula="(log(1+e^-a) - log 2)/(-a), c = -log 2",
+    source="method §2: secant through 0",
+    elementwise=True,
+)
 def log_sigmoid(call: Call, a: Tensor) -> Affine:
     return Affine({"self": Scale(_softplus_over(-a), a.shape)}, -LOG2)
 

@@ -18,7 +18,7 @@ def per_channel(vector: Tensor, rank: int) -> Tensor:
     return vector.reshape([-1] + [1] * (rank - 2))
 
 
-@rule(aten.convolution.default, carries="input", formula="K * a, c = b", source="T 4.10, 4.11, algorithm 1")
+@rule(aten.convolution.default, carries="input", formula="K * a, c = b", source="T 4.10, 4.11, algorithm 1", linear=True)
 def convolution(
     call: Call,
     a: Tensor,
@@ -41,6 +41,7 @@ def convolution(
     carries="input",
     formula="gamma / sqrt(var + eps) per channel, c = beta - mean gamma / sqrt(var + eps)",
     source="method §2: batch norm in evaluation",
+    linear=True,
 )
 def batch_norm(
     call: Call,

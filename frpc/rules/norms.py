@@ -118,7 +118,7 @@ def rms_norm(call: Call, a: Tensor, shape: Sequence[int], weight: Vector = None,
 # Moments and norms of vectors -------------------------------------------------------------------------------------------
 
 
-def _weighed_sum(call: Call, coefficient: Tensor, dims: Sequence[int], keepdim: bool) -> LinearMap:
+def weighed_sum(call: Call, coefficient: Tensor, dims: Sequence[int], keepdim: bool) -> LinearMap:
     """Returns ``a -> sum(coefficient * a)`` over dimensions counted from the end."""
     a = coefficient.shape
     return Compose(Scale(coefficient, a), LinearOp(lambda u: u.sum(list(dims), keepdim=keepdim), a, call.value.shape))
@@ -144,7 +144,7 @@ def var(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | N
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
     # sum (a - mean)^2 = sum (a - mean) a: deviations sum to 0.
-    return Affine({"self": _weighed_sum(call, _deviation(a, dims, correction), dims, keepdim)})
+    return Affine({"self": weighed_sum(call, _deviation(a, dims, correction), dims, keepdim)})
 
 
 @rule(aten.std.correction, formula="(a - mean(a)) / ((n - correction) std), summed; 0 at std = 0", source="method §2: norms")
@@ -152,7 +152,7 @@ def std(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | N
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
     coefficient = over(_deviation(a, dims, correction), _kept(call.value, dims, keepdim))
-    return Affine({"self": _weighed_sum(call, coefficient, dims, keepdim)})
+    return Affine({"self": weighed_sum(call, coefficient, dims, keepdim)})
 
 
 @rule(aten.linalg_vector_norm.default, formula="sgn(a) (|a| / |a|_p)^(p-1), summed; 0 at a = 0", source="method §2: norms")
@@ -165,7 +165,7 @@ def vector_norm(
         raise RuleDeclinedError(f"a norm of order {order} has no such account: write it out, as x.abs().amax(dim) for order inf")
     part = over(a, _kept(call.value, dims, keepdim))  # Euler: |a|_p = sum_i a_i d|a|_p/da_i
     coefficient = part if order == 2 else part.sgn() * part.abs() ** (order - 1)
-    return Affine({"self": _weighed_sum(call, coefficient, dims, keepdim)})
+    return Affine({"self": weighed_sum(call, coefficient, dims, keepdim)})
 
 
 # Softmax ----------------------------------------------------------------------------------------------------------------

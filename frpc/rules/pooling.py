@@ -54,6 +54,7 @@ def _each(value: Sequence[int] | int, count: int) -> list[int]:
     aten.avg_pool3d.default,
     formula="average",
     source="method §2: linear",
+    linear=True,
 )
 def avg_pool(
     call: Call,
@@ -84,6 +85,7 @@ def avg_pool(
     aten._adaptive_avg_pool3d.default,
     formula="average",
     source="method §2: linear",
+    linear=True,
 )
 def adaptive_avg_pool(call: Call, a: Tensor, size: Sequence[int]) -> Affine:
     def pool(u: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ linear_op(aten._upsample_bicubic2d_aa.vec, _by_axis, formula="a, resized")
     carries=("input", "grid"),
     formula="a, interpolated at the grid's points; a carried grid is a coefficient",
     source="method §2: linear",
+    linear=True,
 )
 def grid_sampler(call: Call, a: Tensor, grid: Tensor, *options: object) -> Affine:
     if not call.carries("input"):

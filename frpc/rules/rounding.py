@@ -25,6 +25,7 @@ aten = torch.ops.aten
     aten.type_as.default,
     formula="a, in another floating type",
     source="method §2: identity",
+    linear=True,
 )
 def cast(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return Affine({"self": Cast(a, call.value)})
@@ -37,6 +38,7 @@ def cast(call: Call, a: Tensor, *arguments: Any) -> Affine:
     aten.ceil.default,
     formula="0, c = f(a)",
     source="method §2: slope 0 and a jump at 0",
+    elementwise=True,
 )
 def step(call: Call, a: Tensor) -> Affine:
     return Affine({"self": Scale(0.0, a.shape)}, call.value)
@@ -47,12 +49,13 @@ def step(call: Call, a: Tensor) -> Affine:
     aten.remainder.Tensor,
     formula="1, c = -b floor(a / b)",
     source="method §2: slope 1 and a jump at 0",
+    elementwise=True,
 )
 def remainder(call: Call, a: Tensor, b: Tensor | float) -> Affine:
     return Affine({"self": Identity(a.shape)}, call.value - a)
 
 
-@rule(aten.nan_to_num.default, formula="[a is finite], c = the value elsewhere", source="method §2: selection")
+@rule(aten.nan_to_num.default, formula="[a is finite], c = the value elsewhere", source="method §2: selection", elementwise=True)
 def nan_to_num(call: Call, a: Tensor, *arguments: Any) -> Affine:
     finite = torch.isfinite(a)
     return Affine({"self": Scale(finite.to(a.dtype), a.shape)}, torch.where(finite, 0.0, call.value))

@@ -1,44 +1,100 @@
-"""Rule sets: which rule each node of a graph gets.
+"""Rule sets: which rule each node of a graph gets, and what the multipliers that are pulled through them mean.
 
-A rule set answers one question, ``rule_for(op, module)``. :class:`FRP` answers from the table of affine forms; ``overrides``
-replaces rules by module path pattern or by operator, first match first.
+A rule set answers one question, ``rule_for(site)``, and has one property, its :class:`Account`. :class:`FRP` answers from the
+table of affine forms; ``overrides`` replaces rules by module path pattern or by operator, first match first.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal
 
+from torch import Tensor
 from torch._ops import OpOverload
 
 from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
 from frpc.errors import OptionError
+from frpc.references import Reference
 
-__all__ = ["FRP", "RuleSet"]
+__all__ = ["FRP", "Account", "RuleSet", "Site"]
+
+Gives = Literal["relevance", "multiplier"]
 
 
-class RuleSet(Protocol):
-    """Assigns a rule to a node."""
+@dataclass(frozen=True)
+class Site:
+    """Where a rule is asked for.
+
+    Attributes:
+        op: the operator.
+        module: path of the innermost module around the call.
+        first: the call reads the explained input, but for views.
+        weighted: the call multiplies by parameters: a convolution or a linear layer.
+    """
+
+    op: Any
+    module: str
+    first: bool = False
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the multipliers ``G`` of a rule set mean.
+
+    Attributes:
+        constants: constants are followed, and their share of the explained number is spread by the bias policy. Otherwise what
+            a map leaves out is what its rules absorbed.
+        reference: relevance is ``(a - a_ref) G``, an account of what changed since a reference input, instead of ``a G``.
+        from_reference: rules look at the reference too, and not at the input alone.
+        gives: ``relevance``, or the ``multiplier`` itself (plain gradients).
+        spelled_out: norms and softmax are taken apart into what they compute; products carry both factors and both operands of
+            a division.
+        conserves: what the map sums to, in words, for tables.
+    """
+
+    constants: bool = False
+    reference: Reference | None = None
+    from_reference: bool = False
+    gives: Gives = "relevance"
+    spelled_out: bool = False
+    conserves: str = ""
+
+
+class RuleSet:
+    """Assigns a rule to every node; see :class:`FRP` for one."""
 
     @property
     def name(self) -> str:
         """Short name, shown in tables."""
-        ...
+        return type(self).__name__
 
-    def rule_for(self, op: Any, module: str) -> Rule | None:
-        """Returns the rule for an operator called in a module, or None where there is none."""
-        ...
+    @property
+    def account(self) -> Account:
+        """What its multipliers mean."""
+        return Account()
+
+    def rule_for(self, site: Site) -> Rule | None:
+        """Returns the rule for a call, or None where there is none."""
+        return TABLE.get(site.op)
 
     def product_for(self, module: str) -> Product:
         """Returns how products of two carried values are shared in a module."""
-        ...
+        return "auto"
+
+    def check(self, inputs: Sequence[Tensor]) -> None:
+        """Refuses inputs that the rules cannot take; takes all by default.
+
+        Raises:
+            InputError: if one does not fit.
+        """
 
 
 @dataclass(frozen=True)
-class FRP:
+class FRP(RuleSet):
     """Forward relevance propagation: ``V_z = sum_k M_k V_k + c/N`` with ``sum(V_z) == z``.
 
     Args:
@@ -67,18 +123,18 @@ class FRP:
                 raise OptionError(f"product={way!r} is unknown; choose one of {', '.join(PRODUCTS)}.")
 
     @property
-    def name(self) -> str:
-        return "FRP"
+    def account(self) -> Account:
+        return Account(constants=True, conserves="the explained output")
 
-    def rule_for(self, op: Any, module: str) -> Rule | None:
+    def rule_for(self, site: Site) -> Rule | None:
         """Returns the override that matches first, else the operator's affine form."""
-        standard = TABLE.get(op)
+        standard = TABLE.get(site.op)
         for key, function in self.overrides.items():
             path, wanted = key if isinstance(key, tuple) else (key, None) if isinstance(key, str) else ("*", key)
-            matches = fnmatch.fnmatchcase(module, path) and wanted in (None, op)
-            if matches and isinstance(op, OpOverload):
-                carries = standard.carries if standard else (op._schema.arguments[0].name,)
-                return Rule(op, function, carries, "given by the user", "override")
+            matches = fnmatch.fnmatchcase(site.module, path) and wanted in (None, site.op)
+            if matches and isinstance(site.op, OpOverload):
+                carries = standard.carries if standard else (site.op._schema.arguments[0].name,)
+                return Rule(site.op, function, carries, "given by the user", "override")
         return standard
 
     def product_for(self, module: str) -> Product:

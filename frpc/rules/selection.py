@@ -38,6 +38,7 @@ def gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
     aten.cummin.default,
     formula="the chosen elements",
     source="method §2: selection",
+    linear=True,
 )
 def winners(call: Call, a: Tensor, *arguments: Any) -> Affine:
     dim, indices = back(call.args["dim"], a.dim()), call.out[1]
@@ -124,6 +125,7 @@ for _op in (aten.index.Tensor, aten._unsafe_index.Tensor):
     aten.index_fill.int_Tensor,
     formula="[kept] on a, c = the value elsewhere",
     source="method §2: selection",
+    linear=True,
 )
 def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
     rest = [value for name, value in call.args.items() if name != "self"]
@@ -138,6 +140,7 @@ def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
     carries=("self", "src"),
     formula="[kept] on a, b at the places written",
     source="method §2: selection",
+    linear=True,
 )
 def scatter(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return _written(call, a, "src")
@@ -149,6 +152,7 @@ def scatter(call: Call, a: Tensor, *arguments: Any) -> Affine:
     carries=("self", "source"),
     formula="[kept] on a, b at the places written",
     source="method §2: selection",
+    linear=True,
 )
 def copy_to(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return _written(call, a, "source")
@@ -188,6 +192,7 @@ def _two(call: Call, a: Tensor, b: Tensor, name: str, on_a: LinearMap, on_b: Lin
     carries=("self", "values"),
     formula="[kept] on a, b at the places written; accumulating: a + b at the places",
     source="method §2: selection",
+    linear=True,
 )
 def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Affine:
     if not accumulate:
@@ -203,6 +208,7 @@ def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: T
     carries=("self", "source"),
     formula="a + alpha b at the places",
     source="method §2: linear",
+    linear=True,
 )
 def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: float = 1) -> Affine:
     read = LinearOp(lambda v: v.index_select(back(dim, a.dim()), index) * alpha, a.shape, b.shape)
@@ -215,6 +221,7 @@ def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: 
     carries=("self", "src"),
     formula="a + b at the places",
     source="method §2: linear",
+    linear=True,
 )
 def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, *how: Any) -> Affine:
     if how and tuple(how) != ("sum", True):

@@ -27,24 +27,31 @@ aten = torch.ops.aten
     aten.dropout.default,
     formula="a",
     source="method §2: identity",
+    linear=True,
 )
 def identity(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return Affine({str(call.op._schema.arguments[0].name): Identity(a.shape)})
 
 
-@rule(aten.expand.default, formula="a, broadcast", source="method §2: linear")
+@rule(aten.expand.default, formula="a, broadcast", source="method §2: linear", linear=True)
 def expand(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return Affine({"self": Broadcast(a.shape, call.value.shape)})
 
 
-@rule(aten.slice.Tensor, formula="a[start:stop:step]", source="method §2: linear")
+@rule(aten.slice.Tensor, formula="a[start:stop:step]", source="method §2: linear", linear=True)
 def slice_(call: Call, a: Tensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Affine:
     begin = 0 if start is None else start
     end = 2**63 - 1 if stop is None else stop
     return Affine({"self": Slice(dim, begin, end, step, a.shape, call.value.shape)})
 
 
-@rule(aten.slice_scatter.default, carries=("self", "src"), formula="a outside the slice, b inside", source="method §2: linear")
+@rule(
+    aten.slice_scatter.default,
+    carries=("self", "src"),
+    formula="a outside the slice, b inside",
+    source="method §2: linear",
+    linear=True,
+)
 def slice_scatter(
     call: Call, a: Tensor, b: Tensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> Affine:
@@ -142,7 +149,7 @@ linear_op(
 )
 
 
-@rule(aten.as_strided.default, formula="a, reshaped", source="method §2: linear")
+@rule(aten.as_strided.default, formula="a, reshaped", source="method §2: linear", linear=True)
 def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Affine:
     expected: list[str] = []
     step = 1
@@ -155,13 +162,13 @@ def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int]
     return Affine({"self": LinearOp(_reshaped(call, a), a.shape, call.value.shape)})
 
 
-@rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear")
+@rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear", linear=True)
 def constant_pad(call: Call, a: Tensor, padding: Sequence[int], value: float = 0) -> Affine:
     frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value != 0 else None
     return Affine({"self": Pad(padding, a.shape, call.value.shape)}, frame)
 
 
-@rule(aten.channel_shuffle.default, formula="a, its channels dealt out", source="method §2: linear")
+@rule(aten.channel_shuffle.default, formula="a, its channels dealt out", source="method §2: linear", linear=True)
 def channel_shuffle(call: Call, a: Tensor, groups: int) -> Affine:
     return Affine({"self": Shuffle(groups, a.shape)})
 

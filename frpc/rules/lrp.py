@@ -1,0 +1,227 @@
+"""Layer-wise relevance propagation: how a layer with weights shares out the relevance of its neurons.
+
+With multipliers ``G`` (``R = G a``) every LRP rule that is linear in R is a choice of M: the layer with other weights, scaled so
+that what a neuron has is what it gives. ``z`` is the layer's output, ``s(z) = z + eps sgn(z)`` with sgn(0) = +1. A contribution
+``a_i w_ij`` is positive where both have one sign, so for signed inputs the positive part of a layer is ``W+ a+ + W- a-``.
+
+Rules of a first layer (z-box, w-square, flat) share relevance out without looking at the value of the input; their transposed map
+gives relevance itself, not a multiplier, and they exist in that direction only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.affine import Affine, Call, Operand
+from frpc.errors import RuleDeclinedError
+from frpc.maps import Compose, Conv, LinearMap, MatMul, Scale, Total
+from frpc.rules.linear import per_channel
+
+__all__ = ["Bound", "alpha_beta", "epsilon", "flat", "gamma", "stabilized", "w_square", "z_box", "z_plus"]
+
+aten = torch.ops.aten
+
+Bound = float | Tensor
+LayerRule = Callable[..., Affine]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call that multiplies by parameters.
+
+    Attributes:
+        name: the operand that carries.
+        a: its value.
+        weight: the parameters, with the outputs first.
+        bias: broadcastable to the result, or None.
+        with_weight: the linear map of other parameters of the same shape.
+    """
+
+    name: Operand
+    a: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    with_weight: Callable[[Tensor], LinearMap]
+
+
+def layer_of(call: Call) -> Layer:
+    """Reads a convolution, a linear layer, or a product with a constant matrix."""
+    given = call.args
+    if call.op is aten.convolution.default:
+        a, weight, bias = given["input"], given["weight"], given["bias"]
+        options: list[Any] = [given[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+        shift = None if bias is None else per_channel(bias, a.dim())
+        return Layer("input", a, weight, shift, lambda w: Conv(w, *(*options, a.shape, call.value.shape)))
+    names = {aten.linear.default: ("input", "weight"), aten.addmm.default: ("mat1", "mat2"), aten.mm.default: ("self", "mat2")}
+    first, second = names.get(call.op, ("self", "other"))
+    if not call.carries(first) or not isinstance(given[second], Tensor) or given[second].dim() != 2:
+        raise RuleDeclinedError("the rule is for products with a constant matrix on the right")
+    weight = given[second] if call.op is aten.linear.default else given[second].t()
+    shift = given.get("bias") if call.op is aten.linear.default else given.get("self") if call.op is aten.addmm.default else None
+    return Layer(first, given[first], weight, shift, lambda w: MatMul(w, given[first].shape))
+
+
+def stabilized(z: Tensor, eps: float) -> Tensor:
+    """``z + eps sgn(z)``, with sgn(0) = +1."""
+    return z + torch.where(z >= 0, eps, -eps).to(z.dtype)
+
+
+def _rule(name: str, function: Callable[[Call, Layer], Affine]) -> LayerRule:
+    def rule(call: Call, *arguments: Any) -> Affine:
+        return function(call, layer_of(call))
+
+    rule.__name__ = name
+    return rule
+
+
+def epsilon(eps: float) -> LayerRule:
+    """``M = diag(z / s(z)) W``: LRP-epsilon, and LRP-0 for eps = 0. The bias and eps absorb.
+
+    Source: Bach et al. 2015, eqs. 56, 60; S 2.1.2.3; L 5.
+    """
+
+    def build(call: Call, layer: Layer) -> Affine:
+        m = layer.with_weight(layer.weight)
+        if eps == 0:
+            return Affine({layer.name: m})
+        size = call.value.abs()  # z / (z + eps sgn z) = |z| / (|z| + eps)
+        return Affine({layer.name: Compose(m, Scale(size / (size + eps), m.result))})
+
+    return _rule("epsilon" if eps else "lrp_0", build)
+
+
+def _parts(call: Call, layer: Layer, on_positive: Tensor, on_negative: Tensor) -> LinearMap:
+    """The layer with one set of weights on inputs above 0 and another on those below."""
+    upper = layer.with_weight(on_positive)
+    if layer.name in call.positive:
+        return upper
+    above = Compose(Scale((layer.a > 0).to(layer.a.dtype), layer.a.shape), upper)
+    below = Compose(Scale((layer.a < 0).to(layer.a.dtype), layer.a.shape), layer.with_weight(on_negative))
+    return Total([above, below])
+
+
+def _shared(call: Call, part: LinearMap, total: Tensor, share: float, eps: float) -> LinearMap:
+    """``share diag(z / s(total)) part``."""
+    return Compose(part, Scale(share * call.value / stabilized(total, eps), part.result))
+
+
+def z_plus(eps: float) -> LayerRule:
+    """``M = diag(z / z+) W+``: relevance goes to what raised a neuron. The positive part of the bias absorbs.
+
+    Source: Montavon et al. 2017, z+ rule; L 9; signed inputs as alpha-beta with (1, 0), S 20.
+    """
+    return _rule("z_plus", lambda call, layer: _alpha_beta(call, layer, 1.0, 0.0, eps))
+
+
+def alpha_beta(alpha: float, beta: float, eps: float) -> LayerRule:
+    """``M = alpha diag(z / z+) W+ - beta diag(z / z-) W-``; each part of the bias absorbs in its part.
+
+    Source: Bach et al. 2015, eq. 60; S 18.
+    """
+    return _rule("alpha_beta", lambda call, layer: _alpha_beta(call, layer, alpha, beta, eps))
+
+
+def _alpha_beta(call: Call, layer: Layer, alpha: float, beta: float, eps: float) -> Affine:
+    raising, lowering = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+    maps: list[LinearMap] = []
+    for share, on_positive, on_negative, low, high in (
+        (alpha, raising, lowering, 0.0, None),
+        (-beta, lowering, raising, None, 0.0),
+    ):
+        if share:
+            part = _parts(call, layer, on_positive, on_negative)
+            total = part.push(layer.a)
+            total = total if layer.bias is None else total + layer.bias.clamp(low, high)
+            maps.append(_shared(call, part, total, share, eps))
+    return Affine({layer.name: maps[0] if len(maps) == 1 else Total(maps)})
+
+
+def gamma(factor: float, eps: float) -> LayerRule:
+    """``w + gamma w+`` in place of the weights, rescaled to z; for neurons below 0 ``w + gamma w-``, and inputs below 0 mirrored.
+
+    Source: Montavon et al. 2019, LRP-gamma; for signed inputs Andeol et al. 2021, as zennit has it.
+    """
+
+    def build(call: Call, layer: Layer) -> Affine:
+        raised = layer.weight + factor * layer.weight.clamp(min=0)
+        lowered = layer.weight + factor * layer.weight.clamp(max=0)
+        maps = []
+        for on_positive, on_negative, low, high, mine in (
+            (raised, lowered, 0.0, None, call.value > 0),
+            (lowered, raised, None, 0.0, call.value < 0),
+        ):
+            part = _parts(call, layer, on_positive, on_negative)
+            total = part.push(layer.a)
+            total = total if layer.bias is None else total + layer.bias + factor * layer.bias.clamp(low, high)
+            share = torch.where(mine, call.value / stabilized(total, eps), 0.0)
+            maps.append(Compose(part, Scale(share, part.result)))
+        return Affine({layer.name: Total(maps)})
+
+    return _rule("gamma", build)
+
+
+class Direct(LinearMap):
+    """A first layer's transposed map: relevance of the input from multipliers of the layer's output."""
+
+    pushes = False
+
+    def __init__(self, weighted: LinearMap, pulled: Callable[[Tensor], Tensor]) -> None:
+        self.operand, self.result = weighted.operand, weighted.result
+        self.weighted, self.pulled = weighted, pulled
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.pulled(v)
+
+    def cost(self, itemsize: int = 4) -> Any:
+        return self.weighted.cost(itemsize)
+
+
+def _unsigned(call: Call, layer: Layer, weight: Tensor, eps: float) -> Affine:
+    """Relevance in proportion to weights alone."""
+    m = layer.with_weight(weight)
+    share = call.value / stabilized(m.push(torch.ones_like(layer.a[:1])), eps)
+    return Affine({layer.name: Direct(m, lambda v: m.pull(v * share))}, direct=True)
+
+
+def w_square(eps: float) -> LayerRule:
+    """``R_i = sum_j w_ij^2 / sum_i w_ij^2 R_j``: inputs of any range. Nothing absorbs but eps.
+
+    Source: Montavon et al. 2017, w^2 rule.
+    """
+    return _rule("w_square", lambda call, layer: _unsigned(call, layer, layer.weight * layer.weight, eps))
+
+
+def flat(eps: float) -> LayerRule:
+    """``R_i = sum_j R_j / n``: all inputs of a neuron alike. Nothing absorbs but eps.
+
+    Source: Lapuschkin et al. 2019, flat rule.
+    """
+    return _rule("flat", lambda call, layer: _unsigned(call, layer, torch.ones_like(layer.weight), eps))
+
+
+def z_box(low: Bound, high: Bound, eps: float) -> LayerRule:
+    """``R_i = sum_j (x_i w_ij - l w+ - h w-) / sum_i (...) R_j`` for inputs between l and h. Nothing absorbs but eps.
+
+    Source: Montavon et al. 2017, z-beta rule.
+    """
+
+    def build(call: Call, layer: Layer) -> Affine:
+        bounds = [torch.as_tensor(b, dtype=layer.a.dtype, device=layer.a.device).expand_as(layer.a[:1]) for b in (low, high)]
+        m = layer.with_weight(layer.weight)
+        raised, lowered = layer.with_weight(layer.weight.clamp(min=0)), layer.with_weight(layer.weight.clamp(max=0))
+        contribution = call.value if layer.bias is None else call.value - layer.bias
+        total = contribution - raised.push(bounds[0]) - lowered.push(bounds[1])
+        share = call.value / stabilized(total, eps)
+
+        def pulled(v: Tensor) -> Tensor:
+            v = v * share
+            return layer.a * m.pull(v) - bounds[0] * raised.pull(v) - bounds[1] * lowered.pull(v)
+
+        return Affine({layer.name: Direct(m, pulled)}, direct=True)
+
+    return _rule("z_box", build)

@@ -1,0 +1,61 @@
+"""Rules that change the transposed pass itself: what is pulled through a ReLU depends on its own sign.
+
+They are not linear in what is pulled, so they have no forward direction, and what they give is a picture of sensitivity, not an
+account: nothing is conserved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from frpc.affine import Affine, Call
+from frpc.maps import LinearMap
+
+__all__ = ["deconvnet_relu", "guided_relu", "rectified_relu"]
+
+
+class Rectified(LinearMap):
+    """A transposed pass ``v -> function(v)`` that is not linear."""
+
+    pushes = False
+
+    def __init__(self, value: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        self.operand = self.result = value.shape
+        self.function = function
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.function(v)
+
+
+def guided_relu(call: Call, *arguments: Any) -> Affine:
+    """``v [z > 0] [v > 0]``. Source: Springenberg et al. 2015."""
+    z = call.value
+    return Affine({"self": Rectified(z, lambda v: v.clamp(min=0) * (z > 0))})
+
+
+def deconvnet_relu(call: Call, *arguments: Any) -> Affine:
+    """``v [v > 0]``. Source: Zeiler & Fergus 2014; S 9-11."""
+    return Affine({"self": Rectified(call.value, lambda v: v.clamp(min=0))})
+
+
+def rectified_relu(q: float) -> Callable[..., Affine]:
+    """``v [z v > t]``, t the q-quantile of ``z v`` over each sample's layer. Source: Kim et al. 2019, RectGrad."""
+
+    def rectified_gradient(call: Call, *arguments: Any) -> Affine:
+        z = call.value
+        cells = math.prod(int(n) for n in z.shape[1:])
+        rank = max(1, math.ceil(q * cells))
+
+        def pulled(v: Tensor) -> Tensor:
+            product = z * v
+            lead = v.dim() - z.dim() + 1
+            threshold = product.flatten(lead).kthvalue(rank, -1).values
+            return v * (product > threshold.reshape([*threshold.shape, *[1] * (z.dim() - 1)]))
+
+        return Affine({"self": Rectified(z, pulled)})
+
+    return rectified_gradient
