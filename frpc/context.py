@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine
 from frpc.assign import Assignment
-from frpc.errors import InputError
-from frpc.graph import fetch, first_result
+from frpc.emit import at_reference, reference_constants
+from frpc.errors import InputError, OptionError
+from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import feeding
 from frpc.propagate import affine_maps, evaluate, push
 from frpc.windows import LocalityEndsError, Rows, build_rows
@@ -27,9 +28,9 @@ class LayerContext:
         assignment: rules of the graph.
         maps: affine form, at this input, of every node up to the layer.
         layer: the layer's node.
-        x: the input's value, ``[B, C, *spatial]``.
-        values: the layer's values.
-        bias: the constants' share of each, like values.
+        x: the input's value, ``[B, C, *spatial]``; what it is above the reference in rule sets of increments.
+        values: the layer's values, or their increments.
+        bias: the constants' share of each, like values; 0 in rule sets that follow no constants.
         nodes: the nodes with rules, up to the layer.
         rows: producer of the layer's windows, or None.
         ended: where windows end and why, or None.
@@ -46,6 +47,15 @@ class LayerContext:
     ended: str | None
 
     @property
+    def one_way(self) -> str | None:
+        """Names a rule that has no forward direction, and where, if there is one."""
+        for node in self.nodes:
+            assigned = self.assignment.rules[node]
+            if assigned.example.direct or not all(m.pushes for m in assigned.example.terms.values()):
+                return f"the rule {assigned.rule.name} at {origin_of(node).module or node.name}"
+        return None
+
+    @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of input cells; inputs with fewer axes count as one row."""
         sizes = [int(n) for n in self.x.shape[2:]] if self.x.dim() > 2 else [int(self.x.shape[1])]
@@ -57,7 +67,15 @@ def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tenso
 
     Raises:
         InputError: for models with several inputs, or an input with more than two spatial axes.
+        OptionError: for rule sets that give plain gradients, or average over several references.
     """
+    account = assignment.account
+    if account.gives == "multiplier":
+        raise OptionError(
+            "Plain gradients are no maps that add up; compile with frpc.rules.Gradient(), which multiplies by the input."
+        )
+    if account.reference is not None and account.reference.count > 1:
+        raise OptionError("Maps of layers are from one reference; compile with one of them.")
     if len(assignment.sources) != 1:
         raise InputError("Maps of layers are over one input; this model has several. Use explainer.neurons().")
     source = assignment.sources[0]
@@ -68,13 +86,17 @@ def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tenso
         raise InputError(f"Maps of layers cover inputs with one or two spatial axes, not {x.dim() - 2}. Use explainer.neurons().")
     module = assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
+    constants |= reference_constants(assignment)
     upstream = feeding(assignment, layer)
     nodes = tuple(n for n in assignment.rules if n in upstream)
     with torch.no_grad():
         everything = evaluate(module.graph, constants, [t.detach() for t in inputs], until=layer)
-        maps = affine_maps(assignment, everything, nodes)
-        field = push(assignment, maps, {}, layer, everything)
+        there = at_reference(assignment, constants, inputs, everything, until=layer)
+        maps = affine_maps(assignment, everything, nodes, references=there)
+        field = push(assignment, maps, {}, layer, everything) if account.constants else None
         values = first_result(everything[layer])
+        if there is not None:
+            x, values = x - first_result(there[source]), values - first_result(there[layer])
         bias = torch.zeros_like(values) if field is None else field.expand_as(values).contiguous()
         rows, ended = _windows(assignment, maps, x, layer)
     return LayerContext(assignment, maps, layer, x, values, bias, nodes, rows, ended)

@@ -75,6 +75,7 @@ def at_reference(
     inputs: Sequence[Tensor],
     values: Mapping[fx.Node, Any],
     observe: Any = None,
+    until: fx.Node | None = None,
 ) -> dict[fx.Node, Any] | None:
     """Returns the value of every node where the sources take their reference values, or None where there is no reference.
 
@@ -84,6 +85,7 @@ def at_reference(
         inputs: the model's inputs.
         values: the value of every node at the input.
         observe: see :data:`frpc.propagate.Observer`.
+        until: the last node wanted; all by default.
     """
     reference = assignment.account.reference
     if reference is None:
@@ -99,7 +101,7 @@ def at_reference(
         else:
             given[source] = reference.blur(here) if reference.kind == "blur" else torch.zeros_like(here)
     hooks: dict[str, Any] = {} if observe is None else {"observe": lambda node, phase: observe(node, "reference")}
-    return evaluate(assignment.graph_module.graph, constants, inputs, given=given, **hooks)
+    return evaluate(assignment.graph_module.graph, constants, inputs, until=until, given=given, **hooks)
 
 
 def _explained(functional: Tensor, output: Tensor) -> Tensor:

@@ -168,7 +168,10 @@ class Explainer(nn.Module):
         """Answers by transposed windows, or returns None where a program is to answer."""
         if strategy not in ("auto", "transposed", "windows"):
             raise OptionError(f"strategy={strategy!r} is unknown for neurons; choose auto, transposed or windows.")
+        account = self._choice.rules.account
+        single = account.reference is None or account.reference.count == 1
         possible = len(inputs) == 1 and inputs[0].dim() in (3, 4) and self._query.bias != "receptive_field"
+        possible = possible and account.gives == "relevance" and single
         if strategy == "transposed" or (strategy == "auto" and not possible):
             return None
         query = self._asked(columns=True, of=layer, bias="separate")

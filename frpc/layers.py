@@ -172,10 +172,14 @@ def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | No
     batch, cost = int(context.values.shape[0]), total_cost(context.assignment, context.nodes)
     neurons, cells = context.values[0].numel(), context.cells[0] * context.cells[1]
     calls = 4.0 * len(context.nodes)
-    found = [
-        _weigh("forward", cells * batch * cost.flops, cells * batch * cost.bytes, calls * max(1.0, cells / 64)),
-        _weigh("transposed", neurons * batch * cost.flops, neurons * batch * cost.bytes, calls * max(1.0, neurons / 32)),
-    ]
+    found = [_weigh("transposed", neurons * batch * cost.flops, neurons * batch * cost.bytes, calls * max(1.0, neurons / 32))]
+    if context.one_way is None:
+        found.append(_weigh("forward", cells * batch * cost.flops, cells * batch * cost.bytes, calls * max(1.0, cells / 64)))
+    elif strategy in ("forward", "windows"):
+        raise OptionError(
+            f'strategy="{strategy}": {context.one_way} has no forward direction, it changes the transposed pass itself; '
+            'use strategy="transposed".'
+        )
     whole = float(context.values.numel() * cells * context.values.element_size())
     width = int(context.values.shape[-1]) if context.values.dim() > 2 else 1
     order = [] if rows is None else producers(rows)

@@ -161,6 +161,46 @@ def test_bands_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(explainer.layer("4", x, strategy="windows").dense(), whole) <= 1e-10
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_run_holds_no_more_than_the_plan_says(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are forgotten as soon as their readers have passed them, while the first row of the layer is still being made."""
+    torch.manual_seed(3)
+    pairs = [(2, 8), (8, 8), (8, 8), (8, 8)]
+    layers: list[nn.Module] = [part for i, o in pairs for part in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())]
+    layers.insert(4, nn.MaxPool2d(2))
+    explainer, x = frpc.compile(nn.Sequential(*layers).double().eval()), randn(1, 2, 24, 24, seed=6)
+    monkeypatch.setattr("frpc.windows.rows._BAND", 1)  # row by row
+    known: set[Rows] = set()
+    most = 0
+    band = Rows.band
+
+    def watched(self: Rows, first: int, last: int) -> Tensor:
+        nonlocal most
+        known.add(self)
+        found = band(self, first, last)
+        pieces = {piece.untyped_storage().data_ptr(): piece.numel() for rows in known for piece in rows._kept.values()}
+        most = max(most, sum(pieces.values()))
+        return found
+
+    monkeypatch.setattr(Rows, "band", watched)
+    maps = explainer.layer("8", x, strategy="windows")
+    limit = max(maps.plan.working((k, k + 12 // parts)) for k in range(0, 12, 12 // parts))
+    spans = maps.plan.column_spans(int(limit) + 1)
+    assert len(spans) == parts
+    for _ in maps.blocks(int(limit) + 1):
+        pass
+    whole = sum(rows.row_elements() * rows.size[1] for rows in known)
+    assert most * 8 <= 1.1 * limit  # a row under way may be beside those it is made of
+    assert most < 0.5 * whole  # or nothing would be streamed
+
+
+def test_a_limit_below_one_column_is_refused(net: tuple[frpc.Explainer, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer, x = net
+    monkeypatch.setattr("frpc.layers._SMALL_RUN", 0.0)
+    with pytest.raises(MemoryLimitError, match=r"5: one column of positions takes .* to compute, over the limit of 1\.0 kB\."):
+        list(explainer.layer("5", x, strategy="windows").blocks(1000))
+
+
 @pytest.mark.parametrize("layer", LOCAL)
 def test_transposed_windows_of_neurons_are_their_maps(net: tuple[frpc.Explainer, Tensor], layer: str) -> None:
     explainer, x = net

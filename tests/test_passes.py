@@ -480,6 +480,40 @@ def test_fold_constants() -> None:
     assert calls(optimized(optimize.fold_constants, before, randn(2, 3))) == ["t", "mm", "mm"]
 
 
+def test_fold_constants_of_several_results() -> None:
+    """The winners of a constant image are known, and with them what is read at their places."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, w = graph.placeholder("x"), constant("w", randn(1, 1, 4, 4))
+        pooled = graph.call_function(aten.max_pool2d_with_indices.default, (w, [2, 2]))
+        largest, places = (graph.call_function(operator.getitem, (pooled, k)) for k in (0, 1))
+        return graph.call_function(aten.add.Tensor, (x, largest)), places
+
+    before = program(build)
+    after = copy_graph(before)
+    assert optimize.fold_constants(after)
+    optimize.remove_dead(after)
+    after.recompile()
+    assert calls(after) == ["add.Tensor"]
+    for got, expected in zip(after(randn(1, 1, 2, 2)), before(randn(1, 1, 2, 2)), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_drop_unread() -> None:
+    """A tensor that no node reads any more takes no memory."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x = graph.placeholder("x")
+        constant("unread", randn(3))
+        return graph.call_function(aten.mul.Tensor, (x, constant("read", randn(3))))
+
+    before = program(build)
+    optimize.remove_dead(before)
+    assert {name for name, _ in before.named_buffers()} == {"read", "unread"}
+    after = optimized(optimize.drop_unread, before, randn(3))
+    assert {name for name, _ in after.named_buffers()} == {"read"}
+
+
 def test_merge_scales() -> None:
     """Two factors in a row become one, which then folds; not where the value in between is used."""
 
@@ -503,7 +537,13 @@ def test_merge_scales() -> None:
 
 
 def test_every_optimization_has_a_test() -> None:
-    tested = {optimize.remove_dead, optimize.merge_common, optimize.merge_scales, optimize.fold_constants}
+    tested = {
+        optimize.remove_dead,
+        optimize.merge_common,
+        optimize.merge_scales,
+        optimize.fold_constants,
+        optimize.drop_unread,
+    }
     assert set(optimize.PASSES) <= tested
 
 

@@ -254,7 +254,9 @@ def _max_pool(call: Call, path: Path) -> Affine:
     same = call.out[1] == call.reference.out[1]
     share = torch.where(same, 1.0, share)
     start = call.reference.out[1].expand_as(call.out[1])
-    last, first = Select(call.out[1], a.shape), Select(start, a.shape)
+    steps = _selection(call, call).terms["self"]
+    window = steps.window if isinstance(steps, Select) else None
+    last, first = Select(call.out[1], a.shape, window=window), Select(start, a.shape, window=window)
     return Affine({"self": Total([Compose(last, Scale(share, last.result)), Compose(first, Scale(1.0 - share, first.result))])})
 
 

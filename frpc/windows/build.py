@@ -12,7 +12,22 @@ from torch import Tensor, fx
 from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.graph import first_result
-from frpc.maps import Compose, Conv, Gate, Identity, LinearMap, LinearOp, LinearPool, Pad, Place, Scale, Select, Shuffle, Slice
+from frpc.maps import (
+    Compose,
+    Conv,
+    Gate,
+    Identity,
+    LinearMap,
+    LinearOp,
+    LinearPool,
+    Pad,
+    Place,
+    Scale,
+    Select,
+    Shuffle,
+    Slice,
+    Total,
+)
 from frpc.plan import feeding
 from frpc.windows.rows import (
     ChannelRows,
@@ -134,6 +149,8 @@ class _Builder:
     def of_map(self, node: fx.Node, linear_map: LinearMap, operand: Rows) -> Rows:
         if isinstance(linear_map, Compose):
             return self.of_map(node, linear_map.second, self.of_map(node, linear_map.first, operand))
+        if isinstance(linear_map, Total):
+            return SumRows(self.agreed(node, [self.of_map(node, part, operand) for part in linear_map.parts]))
         for kind, build in _BUILDERS:
             if isinstance(linear_map, kind):
                 made = build(node, linear_map, operand)
