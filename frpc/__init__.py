@@ -18,7 +18,7 @@ from frpc.methods import Method, methods
 from frpc.references import data_mean
 
 if TYPE_CHECKING:
-    from frpc import heatmap, text
+    from frpc import heatmap, repeat, text
 
 __version__ = "0.1.0"
 
@@ -39,14 +39,18 @@ __all__ = [
     "examine",
     "heatmap",
     "methods",
+    "repeat",
     "rule",
     "rules",
     "text",
 ]
 
 
+_MODULES = ("heatmap", "repeat", "text")
+
+
 def __getattr__(name: str) -> Any:
-    """Loads the parts that draw when they are first asked for: plotting libraries take longer to load than frpc."""
-    if name in ("heatmap", "text"):
+    """Loads parts that not everyone needs when they are first asked for: plotting libraries take longer to load than frpc."""
+    if name in _MODULES:
         return import_module(f"frpc.{name}")
     raise AttributeError(f"module 'frpc' has no attribute {name!r}")
