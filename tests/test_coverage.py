@@ -194,6 +194,40 @@ def test_a_record_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
     json.dumps(record, allow_nan=False)
 
 
+def test_batch_variance_is_held_against_the_rounding_of_plain_pytorch() -> None:
+    """Twice what rounding does to autograd's map is allowed, in float32 alone; without that figure the bound stays."""
+    names = [f"{what}_{dtype}" for what in ("error", "output", "variance") for dtype in ("float32", "float64")]
+    exact = {"narrowed": False, **dict.fromkeys(names, 0.0)}
+
+    def judged(**numbers: float | None) -> str:
+        return probe._verdict({**exact, **numbers})["status"]
+
+    assert judged(variance_float32=1.5e-6) == "inexact"
+    assert judged(variance_float32=1.5e-6, plain_rounding=None) == "inexact"
+    assert judged(variance_float32=1.5e-6, plain_rounding=1e-6) == "ok"
+    assert judged(variance_float32=1.5e-6, plain_rounding=0.7e-6) == "inexact"
+    assert judged(variance_float64=1.5e-11, plain_rounding=1e-6) == "inexact"
+
+
+def test_plain_rounding_is_that_of_input_times_gradient() -> None:
+    class Mixing(nn.Module):
+        """Sample i of a batch of n is scaled by n: alone it is 1/3 of what it is among three."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * len(x)
+
+    class Rounding(nn.Module):
+        """In float32 the factor is 1, in float64 it is 1 + 1e-9, rounded to neither."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (torch.tensor(1.0, dtype=x.dtype) + 1e-9)
+
+    x = torch.rand(3, 4) + 1
+    of = [probe.plain_rounding(subject.Subject(m, (x,)), (1,)) for m in (nn.Identity(), Rounding(), Mixing())]
+    assert of == [0.0, pytest.approx(1e-9, rel=1e-3), pytest.approx(2.0)], "from 1/3 to 1 it is 2 of 1/3"
+    assert probe.plain_rounding(subject.Subject(nn.Identity(), (torch.ones(3, 4, dtype=torch.int64),)), (1,)) is None
+
+
 def test_missing_operators_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "load", lambda name: FakeSuite(nn.Sequential(Bessel(), nn.Flatten(), Bessel())))
     record = probe.try_model("fake", "one")
@@ -265,14 +299,16 @@ def test_page_shows_every_record() -> None:
             "net_a": record("ok", **numbers),
             "net_b": record("missing", missing={"aten.sort.default — no rule": 2}, reason="", error="UnsupportedOpError"),
             "net_c": record("crashed", reason="died of SIGSEGV: a | b\nc"),
+            "net_d": record("ok", **numbers | {"variance_float32": 2e-6, "plain_rounding": 1.6e-6}),
         },
         "timm": {},
     }
     outcomes = {"Captum LRP": {"status": "raised", "reason": "AssertionError: x"}, "zennit": {"status": "off", "error": 0.5}}
     compared = {"torchvision": {"net_a": {"status": "ok", "peers": outcomes}}}
     text = page.render(suites, compared)
-    assert "| [torchvision](#torchvision) | 1 missing, 1 crashed | 1 | 3 | 33% |" in text
+    assert "| [torchvision](#torchvision) | 1 missing, 1 crashed | 2 | 4 | 50% |" in text
     assert "| `net_a` | 3×96×96 | 12 | 2 | 1.2 | 2e-07 | 3e-16 | 12.5% | 1e-07 | fixed |" in text
+    assert "| `net_d` | 3×96×96 | 12 | 2 | 1.2 | 2e-07 | 3e-16 | 12.5% | 2.0e-06 (1.6e-06) | fixed |" in text
     assert "| `net_b` | missing | `aten.sort.default` (no rule) |" in text
     assert r"| `net_c` | crashed | died of SIGSEGV: a \| b c |" in text
     assert "| `net_a` | raised: AssertionError: x | off, 5e-01 |" in text

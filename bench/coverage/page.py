@@ -33,7 +33,11 @@ random tokens. A run takes hours; `python -m bench coverage --suite torchvision 
   where the model itself casts to float32, which frpc does not follow in float64).
 - **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
 - **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three:
-  up to 1e-6 and 1e-11 counts as covered; `fixed` where the model itself fixes the batch size.
+  up to 1e-6 and 1e-11 counts as covered; `fixed` where the model itself fixes the batch size. PyTorch's kernels add in another
+  order for another batch size, and in some models rounding alone, or a ReLU whose value it turns from one side of 0 to the other,
+  changes a map by more than 1e-6. Then the figure in parentheses says what rounding does to input x gradient by PyTorch's
+  autograd, frpc not involved: the largest distance between its map made alone, made in the batch, and made in float64. In float32
+  up to twice as much is covered; in float64 nothing is added to the bound.
 """
 
 PEERS_HEAD = """\
@@ -124,8 +128,15 @@ def _row(name: str, r: Record) -> tuple[str, ...]:
     sizes = ", ".join("×".join(map(str, shape)) for shape in r["input"])
     errors = (_small(r["error_float32"]), _small(r["error_float64"]))
     share = "not finite" if r["constants"] is None else f"{r['constants']:.1%}"
-    batch = tuple("fixed" if r[key] is None else _small(r[key]) for key in ("variance_float32", "variance_float64"))
+    batch = (_batch(r, "float32"), _batch(r, "float64"))
     return (f"`{name}`", sizes, str(r["nodes"]), str(len(r["ops"])), f"{r['compile_seconds']:.1f}", *errors, share, *batch)
+
+
+def _batch(r: Record, dtype: str) -> str:
+    """Shows the batch variance, in float32 with what rounding does to plain PyTorch where that was needed."""
+    own, plain = r[f"variance_{dtype}"], r.get("plain_rounding") if dtype == "float32" else None
+    shown = "fixed" if own is None else _small(own)
+    return shown if plain is None else f"{own:.1e} ({plain:.1e})"
 
 
 def _small(value: float | None) -> str:

@@ -33,7 +33,11 @@ class Subject:
     def explained(self, inputs: Inputs) -> Tensor:
         """Runs the model and returns the output that is explained."""
         with torch.no_grad():
-            result = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs)
+            return self.result(inputs)
+
+    def result(self, inputs: Inputs) -> Tensor:
+        """The same, with gradients where they are asked for."""
+        result = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs)
         if "output" in self.options:
             result = result[self.options["output"]]
         elif isinstance(result, dict):
