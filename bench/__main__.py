@@ -30,6 +30,22 @@ def attribution(
 
 
 @app.command()
+def methods(
+    nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50,vgg16",
+    only: Annotated[str, typer.Option(help="Methods, with commas; a choice of the cheap and the common ones if left out.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 7,
+    peers: Annotated[bool, typer.Option(help="Also time Captum and zennit.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """Every method's price in forward passes of the model itself, beside other libraries."""
+    from bench.methods import run
+
+    raise typer.Exit(run(_words(nets), _words(only), batch, threads, rounds, peers, json))
+
+
+@app.command()
 def neurons(
     net: Annotated[str, typer.Option(help="thesis_alexnet, or a torchvision classifier.")] = "thesis_alexnet",
     layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",

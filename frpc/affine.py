@@ -50,6 +50,7 @@ class Call:
         carried: the operands that carry relevance.
         reference: the same call at the reference input, in rule sets that explain increments; its batch is 1 or the call's.
         positive: the operands that are known to be nowhere negative.
+        rectified: the result goes to ReLUs and nowhere else, so that nothing is pulled to its negative elements.
     """
 
     op: OpOverload
@@ -58,6 +59,7 @@ class Call:
     carried: frozenset[Operand]
     reference: Call | None = None
     positive: frozenset[Operand] = frozenset()
+    rectified: bool = False
 
     @property
     def value(self) -> Tensor:

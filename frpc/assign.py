@@ -35,6 +35,22 @@ _MOVES = {*RESHAPES, aten.permute.default, aten.transpose.int, aten.clone.defaul
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What is known of a call before it runs, so that a rule can leave out what comes to nothing.
+
+    Attributes:
+        positive: the operands that are nowhere negative.
+        rectified: the result goes to ReLUs and nowhere else, and is not what is explained.
+    """
+
+    positive: frozenset[Operand] = frozenset()
+    rectified: bool = False
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
 class Assigned:
     """The rule of one node.
 
@@ -43,7 +59,7 @@ class Assigned:
         rule: its rule.
         operands: which arguments carry, and the nodes that feed them.
         batch: where the samples are in its result.
-        positive: the operands that are known to be nowhere negative.
+        hints: what is known of the call beforehand.
         example: its affine form at the example values.
         maps: class names of the maps the rule chose, for tables.
     """
@@ -52,7 +68,7 @@ class Assigned:
     rule: Rule
     operands: dict[Operand, fx.Node]
     batch: Batch
-    positive: frozenset[Operand]
+    hints: Hints
     example: Affine
 
     @property
@@ -91,9 +107,7 @@ class Assignment:
         return self
 
 
-def call_of(
-    node: fx.Node, carried: frozenset[Operand], values: Any, references: Any = None, positive: frozenset[Operand] = frozenset()
-) -> Call:
+def call_of(node: fx.Node, carried: frozenset[Operand], values: Any, references: Any = None, hints: Hints = NO_HINTS) -> Call:
     """Returns the call a rule is asked about.
 
     Args:
@@ -101,12 +115,12 @@ def call_of(
         carried: operands that carry.
         values: function from a node to its value.
         references: function from a node to its value at the reference input; None where rules do not look at one.
-        positive: operands known to be nowhere negative.
+        hints: what is known of the call beforehand.
     """
     assert isinstance(node.target, OpOverload)
     args, kwargs = fx.map_arg((node.args, node.kwargs), values)
     there = None if references is None else call_of(node, carried, references)
-    return Call(node.target, bind(node.target, args, kwargs), values(node), carried, there, positive)
+    return Call(node.target, bind(node.target, args, kwargs), values(node), carried, there, hints.positive, hints.rectified)
 
 
 def assign(
@@ -146,7 +160,9 @@ def assign(
         try:
             first = any(n in reading for n in operands.values())
             signs = frozenset(name for name, n in operands.items() if n in positive)
-            assigned = _assign_one(node, operands, rules, batches.get(node), first, signs)
+            explained = bool(of) and of in node.meta.get("layers", ())
+            rectified = bool(node.users) and all(user.target is aten.relu.default for user in node.users) and not explained
+            assigned = _assign_one(node, operands, rules, batches.get(node), first, Hints(signs, rectified))
             if assigned.operands:
                 found[node] = assigned
             else:
@@ -195,7 +211,7 @@ def _assign_one(
     rules: RuleSet,
     batch: Batch | None,
     first: bool,
-    positive: frozenset[Operand],
+    hints: Hints,
 ) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
@@ -210,7 +226,7 @@ def _assign_one(
         if argument not in rule.carries:
             raise RuleDeclinedError(f"carried value as {argument!r}: the rule takes it as a coefficient only")
     references = (lambda n: n.meta["val"]) if rules.account.from_reference else None
-    call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, positive)
+    call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, hints)
     if batch is None:
         raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
     with call.value.fake_mode, enable_python_dispatcher():  # type: ignore[attr-defined]
@@ -222,7 +238,7 @@ def _assign_one(
     missing = set(operands) - set(example.terms)
     terms: dict[Operand, LinearMap] = dict(example.terms)
     carrying = {k: n for k, n in operands.items() if k not in missing}
-    return Assigned(node, rule, carrying, batch, positive, Affine(terms, example.constant, example.direct))
+    return Assigned(node, rule, carrying, batch, hints, Affine(terms, example.constant, example.direct))
 
 
 def _gap(node: fx.Node, reason: str) -> Gap:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from frpc.graph import describe, fetch
 
-__all__ = ["PASSES", "Refusal", "channels_last", "flip_transposed", "free_views"]
+__all__ = ["PASSES", "Refusal", "channels_last", "flip_transposed", "free_views", "reuse_memory"]
 
 aten = torch.ops.aten
 
@@ -120,4 +120,56 @@ def free_views(graph_module: fx.GraphModule) -> list[Refusal]:
     return []
 
 
-PASSES: tuple[Pass, ...] = (flip_transposed, channels_last, free_views)
+_IN_PLACE: dict[Any, Any] = {
+    aten.relu.default: aten.relu_.default,
+    aten.abs.default: aten.abs_.default,
+    aten.neg.default: aten.neg_.default,
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.tanh.default: aten.tanh_.default,
+}
+_FRESH = {  # operators whose result is memory of its own, written in full
+    *_IN_PLACE,
+    *_IN_PLACE.values(),
+    aten.convolution.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.threshold_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.gather.default,
+    aten.where.self,
+    aten.gelu.default,
+    aten.silu.default,
+}
+
+
+def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``f(x) -> f_(x)`` where x is a result that nobody else reads: no new memory is touched, which costs more than the work."""
+    for node in graph_module.graph.nodes:
+        if node.target not in _IN_PLACE or node.kwargs:
+            continue
+        overwritten = node.args[0]
+        if not isinstance(overwritten, fx.Node) or not _mine_alone(overwritten, node):
+            swapped = node.args[1] if node.target in (aten.add.Tensor, aten.mul.Tensor) else None
+            if not isinstance(swapped, fx.Node) or not _mine_alone(swapped, node):
+                continue
+            node.args = (swapped, node.args[0])
+        node.target = _IN_PLACE[node.target]
+    return []
+
+
+def _mine_alone(x: fx.Node, reader: fx.Node) -> bool:
+    """Says whether x is fresh memory that only ``reader`` reads, once, and its result fits into."""
+    if x.target not in _FRESH or len(x.users) != 1 or list(reader.args).count(x) != 1:
+        return False
+    here, there = x.meta.get("val"), reader.meta.get("val")
+    if not isinstance(here, Tensor) or not isinstance(there, Tensor) or here.dtype != there.dtype:
+        return False
+    return here.dim() == there.dim() and all(str(a) == str(b) for a, b in zip(here.shape, there.shape, strict=True))
+
+
+PASSES: tuple[Pass, ...] = (flip_transposed, channels_last, free_views, reuse_memory)

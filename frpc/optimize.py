@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from frpc.graph import fetch
 
-__all__ = ["PASSES", "drop_unread", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
+__all__ = ["PASSES", "drop_unread", "fold_added_bias", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], bool]
@@ -117,6 +117,28 @@ def merge_scales(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
+def fold_added_bias(graph_module: fx.GraphModule) -> bool:
+    """``convolution(x, w) + c -> convolution(x, w, c)`` for one constant a channel: a pass over the result less."""
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        convolved, added = (*node.args, None, None)[:2] if node.target is aten.add.Tensor and not node.kwargs else (None, None)
+        if not isinstance(convolved, fx.Node) or not isinstance(added, fx.Node) or added.op != "get_attr":
+            continue
+        plain = convolved.target is aten.convolution.default and convolved.args[2] is None and len(convolved.users) == 1
+        shape, rank = list(added.meta["val"].shape), convolved.meta["val"].dim()
+        if plain and shape == [convolved.meta["val"].shape[1], *[1] * (rank - 2)]:
+            with graph_module.graph.inserting_before(convolved):
+                flat = graph_module.graph.call_function(aten.reshape.default, (added, [-1]))
+            flat.meta = {**added.meta, "val": added.meta["val"].reshape(-1)}
+            _store(graph_module, flat, fetch(graph_module, str(added.target)).reshape(-1))
+            bias = convolved.prev
+            convolved.args = (*convolved.args[:2], bias, *convolved.args[3:])
+            node.replace_all_uses_with(convolved)
+            graph_module.graph.erase_node(node)
+            changed = True
+    return changed
+
+
 def drop_unread(graph_module: fx.GraphModule) -> bool:
     """Forgets tensors that no node reads any more, e.g. what a folded reference pass went through."""
     read = {str(n.target) for n in graph_module.graph.find_nodes(op="get_attr")}
@@ -126,5 +148,5 @@ def drop_unread(graph_module: fx.GraphModule) -> bool:
     return bool(unread)
 
 
-PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, remove_dead, drop_unread)
+PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, fold_added_bias, remove_dead, drop_unread)
 """In this order. Dead code goes first, so that nothing is merged into it."""

@@ -107,7 +107,7 @@ def affine_maps(
     for node in nodes:
         assigned = assignment.rules[node]
         with observe(node, "rule"):
-            maps[node] = assigned.rule(call_of(node, frozenset(assigned.operands), values.__getitem__, there, assigned.positive))
+            maps[node] = assigned.rule(call_of(node, frozenset(assigned.operands), values.__getitem__, there, assigned.hints))
     return maps
 
 

@@ -499,6 +499,45 @@ def test_fold_constants_of_several_results() -> None:
         assert torch.equal(got, expected)
 
 
+def with_examples(graph_module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
+    """Notes on every node the value it has at some inputs, as tracing does."""
+
+    class Noting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            n.meta["val"] = super().run_node(n)
+            return n.meta["val"]
+
+    Noting(graph_module).run(*inputs)
+    return graph_module
+
+
+def test_fold_added_bias() -> None:
+    """One constant a channel goes into the convolution; one a position, or a sum that others read from, does not."""
+
+    def convolve(graph: fx.Graph, x: fx.Node, w: fx.Node) -> fx.Node:
+        return graph.call_function(aten.convolution.default, (x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, w = graph.placeholder("x"), constant("w", randn(4, 3, 2, 2))
+        channel, position = constant("c", randn(4, 1, 1)), constant("p", randn(4, 4, 4))
+        folded = graph.call_function(aten.add.Tensor, (convolve(graph, x, w), channel))
+        kept = graph.call_function(aten.add.Tensor, (convolve(graph, x, w), position))
+        shared = convolve(graph, x, w)
+        return folded, kept, shared, graph.call_function(aten.add.Tensor, (shared, channel))
+
+    x = randn(2, 3, 5, 5)
+    before = with_examples(program(build), x)
+    after = copy_graph(before)
+    assert optimize.fold_added_bias(after)
+    after.graph.lint()
+    after.recompile()
+    assert calls(before) == ["convolution", "add.Tensor", "convolution", "add.Tensor", "convolution", "add.Tensor"]
+    assert calls(after) == ["convolution", "convolution", "add.Tensor", "convolution", "add.Tensor"]
+    for got, expected in zip(after(x), before(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+    assert optimize.fold_added_bias(after) is False
+
+
 def test_drop_unread() -> None:
     """A tensor that no node reads any more takes no memory."""
 
@@ -507,11 +546,14 @@ def test_drop_unread() -> None:
         constant("unread", randn(3))
         return graph.call_function(aten.mul.Tensor, (x, constant("read", randn(3))))
 
-    before = program(build)
-    optimize.remove_dead(before)
-    assert {name for name, _ in before.named_buffers()} == {"read", "unread"}
-    after = optimized(optimize.drop_unread, before, randn(3))
-    assert {name for name, _ in after.named_buffers()} == {"read"}
+    graph_module = program(build)
+    expected = graph_module(randn(3))
+    optimize.remove_dead(graph_module)
+    assert {name for name, _ in graph_module.named_buffers()} == {"read", "unread"}
+    assert optimize.drop_unread(graph_module)
+    assert {name for name, _ in graph_module.named_buffers()} == {"read"}
+    assert torch.equal(graph_module(randn(3)), expected)
+    assert optimize.drop_unread(graph_module) is False
 
 
 def test_merge_scales() -> None:
@@ -543,6 +585,7 @@ def test_every_optimization_has_a_test() -> None:
         optimize.merge_scales,
         optimize.fold_constants,
         optimize.drop_unread,
+        optimize.fold_added_bias,
     }
     assert set(optimize.PASSES) <= tested
 
@@ -657,5 +700,41 @@ def test_free_views() -> None:
     assert torch.equal(after(randn(4, 3).t()), randn(4, 3).t())  # where a view fails
 
 
+def test_reuse_memory() -> None:
+    """What only the next operator reads is overwritten by it; inputs, constants, views, and what others read are not."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, c = graph.placeholder("x"), constant("c", randn(1, 4))
+        first = graph.call_function(aten.mul.Tensor, (x, c))  # x is the caller's
+        second = graph.call_function(aten.relu.default, (first,))  # in place
+        third = graph.call_function(aten.add.Tensor, (c, second))  # in place, with the operands exchanged
+        twice = graph.call_function(aten.abs.default, (third,))
+        square = graph.call_function(aten.mul.Tensor, (twice, twice))  # in place would read what it has written
+        view = graph.call_function(aten.reshape.default, (square, [4, 3]))
+        return graph.call_function(aten.neg.default, (view,)), graph.call_function(aten.div.Tensor, (c, x)), third
+
+    x = randn(3, 4)
+    before = with_examples(program(build), x)
+    kept, constant = x.clone(), before.c.clone()
+    after, refusals = lowered(lower.reuse_memory, before, x)
+    assert calls(before) == ["mul.Tensor", "relu", "add.Tensor", "abs", "mul.Tensor", "reshape", "neg", "div.Tensor"]
+    assert calls(after) == ["mul.Tensor", "relu_", "add_.Tensor", "abs", "mul.Tensor", "reshape", "neg", "div.Tensor"]
+    assert refusals == []
+    assert torch.equal(x, kept) and torch.equal(after.c, constant)
+
+
+def test_reuse_memory_needs_the_same_size_and_type() -> None:
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x = graph.placeholder("x")
+        small = graph.call_function(aten.abs.default, (x,))
+        wide = graph.call_function(aten.add.Tensor, (small, constant("c", randn(2, 3, 4))))
+        single = graph.call_function(aten.neg.default, (constant("s", randn(2, 3, 4).float()),))
+        return graph.call_function(aten.mul.Tensor, (single, graph.call_function(aten.reshape.default, (wide, [2, 3, 4]))))
+
+    x = randn(3, 4)
+    after, _ = lowered(lower.reuse_memory, with_examples(program(build), x), x)
+    assert calls(after) == ["abs", "add.Tensor", "neg", "reshape", "mul.Tensor"]
+
+
 def test_every_lowering_has_a_test() -> None:
-    assert set(lower.PASSES) <= {lower.flip_transposed, lower.channels_last, lower.free_views}
+    assert set(lower.PASSES) <= {lower.flip_transposed, lower.channels_last, lower.free_views, lower.reuse_memory}

@@ -247,17 +247,36 @@ def _max_pool(call: Call, path: Path) -> Affine:
     if path.pooling == "path":
         return _whole_path(call)
     r: Tensor = call.reference.args["self"]
-    won, lost = _picked(a, call.out[1]), _picked(r, call.reference.out[1])  # winners of the two ends, each at its own end
-    gained = won - _picked(a, call.reference.out[1])  # >= 0: how far the later winner is ahead at the input
-    ahead = lost - _picked(r, call.out[1])  # >= 0: how far the earlier one was ahead at the reference
+    start = call.reference.out[1]
+    gained = call.value - _picked(a, start)  # >= 0: how far the later winner is ahead at the input
+    ahead = call.reference.value - _picked(r, call.out[1])  # >= 0: how far the earlier one was ahead at the reference
     share = gained / (gained + ahead + torch.finfo(a.dtype).tiny)
-    same = call.out[1] == call.reference.out[1]
-    share = torch.where(same, 1.0, share)
-    start = call.reference.out[1].expand_as(call.out[1])
-    steps = _selection(call, call).terms["self"]
-    window = steps.window if isinstance(steps, Select) else None
-    last, first = Select(call.out[1], a.shape, window=window), Select(start, a.shape, window=window)
-    return Affine({"self": Total([Compose(last, Scale(share, last.result)), Compose(first, Scale(1.0 - share, first.result))])})
+    return Affine({"self": Ends(call, share, start.expand_as(call.out[1]))})
+
+
+class Ends(Total):
+    """``share`` of the later winner and the rest of the earlier one."""
+
+    def __init__(self, call: Call, share: Tensor, start: Tensor) -> None:
+        a: Tensor = call.args["self"]
+        standard = _selection(call, call).terms["self"]
+        assert isinstance(standard, Select)
+        first = Select(start, a.shape, _native(call, start), standard.window)
+        super().__init__([Compose(standard, Scale(share, standard.result)), Compose(first, Scale(1.0 - share, first.result))])
+        self.share, self.last, self.first = share, standard, first
+
+    def pull(self, v: Tensor) -> Tensor:
+        later = v * self.share
+        return self.last.pull(later) + self.first.pull(v - later)
+
+
+def _native(call: Call, indices: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """PyTorch's own transpose of a selection by these places, which need not be winners."""
+    if call.op is not aten.max_pool2d_with_indices.default:
+        return None
+    a, (kernel, stride, padding, dilation) = call.args["self"], _geometry(call)
+    ceil_mode = call.args["ceil_mode"]
+    return lambda v: aten.max_pool2d_with_indices_backward(v, a, kernel, stride, padding, dilation, ceil_mode, indices)
 
 
 def _selection(call: Call, at: Call) -> Affine:
@@ -268,11 +287,14 @@ def _selection(call: Call, at: Call) -> Affine:
 
 
 def _picked(values: Tensor, indices: Tensor) -> Tensor:
-    """``values[indices]`` over the flattened spatial axes; either may have a batch of 1."""
+    """``values[indices]`` over the flattened spatial axes; either may have a batch of 1. Channels are innermost, as in memory."""
     batch = indices if indices.shape[0] != 1 else values
-    flat = indices.flatten(2).expand([batch.shape[0], *indices.flatten(2).shape[1:]])
-    source = values.flatten(2).expand([batch.shape[0], *values.flatten(2).shape[1:]])
-    return source.gather(-1, flat).reshape([batch.shape[0], *indices.shape[1:]])
+
+    def rows(x: Tensor) -> Tensor:
+        return x.movedim(1, -1).flatten(1, -2).expand([batch.shape[0], math.prod(x.shape[2:]), x.shape[1]])
+
+    picked = rows(values).gather(1, rows(indices))
+    return picked.unflatten(1, list(indices.shape[2:])).movedim(-1, 1)
 
 
 def _whole_path(call: Call) -> Affine:

@@ -68,7 +68,7 @@ def layer_of(call: Call) -> Layer:
 
 def stabilized(z: Tensor, eps: float) -> Tensor:
     """``z + eps sgn(z)``, with sgn(0) = +1."""
-    return z + torch.where(z >= 0, eps, -eps).to(z.dtype)
+    return z + torch.where(z >= 0, torch.full_like(z, eps), -eps)  # of two numbers, where would make float32
 
 
 def _rule(name: str, function: Callable[[Call, Layer], Affine]) -> LayerRule:
@@ -89,7 +89,8 @@ def epsilon(eps: float) -> LayerRule:
         m = layer.with_weight(layer.weight)
         if eps == 0:
             return Affine({layer.name: m})
-        size = call.value.abs()  # z / (z + eps sgn z) = |z| / (|z| + eps)
+        # z / (z + eps sgn z) = |z| / (|z| + eps); in front of a ReLU only z > 0 counts, and relu(z) is there already.
+        size = torch.relu(call.value) if call.rectified else call.value.abs()
         return Affine({layer.name: Compose(m, Scale(size / (size + eps), m.result))})
 
     return _rule("epsilon" if eps else "lrp_0", build)
@@ -105,9 +106,10 @@ def _parts(call: Call, layer: Layer, on_positive: Tensor, on_negative: Tensor) -
     return Total([above, below])
 
 
-def _shared(call: Call, part: LinearMap, total: Tensor, share: float, eps: float) -> LinearMap:
-    """``share diag(z / s(total)) part``."""
-    return Compose(part, Scale(share * call.value / stabilized(total, eps), part.result))
+def _shared(call: Call, part: LinearMap, total: Tensor, share: float) -> LinearMap:
+    """``share diag(z / total) part``; ``total`` is stabilized."""
+    scale = call.value / total
+    return Compose(part, Scale(scale if share == 1 else share * scale, part.result))
 
 
 def z_plus(eps: float) -> LayerRule:
@@ -129,15 +131,15 @@ def alpha_beta(alpha: float, beta: float, eps: float) -> LayerRule:
 def _alpha_beta(call: Call, layer: Layer, alpha: float, beta: float, eps: float) -> Affine:
     raising, lowering = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
     maps: list[LinearMap] = []
-    for share, on_positive, on_negative, low, high in (
-        (alpha, raising, lowering, 0.0, None),
-        (-beta, lowering, raising, None, 0.0),
+    for share, on_positive, on_negative, low, high, sign in (
+        (alpha, raising, lowering, 0.0, None, 1.0),
+        (-beta, lowering, raising, None, 0.0, -1.0),
     ):
         if share:
             part = _parts(call, layer, on_positive, on_negative)
-            total = part.push(layer.a)
-            total = total if layer.bias is None else total + layer.bias.clamp(low, high)
-            maps.append(_shared(call, part, total, share, eps))
+            # The sum has one sign, so the stabilizer goes with the bias: nothing more is added to the layer's output.
+            shift = sign * eps if layer.bias is None else layer.bias.clamp(low, high) + sign * eps
+            maps.append(_shared(call, part, part.push(layer.a) + shift, share))
     return Affine({layer.name: maps[0] if len(maps) == 1 else Total(maps)})
 
 
@@ -150,16 +152,18 @@ def gamma(factor: float, eps: float) -> LayerRule:
     def build(call: Call, layer: Layer) -> Affine:
         raised = layer.weight + factor * layer.weight.clamp(min=0)
         lowered = layer.weight + factor * layer.weight.clamp(max=0)
-        maps = []
+        maps: list[LinearMap] = []
         for on_positive, on_negative, low, high, mine in (
             (raised, lowered, 0.0, None, call.value > 0),
             (lowered, raised, None, 0.0, call.value < 0),
         ):
             part = _parts(call, layer, on_positive, on_negative)
             total = part.push(layer.a)
-            total = total if layer.bias is None else total + layer.bias + factor * layer.bias.clamp(low, high)
+            total = total if layer.bias is None else total + (layer.bias + factor * layer.bias.clamp(low, high))
             share = torch.where(mine, call.value / stabilized(total, eps), 0.0)
             maps.append(Compose(part, Scale(share, part.result)))
+            if call.rectified:  # nothing comes back to neurons below 0
+                return Affine({layer.name: maps[0]})
         return Affine({layer.name: Total(maps)})
 
     return _rule("gamma", build)
