@@ -18,7 +18,9 @@ from frpc.methods import Method, methods
 from frpc.references import data_mean
 
 if TYPE_CHECKING:
-    from frpc import heatmap, repeat, text
+    from frpc import baselines, cam, heatmap, perturb, repeat, text
+    from frpc.maximise import feature
+    from frpc.scales import multiscale
 
 __version__ = "0.1.0"
 
@@ -32,13 +34,18 @@ __all__ = [
     "LayerRelevance",
     "Method",
     "UnsupportedOpError",
+    "baselines",
+    "cam",
     "check",
     "compile",
     "data_mean",
     "errors",
     "examine",
+    "feature",
     "heatmap",
     "methods",
+    "multiscale",
+    "perturb",
     "repeat",
     "rule",
     "rules",
@@ -46,11 +53,14 @@ __all__ = [
 ]
 
 
-_MODULES = ("heatmap", "repeat", "text")
+_MODULES = ("baselines", "cam", "heatmap", "perturb", "repeat", "text")
+_FUNCTIONS = {"feature": "maximise", "multiscale": "scales"}
 
 
 def __getattr__(name: str) -> Any:
     """Loads parts that not everyone needs when they are first asked for: plotting libraries take longer to load than frpc."""
     if name in _MODULES:
         return import_module(f"frpc.{name}")
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"frpc.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'frpc' has no attribute {name!r}")
