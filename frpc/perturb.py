@@ -208,7 +208,7 @@ def meaningful_perturbation(
     of: Score = "probability",
     steps: int = 300,
     rate: float = 0.1,
-    l1: float = 1e-4,
+    l1: float = 0.08,
     tv: float = 1e-2,
     power: float = 3.0,
     jitter: int = 4,
@@ -216,7 +216,7 @@ def meaningful_perturbation(
     memory_limit: int = MEMORY_LIMIT,
     progress: bool = False,
 ) -> Perturbed:
-    """``R = 1 - m*``, ``m* = argmin of l1 |1 - m| + tv sum |grad m|^power + f(x m + x_ref (1 - m))``, m in [0, 1].
+    """``R = 1 - m*``, ``m* = argmin of l1 mean |1 - m| + tv sum |grad m|^power + f(x m + x_ref (1 - m))``, m in [0, 1].
 
     Args:
         explainer: a model, or an explainer compiled with gradient rules; for probabilities with ``seed="softmax_taylor"``, or it
@@ -225,8 +225,8 @@ def meaningful_perturbation(
         mask: rows and columns of the mask, enlarged bilinearly to the picture; an eighth of the picture by default.
         reference: what is seen where the mask is 0: ``"blur"``, ``"zero"``, or a tensor (a colour, noise).
         of: what is to fall, the class's ``"probability"`` or its ``"logit"``.
-        steps, rate: of Adam, beginning with nothing hidden.
-        l1, tv, power: weights of the penalties, sums over the cells of the mask, and the power of its differences.
+        steps, rate: of Adam, beginning with all hidden: a model that is sure of the whole picture has no slope to follow.
+        l1, tv, power: weights of the penalties (the paper's 1e-4 for each of 28 x 28 cells), and the power of differences.
         jitter: pixels by which the picture is rolled at random, at most, against artifacts.
         random_seed: of these moves.
         memory_limit, progress: as for :func:`occlusion`.
@@ -238,7 +238,7 @@ def meaningful_perturbation(
         ShapeError: if x is no batch of pictures.
 
     Source: Fong & Vedaldi 2017, eqs. 2, 3 and 5, for the deletion of evidence; S 1, 2. Their blur grows with the mask; here the
-    picture fades into one blurred copy, as in their code.
+    picture fades into one blurred copy.
     """
     size = picture_size(x)
     asked = ask(explainer, x, target, seed, of, gradients=True)
@@ -247,7 +247,7 @@ def meaningful_perturbation(
     x, filling = asked.x, start_of(x, reference).expand_as(x)
     cells = tuple(max(1, n // 8) for n in size) if mask is None else _pair(mask, "mask")
     up, across = (_enlarger(c, n).to(x) for c, n in zip(cells, size, strict=True))
-    m = x.new_ones([len(x), *cells])
+    m = x.new_zeros([len(x), *cells])
     adam = torch.optim.Adam([m], lr=rate)
     generator = torch.Generator().manual_seed(random_seed)
     batch = asked.batch_size(1, None, memory_limit, pulls=True)
@@ -255,7 +255,7 @@ def meaningful_perturbation(
     for _ in _steps(steps, "meaningful perturbation" if progress else ""):
         move = tuple(torch.randint(-jitter, jitter + 1, [2], generator=generator).tolist())
         score, slope = _slope(asked, filling, up @ m @ across.T, move, batch)
-        m.grad = up.T @ slope @ across - l1 + tv * _variation_slope(m, power)  # in [0, 1], |1 - m| = 1 - m
+        m.grad = up.T @ slope @ across - l1 / m[0].numel() + tv * _variation_slope(m, power)  # in [0, 1], |1 - m| = 1 - m
         adam.step()
         m.clamp_(0, 1)
         scores.append(score)
