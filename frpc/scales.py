@@ -14,7 +14,7 @@ from frpc.explainer import Explainer
 from frpc.graph import first_result
 from frpc.targets import Target
 
-__all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized", "vgg_stages"]
+__all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized", "spatial_layers", "vgg_stages"]
 
 SHOWN = 12
 
@@ -114,6 +114,23 @@ def picture_size(x: Tensor) -> tuple[int, int]:
     return int(x.shape[2]), int(x.shape[3])
 
 
+def spatial_layers(explainer: Explainer, x: Tensor) -> list[str]:
+    """Names the layers that are maps ``[B, C, h, w]`` of more than one place, in the order they are computed."""
+    return [name for name, sizes in _shapes(explainer, x).items() if _is_spatial(sizes)]
+
+
+def _shapes(explainer: Explainer, x: Tensor) -> dict[str, list[int]]:
+    return {
+        name: [int(size) for size in first_result(node.meta["val"]).shape[1:]]
+        for node in explainer._front((x,)).canonical.graph.nodes
+        for name in node.meta.get("layers", ())
+    }
+
+
+def _is_spatial(sizes: Sequence[int]) -> bool:
+    return len(sizes) == 3 and sizes[1] * sizes[2] > 1
+
+
 def check_spatial(explainer: Explainer, x: Tensor, layers: Sequence[str]) -> None:
     """Refuses layers that are no maps ``[B, C, h, w]`` of more than one place.
 
@@ -121,14 +138,8 @@ def check_spatial(explainer: Explainer, x: Tensor, layers: Sequence[str]) -> Non
         LayerNameError: if a path names no layer.
         OptionError: names the layers that have a spatial map.
     """
-    front = explainer._front((x,))
-    explainer._check_layers(front, layers)
-    shapes = {
-        name: [int(size) for size in first_result(node.meta["val"]).shape[1:]]
-        for node in front.canonical.graph.nodes
-        for name in node.meta.get("layers", ())
-    }
-    spatial = [name for name, sizes in shapes.items() if len(sizes) == 3 and sizes[1] * sizes[2] > 1]
+    explainer._check_layers(explainer._front((x,)), layers)
+    shapes, spatial = _shapes(explainer, x), spatial_layers(explainer, x)
     for layer in layers:
         if layer not in spatial:
             sizes = ", ".join(map(str, ["B", *shapes[layer]]))

@@ -16,6 +16,7 @@ from frpc.errors import OptionError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from frpc.cli.methods import Asker
     from frpc.cli.record import Explained
     from frpc.explainer import Explainer
     from frpc.images import Picture
@@ -37,6 +38,10 @@ class Request:
     check: bool
     bias: Bias
     dtype: Dtype
+    method: str
+    compare: str
+    layer: str | None
+    scales: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,20 @@ def explain(
     model: ModelOption,
     weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
     image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
-    target: Annotated[str, typer.Option(help="auto (the predicted class), a class number, or a class name.")] = "auto",
+    target: Annotated[
+        str, typer.Option(help="auto (the predicted class), a class number or name; several with semicolons between them.")
+    ] = "auto",
     top: Annotated[int, typer.Option(min=1, help="With --target auto: explain the N strongest classes.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for pictures, raw maps and JSON.")] = Path("frpc-explain"),
     cell: Annotated[int, typer.Option(min=1, help="Side of the squares summed in pictures; 1 shows each pixel.")] = 4,
+    method: Annotated[
+        str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, grad-cam, ...; docs/methods.md.")
+    ] = "frp",
+    compare: Annotated[str, typer.Option(help="Methods with commas between them: also one sheet that shows them all.")] = "",
+    layer: Annotated[str | None, typer.Option(help="For class activation maps; the last layer with places if left out.")] = None,
+    scales: Annotated[
+        str, typer.Option(help="Explain at these layers, resized and added up: paths with commas, or s54321.")
+    ] = "",
     check: Annotated[bool, typer.Option("--check", help="Also report conservation layer by layer.")] = False,
     bias: BiasOption = Bias.uniform,
     dtype: DtypeOption = Dtype.float32,
@@ -65,9 +80,9 @@ def explain(
     """Explain what a trained torchvision classifier sees in photos.
 
     For each photo: a picture of each map, the unrounded maps (.npz), and a JSON file with the strongest classes, the
-    explained ones, how exactly each map sums to its logit, and timings.
+    explained ones, how exactly each map sums to its logit, and timings. --compare adds one sheet with a column for each method.
     """
-    request = Request(model, weights, image, target, top, cell, check, bias, dtype)
+    request = Request(model, weights, image, target, top, cell, check, bias, dtype, method, compare, layer, scales)
     with session(as_json, threads) as current:
         from frpc.cli.record import show
         from frpc.outputs import OutputFolder
@@ -79,9 +94,13 @@ def explain(
 
 
 def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[str, Any]]:
-    import frpc
     from frpc.cli import record
+    from frpc.cli.methods import Asker, check_methods
 
+    method = check_methods([request.method])[0]
+    compared = check_methods(request.compare.split(",")) if request.compare else []
+    if request.check and method != "frp":
+        raise OptionError(f"--check goes with --method frp; {method} does not promise to balance in every layer")
     results = []
     with current.progress() as progress:
         task = progress.add_task("reading", total=len(request.images) + 2)
@@ -89,20 +108,35 @@ def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[
         classifier, questions = _read(request, current)
         read = time.perf_counter()
         progress.update(task, advance=1, description="compiling")
-        explainer = frpc.compile(classifier.model, (questions[0].x,), bias=request.bias.value)
-        _answer(explainer, questions[0], request.bias)  # several targets have a program of their own, made on demand
+        asker = Asker(classifier.model, request.bias.value, request.layer, request.scales)
+        asker(method, questions[0].x, questions[0].classes)
         seconds = {"read": read - start, "compile": time.perf_counter() - read}
         progress.update(task, advance=1)
         for stem, question in zip(record.stems(request.images), questions, strict=True):
             progress.update(task, description=f"explaining {question.picture.path.name}")
-            explained = _answer(explainer, question, request.bias)
+            explained = _answer(asker, method, question, request.bias)
             entry = _settings(request, classifier, question) | record.describe(explained)
             entry["seconds"] = seconds | {"explain": explained.seconds}
             if request.check:
-                entry["layers"] = _check(explainer, question)
-            results.append(record.write(folder, stem, question.picture, explained, entry, request.cell))
+                entry["layers"] = _check(asker.explainer("frp", question.x), question)
+            files = [_compare(asker, compared, question, folder, stem, request.cell)] if compared else []
+            results.append(record.write(folder, stem, question.picture, explained, entry, request.cell, files))
             progress.update(task, advance=1)
     return results
+
+
+def _compare(asker: Asker, methods: list[str], question: Question, folder: OutputFolder, stem: str, cell: int) -> Path:
+    """One sheet: a row for each explained class, a column for each method."""
+    from frpc.comparison import comparison
+    from frpc.pretrained import class_names
+
+    said = {method: asker(method, question.x, question.classes) for method in methods}
+    names = class_names(len(next(iter(said.values())).output))
+    rows = {
+        names[index]: {method: found.relevance[k].cpu() for method, found in said.items()}
+        for k, index in enumerate(question.classes)
+    }
+    return folder.figure(f"{stem}.compare.png", comparison(question.picture.crop, rows, cell=cell))
 
 
 def _read(request: Request, current: Session) -> tuple[Classifier, list[Question]]:
@@ -129,30 +163,35 @@ def _choose(logits: Tensor, target: str, top: int) -> list[int]:
     from frpc.pretrained import class_index, class_names
 
     if target != "auto":
-        return [class_index(target, class_names(logits.shape[1]))]
+        return [class_index(name.strip(), class_names(logits.shape[1])) for name in target.split(";")]
     if top > logits.shape[1]:
         raise OptionError(f"--top {top}: the model has {logits.shape[1]} classes")
     best: list[int] = logits[0].topk(top).indices.tolist()
     return best
 
 
-def _answer(explainer: Explainer, question: Question, bias: Bias) -> Explained:
-    import torch
-
+def _answer(asker: Asker, method: str, question: Question, bias: Bias) -> Explained:
+    """Asks one method; the standard one is held against the logits it explains."""
     from frpc.cli.record import Explained
 
-    classes = torch.tensor([question.classes])  # [1, K]
-    with torch.inference_mode():
-        start = time.perf_counter()
-        out = explainer(question.x, target=classes if len(question.classes) > 1 else classes[0])
-        seconds = time.perf_counter() - start
-        logits = out.output[0]
-        relevance = out.relevance.view(-1, *question.x.shape[1:])  # [K, 3, H, W]
-        constants = out.bias.view(-1).double()
-        sums = relevance.double().flatten(1).sum(1) + (constants if bias is Bias.separate else 0)
-        magnitude = relevance.double().abs().flatten(1).sum(1)
-        errors = (sums - logits[question.classes].double()).abs() / magnitude.clamp_min(1e-300)
-    return Explained(logits, question.classes, relevance, constants.tolist(), sums.tolist(), errors.tolist(), seconds)
+    said = asker(method, question.x, question.classes)
+    constants = None if said.left_out is None else said.left_out.double()
+    sums = said.relevance.double().flatten(1).sum(1)
+    errors = None
+    if method == "frp" and constants is not None:
+        sums = sums + (constants if bias is Bias.separate else 0)
+        magnitude = said.relevance.double().abs().flatten(1).sum(1)
+        errors = (sums - said.output[question.classes].double()).abs() / magnitude.clamp_min(1e-300)
+    return Explained(
+        method,
+        said.output,
+        question.classes,
+        said.relevance,
+        None if constants is None else constants.tolist(),
+        sums.tolist(),
+        None if errors is None else errors.tolist(),
+        said.seconds,
+    )
 
 
 def _check(explainer: Explainer, question: Question) -> list[dict[str, Any]]:
@@ -168,6 +207,7 @@ def _settings(request: Request, classifier: Classifier, question: Question) -> d
         "model": request.model,
         "weights": request.weights,
         "preprocessing": asdict(classifier.recipe),
+        "method": request.method,
         "bias": request.bias.value,
         "dtype": request.dtype.value,
     }

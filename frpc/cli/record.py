@@ -30,21 +30,24 @@ class Explained:
     """The maps of one picture.
 
     Attributes:
+        method: how it was explained.
         logits: ``[O]``.
         targets: the K explained classes.
-        relevance: ``[K, 3, H, W]``.
-        constants: ``[K]``, the constants' share of each logit.
+        relevance: ``[K, C, H, W]``.
+        constants: ``[K]``, the constants' share of each logit; of other methods than frp what their rules leave out of the map,
+            and None where they promise nothing.
         sums: ``[K]``, what each map adds up to, with the constants where they are kept apart.
-        errors: ``[K]``, ``|sum - logit| / sum|V|``.
+        errors: ``[K]``, ``|sum - logit| / sum|V|``; None of methods that do not explain the whole logit.
         seconds: of the one call.
     """
 
+    method: str
     logits: Tensor
     targets: list[int]
     relevance: Tensor
-    constants: list[float]
+    constants: list[float] | None
     sums: list[float]
-    errors: list[float]
+    errors: list[float] | None
     seconds: float
 
 
@@ -58,7 +61,8 @@ def describe(explained: Explained) -> dict[str, Any]:
         return {"class": index, "name": names[index], "logit": logit, "probability": probability}
 
     best = explained.logits.topk(min(SHOWN_CLASSES, len(names))).indices.tolist()
-    accounts = zip(explained.targets, explained.sums, explained.constants, explained.errors, strict=True)
+    nothing = [None] * len(explained.targets)
+    accounts = zip(explained.targets, explained.sums, explained.constants or nothing, explained.errors or nothing, strict=True)
     return {
         "top": [entry(index) for index in best],
         "explained": [
@@ -69,30 +73,38 @@ def describe(explained: Explained) -> dict[str, Any]:
 
 
 def write(
-    folder: OutputFolder, stem: str, picture: Picture, explained: Explained, record: dict[str, Any], cell: int
+    folder: OutputFolder,
+    stem: str,
+    picture: Picture,
+    explained: Explained,
+    record: dict[str, Any],
+    cell: int,
+    written: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Writes the pictures, the raw maps and the record; returns the record with the names of the files."""
+    """Writes the pictures, the raw maps and the record; returns the record with the names of the files, those ``written`` too."""
     entries = record["explained"]
-    titles = [_title(entry, record["bias"]) for entry in entries]
+    titles = [_title(entry, record["bias"], explained.method) for entry in entries]
+    unit = "logit" if explained.method == "frp" else explained.method
     maps = explained.relevance.cpu()
     files = [
         folder.figure(
             f"{stem}.{entry['class']}-{_slug(entry['name'])}.png",
-            heatmap.overlay(picture.crop, values, title=title, unit="logit", cell=cell),
+            heatmap.overlay(picture.crop, values, title=title, unit=unit, cell=cell),
         )
         for entry, title, values in zip(entries, titles, maps, strict=True)
     ]
     if len(entries) > 1:
         named = dict(zip(titles, maps, strict=True))
-        compared = heatmap.side_by_side(picture.crop, named, shared_scale=True, unit="logit", cell=cell)
+        compared = heatmap.side_by_side(picture.crop, named, shared_scale=True, unit=unit, cell=cell)
         files.append(folder.figure(f"{stem}.top{len(entries)}.png", compared))
     arrays = {
         "relevance": maps.numpy(),
         "logits": explained.logits.cpu().numpy(),
         "targets": np.array(explained.targets),
-        "constants": np.array(explained.constants),
     }
-    files += [folder.arrays(f"{stem}.npz", **arrays), folder.path / f"{stem}.json"]
+    if explained.constants is not None:
+        arrays["constants"] = np.array(explained.constants)
+    files += [*written, folder.arrays(f"{stem}.npz", **arrays), folder.path / f"{stem}.json"]
     record = record | {"files": [str(file) for file in files]}
     folder.json(f"{stem}.json", record)
     return record
@@ -110,8 +122,10 @@ def stems(paths: Sequence[Path]) -> list[str]:
 def show(console: Console, record: dict[str, Any]) -> None:
     """Prints one picture's strongest classes, its accounts and its files."""
     console.print(f"[bold]{escape(record['image'])}[/bold]  {record['model']}")
-    total = "map sum + constants" if record["bias"] == "separate" else "map sum"
-    table = Table("class", "name", "logit", "probability", total, "error", box=None, pad_edge=False)
+    standard = record.get("method", "frp") == "frp"
+    total = "map sum + constants" if standard and record["bias"] == "separate" else "map sum"
+    last = "error" if standard else "left out"
+    table = Table("class", "name", "logit", "probability", total, last, box=None, pad_edge=False)
     for column in (table.columns[0], *table.columns[2:]):
         column.justify = "right"
     accounts = {entry["class"]: entry for entry in record["explained"]}
@@ -119,7 +133,8 @@ def show(console: Console, record: dict[str, Any]) -> None:
     for index, entry in sorted(shown.items(), key=lambda item: -item[1]["logit"]):
         balance = ("", "")
         if index in accounts:
-            balance = (f"{entry['sum']:+.5f}", f"{entry['conservation_error']:.1e}")
+            left_out = "" if entry["constants"] is None else f"{entry['constants']:+.5f}"
+            balance = (f"{entry['sum']:+.5f}", f"{entry['conservation_error']:.1e}" if standard else left_out)
         table.add_row(str(index), entry["name"], f"{entry['logit']:+.5f}", f"{entry['probability']:.4f}", *balance)
     console.print(table)
     if "layers" in record:
@@ -132,7 +147,9 @@ def show(console: Console, record: dict[str, Any]) -> None:
         console.print(f"  {file}", markup=False)
 
 
-def _title(entry: dict[str, Any], bias: str) -> str:
+def _title(entry: dict[str, Any], bias: str, method: str) -> str:
+    if method != "frp":
+        return f"{entry['name']} ({entry['class']}), {method}"
     title = f"{entry['name']} ({entry['class']}), logit {entry['logit']:+.2f}"
     return f"{title}\n{entry['constants']:+.2f} of it constants, not in the map" if bias == "separate" else title
 
