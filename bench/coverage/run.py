@@ -13,9 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.coverage.driver import Record, read_records, run_all
+from bench.coverage.driver import PRELOAD, Record, read_records, run_all
 from bench.coverage.probe import work
-from bench.coverage.suites import load
+from bench.coverage.suites import SUITES, load
 from bench.machine import machine, open_console
 
 __all__ = ["RESULTS", "missing_ops", "results_file", "run"]
@@ -37,7 +37,8 @@ def run(suite: str, only: str, again: bool, misses: bool, jobs: int, limit: floa
     names = [name for name in asked if again or name not in known or (misses and known[name].get("status") != "ok")]
     console.print(f"{suite}: {len(names)} models to try, {len(asked) - len(names)} of {len(asked)} have a record")
     one = functools.partial(work, suite, memory_gb, peers)
-    found = run_all(names, one, file, note(), jobs, limit, console)
+    preload = (*PRELOAD, SUITES[suite]) if suite in SUITES else PRELOAD
+    found = run_all(names, one, file, note(), jobs, limit, console, preload=preload)
     records = {name: record for name, record in read_records(file).items() if name in asked}
     summary(console, suite, records)
     return int(any(record.get("status", "ok") != "ok" for record in found.values()))
