@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine, Operand
 from frpc.assign import Assigned
-from frpc.errors import TargetError
+from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
 from frpc.explanation import Explanation
 from frpc.graph import fetch, first_result, origin_of
@@ -79,7 +79,13 @@ def check(explainer: Explainer, *inputs: Tensor, target: Target | None = None, s
 
     Raises:
         TargetError: for several targets a sample.
+        OptionError: for rule sets that do not account for the whole output: what theirs leave out is the explanation's ``bias``.
     """
+    if not explainer.rules.account.constants:
+        raise OptionError(
+            f"check holds maps against the whole output, which {explainer.rules.name} does not explain (it conserves "
+            f"{explainer.rules.account.conserves}); what its map leaves out is explanation.bias."
+        )
     explanation = explainer(*inputs, target=target, seed=seed)
     if explanation.bias.dim() != 1:
         raise TargetError("check takes one target a sample; call it for each of the K targets.")
@@ -88,12 +94,12 @@ def check(explainer: Explainer, *inputs: Tensor, target: Target | None = None, s
     explained = (explanation.output.double() * functional.double()).flatten(1).sum(1)
     module = compiled.assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
+    result = module.graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
     with torch.no_grad():
         values = evaluate(module.graph, constants, [x.detach() for x in inputs])
         maps = affine_maps(compiled.assignment, values, compiled.plan.pulled)
         audit = _Audit(values, maps)
-        result = module.graph.output_node().args[0]
-        assert isinstance(result, fx.Node)
         pull(compiled.assignment, maps, {result: functional}, compiled.plan.wanted, record=audit.record)
     whole = float(explained.abs().sum()) or 1.0
     rows = tuple(audit.row(layer, whole) for layer in audit.by_layer)

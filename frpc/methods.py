@@ -63,14 +63,17 @@ class Method:
     @property
     def conserves(self) -> str:
         """What the map sums to."""
+        account = self.rules().account
         if isinstance(self.top, Logit):
-            return self.rules().account.conserves
-        return {
-            SoftmaxTaylor: "P_c(x) - P_c(x_ref) to first order",
-            SoftmaxIntegrated: "P_c(x) - P_c(x_ref) as steps grow",
+            return account.conserves
+        start = "P_c(z = 0)" if account.reference is None else "P_c(x_ref)"
+        said = {
+            SoftmaxTaylor: f"P_c(x) - {start} to first order",
+            SoftmaxIntegrated: f"P_c(x) - {start} as steps grow",
             SoftmaxGradient: "the sum of dP/dz, which is 0",
             Contrastive: "0",
         }[type(self.top)]
+        return said if account.reference is not None else f"{said}, less what biases absorb"
 
 
 _METHODS = (

@@ -75,6 +75,51 @@ def explain(*extra: object, image: Path, weights: Path, out: Path):
 # ---- what it does ---------------------------------------------------------------------------------------------------
 
 
+def test_explain_by_another_method(tmp_path: Path, photo, weights):
+    result = explain("--method", "lid-ig", "--target", "1;4", image=photo, weights=weights, out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "photo.json").read_text())
+    raw = np.load(tmp_path / "out" / "photo.npz")
+    assert record["method"] == "lid-ig" and raw["targets"].tolist() == [1, 4]
+    model, x = pretrained.build_model("squeezenet1_0"), torch.zeros(1, 3, 224, 224)
+    at_zero = model(x)[0, [1, 4]].detach().numpy()
+    np.testing.assert_allclose(raw["relevance"].sum((1, 2, 3)), raw["logits"][[1, 4]] - at_zero, atol=1e-4)
+    assert "left out" in result.output and [e["conservation_error"] for e in record["explained"]] == [None, None]
+
+
+def test_explain_compares_methods(tmp_path: Path, photo, weights):
+    methods = "frp,sig-lid-ig,epsilon-plus,grad-cam,layer-cam"
+    result = explain("--compare", methods, "--target", "0;5", image=photo, weights=weights, out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "out" / "photo.compare.png") as sheet:
+        assert sheet.width > 2 * sheet.height  # six columns, two rows
+    files = json.loads((tmp_path / "out" / "photo.json").read_text())["files"]
+    assert str(tmp_path / "out" / "photo.compare.png") in files
+
+
+def test_explain_at_inner_layers(tmp_path: Path, photo, weights):
+    result = explain("--method", "sig-lid-ig", "--scales", "features.0,features.2", image=photo, weights=weights, out=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert np.load(tmp_path / "photo.npz")["relevance"].shape == (1, 1, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "lid-gi"), "method 'lid-gi' is unknown; nearest names: lid-ig"),
+        (("--compare", "frp,grad_kam"), "method 'grad-kam' is unknown; nearest names: grad-cam"),
+        (("--method", "lid-ig", "--check"), "--check goes with --method frp"),
+        (("--method", "grad-cam", "--layer", "classifier"), "classifier gives [B, 7], which is no spatial map"),
+        (("--method", "frp", "--scales", "features.9"), "no layer 'features.9'"),
+    ],
+)
+def test_explain_refuses_what_no_method_can_do(tmp_path: Path, photo, weights, arguments, message):
+    result = explain(*arguments, image=photo, weights=weights, out=tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
 def test_explain_writes_pictures_raw_maps_and_json(tmp_path: Path, photo, weights):
     result = explain("--top", 3, "--check", image=photo, weights=weights, out=tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -43,13 +43,14 @@ def test_blocks_are_found() -> None:
     assert list(blocks(text)) == [(2, "x = 1\n"), (10, "y = 2\nz = 3\n")]
 
 
-def test_rule_table_is_up_to_date() -> None:
-    """docs/rules.md is what docs/examples/make_rules.py makes of the table."""
-    path = ROOT / "docs" / "examples" / "make_rules.py"
-    spec = importlib.util.spec_from_file_location("make_rules", path)
+@pytest.mark.parametrize("name", ["rules", "methods"])
+def test_generated_page_is_up_to_date(name: str) -> None:
+    """docs/rules.md and docs/methods.md are what their scripts make of the tables in frpc."""
+    path = ROOT / "docs" / "examples" / f"make_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"make_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
-    assert made == module.render(), "docs/rules.md is out of date: run python docs/examples/make_rules.py"
+    made = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert made == module.render(), f"docs/{name}.md is out of date: run python docs/examples/make_{name}.py"

@@ -1,0 +1,140 @@
+"""Writes docs/methods.md: every method by name, from the table in :mod:`frpc.methods`.
+
+Run it after changing a method: ``python docs/examples/make_methods.py``. A test compares the page with :func:`render`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import frpc
+from frpc.top import TOPS
+
+__all__ = ["render"]
+
+PAGE = Path(__file__).parents[1] / "methods.md"
+HEAD = """\
+# Methods
+
+<!-- made by docs/examples/make_methods.py from frpc.methods() and the tables of that script; edit those, then run it again -->
+
+Every propagation method is three choices: a linear map for each operator (the rule set), where relevance starts at the output
+(the *top*), and whether values or increments are explained. frpc compiles each of them into the same kind of program, so each
+prints, runs without autograd, takes K targets, and explains inner layers and single neurons.
+
+```python
+import torch
+
+import frpc
+from frpc.demo import load_digit_net, load_digits
+
+model = load_digit_net()
+digits, labels = load_digits()
+x = digits.float() / 255
+
+explainer = frpc.compile(model, (x,), method="sig-lid-ig")  # by name, or by its parts:
+same = frpc.compile(model, (x,), rule=frpc.rules.LID(reference="zero"), seed="softmax_integrated")
+found = explainer(x, target=labels)
+assert torch.equal(found.relevance, same(x, target=labels).relevance)
+
+assert explainer(x, target=labels, seed="logit").bias.abs().max() < 1e-4  # exact: the sum is f(x) - f(x_ref)
+```
+
+What a map does not hold of the number it explains is in `bias`: the constants' share with `frp` where it is kept apart, what
+biases and stabilizers absorb with the LRP family, what a first-order account misses with LID-Taylor.
+
+## Propagation
+
+**T** is one transposed pass, about as dear as a forward pass; **V** is one more forward pass, through other weights. All methods
+need the model's own forward pass beside it. A fixed reference is propagated once, when the program is compiled. The authors of
+LRP hold patents on LRP.
+"""
+
+RULE_SETS = """\
+A rule set is an object: its parameters, and where it is used, are yours to set.
+
+```python
+from torch.ops import aten
+
+rules = frpc.rules
+mixed = rules.compose(
+    {"conv1": rules.Flat(), aten.max_pool2d: rules.WinnerTakesAll()},
+    default=rules.compose({"conv*": rules.ZPlus()}, default=rules.LRP(epsilon=1e-6)),
+)
+explainer = frpc.compile(model, (x,), rule=mixed)
+print(explainer.table())  # which rule each node got
+```
+
+`frpc.rules` also has `EpsilonGammaBox(low=, high=)`, `ZBox(low=, high=)`, `WSquare()` and `Flat()`, which need bounds or are
+meant for the first layer, `Gate()` and `Half()` for products, and `LID(reference=, steps=)`: `steps=None` is the exact average
+over the path from the reference, `steps=10` the paper's.
+"""
+
+TOPS_HEAD = """\
+## Where relevance starts
+
+`seed=` names it, when compiling or when calling; `w` is 1 at the target. Of increments, read `dz` for `z`.
+"""
+
+OTHERS_HEAD = """\
+## Built on the compiled programs
+
+Not one transposed pass, but several, or an activation map, or forward passes alone. `n` is a number you choose.
+"""
+
+OTHERS: tuple[Sequence[str], ...] = (
+    ("`frpc.repeat.integrated_gradients`", "(x - x_ref) mean of dy/dx on the path", "Sundararajan 2017", "n (T + V)",
+     "f(x) - f(x_ref), as n grows", "an axiomatic account from a reference"),
+    ("`frpc.repeat.smoothgrad`", "mean of dy/dx at noisy copies", "Smilkov 2017", "n (T + V)", "nothing",
+     "gradients without grain"),
+    ("`frpc.repeat.expected_gradients`", "integrated gradients, averaged over references", "Erion 2021", "n (T + V)",
+     "f(x) - mean f(x_ref)", "several references at once"),
+    ("`frpc.cam.cam`", "sum w_k A_k", "S 28", "T", "the score, times places", "nets that end in global average pooling"),
+    ("`frpc.cam.grad_cam`", "ReLU(sum mean(dy/dA_k) A_k)", "S 29, 30", "T", "nothing", "where in the picture, coarsely"),
+    ("`frpc.cam.grad_cam_plus_plus`", "the same with weights for each place", "Chattopadhay 2018", "T", "nothing",
+     "several objects of one class"),
+    ("`frpc.cam.layer_cam`", "ReLU(sum ReLU(dy/dA) A)", "Jiang 2021", "T", "nothing", "finer layers than the last"),
+    ("`frpc.cam.guided_grad_cam`", "guided backprop times Grad-CAM", "Selvaraju 2017", "2 T", "nothing",
+     "detail, where a class is"),
+    ("`frpc.cam.score_cam`", "sum of y(x masked by A_k) A_k", "Wang 2020", "C V", "nothing", "maps without gradients"),
+    ("`frpc.multiscale`", "channel sums of several layers, resized and added", "L 3.3", "T", "see its layers",
+     "a map that is both fine and legible"),
+    ("`frpc.perturb.occlusion`", "y(x) - y(x with a patch covered)", "S 2.1.1; Zeiler 2014", "n V", "nothing",
+     "what happens if a part is missing"),
+    ("`frpc.perturb.rise`", "mean of y(x mask) mask", "Petsiuk 2018; S 2.1.1", "n V", "nothing", "the same, for any model"),
+    ("`frpc.perturb.meaningful_perturbation`", "the smallest mask that lowers y", "Fong 2017; S 2.1.1", "n (T + V)", "nothing",
+     "the part that is needed"),
+    ("`frpc.feature`", "the input that excites a neuron most", "S 2.1.4", "n (T + V)", "nothing", "what a channel looks for"),
+    ("`frpc.baselines`", "LIME, KernelSHAP, by Captum", "Ribeiro 2016; Lundberg 2017", "n V", "see there", "comparison"),
+)  # fmt: skip
+
+
+def render() -> str:
+    """Returns the page."""
+    propagation = [(f"`{m.name}`", m.formula, m.source, m.direction, m.conserves, m.cost, m.use) for m in frpc.methods()]
+    tops = [(f'`"{name}"`', top.formula, top.source) for name, top in TOPS.items()]
+    parts = [
+        HEAD,
+        table(("method", "formula", "source", "direction", "sums to", "cost", "when to use"), propagation),
+        RULE_SETS,
+        TOPS_HEAD,
+        table(("seed", "relevance of the logits", "source"), tops),
+        OTHERS_HEAD,
+        table(("function", "formula", "source", "cost", "sums to", "when to use"), OTHERS),
+    ]
+    return "\n".join(parts)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    cells = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def main() -> None:
+    PAGE.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
