@@ -171,6 +171,17 @@ def test_models_with_one_number_a_sample() -> None:
         repeat.integrated_gradients(Score().eval(), x, of="probability")
 
 
+def test_models_with_a_fixed_batch_run_as_they_are() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 3) ** 2 if x.shape[0] == 2 else x
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = repeat.integrated_gradients(Fixed().eval(), x, WHICH[:2], steps=4, internal_batch_size=5)
+    assert torch.allclose(found.relevance.sum(1), (x**2).gather(1, WHICH[:2, None])[:, 0], rtol=0, atol=TIGHT)
+    assert found.internal_batch_size == 2
+
+
 def test_a_progress_bar_where_one_is_asked_for(smooth: frpc.Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[str, int]] = []
 
