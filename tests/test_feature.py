@@ -170,7 +170,8 @@ def test_features_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize(("call", "package"), [("lime", "captum"), ("kernel_shap", "captum"), ("partition_shap", "shap")])
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, call: str, package: str) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for module in (package, f"{package}.attr"):  # whether or not a test before this one has loaded it
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(PackageError) as caught:
         getattr(baselines, call)(conv_net(), torch.randn(1, 3, 12, 12), 1)
     needs = f"This baseline needs {package}, which is not installed.\n  Fix: pip install 'frpc[baselines]'"
