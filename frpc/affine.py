@@ -32,11 +32,13 @@ class Affine:
         constant: ``c``, broadcastable to the result; None where it is zero, and in rule sets that do not follow constants.
         direct: the pulled value is the operands' relevance itself, not a multiplier of it: rules of a first layer, which share
             relevance out without looking at the input's value.
+        joined: the maps go through the function behind the call too, so that its result has no multiplier of its own.
     """
 
     terms: Mapping[Operand, LinearMap]
     constant: Tensor | float | None = None
     direct: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,14 @@ _WEIGHTED = {  # operators that multiply by parameters, where those are not carr
     aten.mm.default,
     aten.matmul.default,
 }
+_ACTIVATIONS = {
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.softplus.default,
+}
 _MOVES = {*RESHAPES, aten.permute.default, aten.transpose.int, aten.clone.default}
 
 
@@ -40,11 +48,16 @@ class Hints:
 
     Attributes:
         positive: the operands that are nowhere negative.
-        rectified: the result goes to ReLUs and nowhere else, and is not what is explained.
+        behind: the activation that alone reads the result, where the result is not itself explained.
     """
 
     positive: frozenset[Operand] = frozenset()
-    rectified: bool = False
+    behind: OpOverload | None = None
+
+    @property
+    def rectified(self) -> bool:
+        """Says whether the result goes to a ReLU and nowhere else."""
+        return self.behind is aten.relu.default
 
 
 NO_HINTS = Hints()
@@ -160,9 +173,7 @@ def assign(
         try:
             first = any(n in reading for n in operands.values())
             signs = frozenset(name for name, n in operands.items() if n in positive)
-            explained = bool(of) and of in node.meta.get("layers", ())
-            rectified = bool(node.users) and all(user.target is aten.relu.default for user in node.users) and not explained
-            assigned = _assign_one(node, operands, rules, batches.get(node), first, Hints(signs, rectified))
+            assigned = _assign_one(node, operands, rules, batches.get(node), first, Hints(signs, _behind(node, of)), of)
             if assigned.operands:
                 found[node] = assigned
             else:
@@ -171,6 +182,15 @@ def assign(
             gaps.append(_gap(node, str(reason)))
     carried = frozenset((*sources, *live)) - fixed
     return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account)
+
+
+def _behind(node: fx.Node, of: str) -> OpOverload | None:
+    """Returns the activation that is the only reader of a call which is not itself explained."""
+    if len(node.users) != 1 or (of and of in node.meta.get("layers", ())):
+        return None
+    (reader,) = node.users
+    plain = reader.target in _ACTIVATIONS and len(reader.args) == 1 and not reader.kwargs
+    return reader.target if plain and isinstance(reader.target, OpOverload) else None
 
 
 def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
@@ -205,6 +225,11 @@ def _live(
     return {node: found for node, found in operands.items() if node in wanted}
 
 
+def _is_weighted(node: fx.Node, operands: dict[Operand, fx.Node]) -> bool:
+    """Says whether a call multiplies what it carries by something that does not carry."""
+    return node.target in _WEIGHTED and len(operands) == 1
+
+
 def _assign_one(
     node: fx.Node,
     operands: dict[Operand, fx.Node],
@@ -212,13 +237,15 @@ def _assign_one(
     batch: Batch | None,
     first: bool,
     hints: Hints,
+    of: str,
 ) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
     if node.target._schema.is_mutable:
         raise RuleDeclinedError("it writes into its operand")
-    weighted = node.target in _WEIGHTED and len(operands) == 1
-    rule = rules.rule_for(Site(node.target, origin_of(node).module, first, weighted))
+    (feed, *others) = operands.values()
+    before = not others and feed.target in _WEIGHTED and _behind(feed, of) is node.target
+    rule = rules.rule_for(Site(node.target, origin_of(node).module, first, _is_weighted(node, operands), hints.behind, before))
     if rule is None:
         raise RuleDeclinedError("no rule" if rules.account.constants else f"no rule in {rules.name}")
     for name in operands:
@@ -238,7 +265,7 @@ def _assign_one(
     missing = set(operands) - set(example.terms)
     terms: dict[Operand, LinearMap] = dict(example.terms)
     carrying = {k: n for k, n in operands.items() if k not in missing}
-    return Assigned(node, rule, carrying, batch, hints, Affine(terms, example.constant, example.direct))
+    return Assigned(node, rule, carrying, batch, hints, Affine(terms, example.constant, example.direct, example.joined))
 
 
 def _gap(node: fx.Node, reason: str) -> Gap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,17 +25,51 @@ _SPELLED_OUT_NORMS: dict[Any, Any] = get_decompositions(
     [
         aten.native_layer_norm,
         aten.native_group_norm,
-        aten._fused_rms_norm,
-        aten.rms_norm,
-        aten._softmax,
-        aten._safe_softmax,
-        aten._log_softmax,
-        aten.logsumexp,
         aten.std,
         aten.linalg_vector_norm,
     ]
 )
-"""Norms and softmax, which rules of values take as one operator and rules of increments as what they compute."""
+"""Norms, which rules of values take as one operator and rules of increments as what they compute."""
+
+
+def _rms_norm(a: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    dims = list(range(-len(shape), 0))
+    size = (a * a).mean(dims, keepdim=True) + (torch.finfo(a.dtype).eps if eps is None else eps)
+    unit = a * size.rsqrt()
+    return unit if weight is None else unit * weight
+
+
+def _fused_rms_norm(a: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> tuple[Tensor]:
+    return (_rms_norm(a, shape, weight, eps),)
+
+
+def _instance_norm(
+    a: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> Tensor:
+    dims, shape = list(range(2, a.dim())), [1, -1, *[1] * (a.dim() - 2)]
+    if use_input_stats or mean is None or var is None:
+        middle, spread = a.mean(dims, keepdim=True), a.var(dims, correction=0, keepdim=True)
+    else:
+        middle, spread = mean.reshape(shape), var.reshape(shape)
+    z = (a - middle) * (spread + eps).rsqrt()
+    z = z if weight is None else z * weight.reshape(shape)
+    return z if bias is None else z + bias.reshape(shape)
+
+
+_BY_HAND: dict[Any, Any] = {
+    aten.rms_norm.default: _rms_norm,
+    aten._fused_rms_norm.default: _fused_rms_norm,
+    aten.instance_norm.default: _instance_norm,
+}
+"""Norms that PyTorch does not take apart, or not sample by sample."""
 
 _NORMS = {
     aten.layer_norm.default,
@@ -44,17 +79,13 @@ _NORMS = {
     aten.instance_norm.default,
     aten.rms_norm.default,
     aten._fused_rms_norm.default,
-    aten._softmax.default,
-    aten._safe_softmax.default,
-    aten._log_softmax.default,
-    aten.logsumexp.default,
     aten.std.correction,
     aten.linalg_vector_norm.default,
 }
 
 
 def spell_out(graph_module: fx.GraphModule) -> bool:
-    """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, ``softmax(x) -> exp(x - max) / sum``, and the like."""
+    """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, and the like."""
     changed = False
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target in _NORMS:
@@ -89,7 +120,7 @@ def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT
     def call(values: list[Any]) -> Any:
         given = dict(zip(sources, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return _BY_HAND.get(node.target, node.target)(*args, **kwargs)
 
     example: Any = tensors[0].meta["val"]
     with example.fake_mode, torch.no_grad():

@@ -92,12 +92,14 @@ def at_reference(
         return None
     given: dict[fx.Node, Any] = {}
     merged = any(a.batch.axis != 0 or a.batch.factor != 1 for a in assignment.rules.values())
+    fixed = any(not isinstance(n.meta["val"].shape[0], torch.SymInt) for n in assignment.sources)
     for position, source in enumerate(assignment.sources):
         here = first_result(values[source])
         if f"reference_{position}" in constants:
             there = constants[f"reference_{position}"]
-            # Where a dimension holds more than samples, one reference does not broadcast: it is repeated from the start.
-            given[source] = there.expand_as(here) if merged else there
+            # Where a dimension holds more than samples, or the graph knows their number, one reference does not broadcast: it is
+            # repeated from the start.
+            given[source] = there.expand(here.shape) if merged or fixed else there
         else:
             given[source] = reference.blur(here) if reference.kind == "blur" else torch.zeros_like(here)
     hooks: dict[str, Any] = {} if observe is None else {"observe": lambda node, phase: observe(node, "reference")}

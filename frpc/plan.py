@@ -144,6 +144,11 @@ def make_plan(assignment: Assignment, query: Query) -> Plan:
 def _demanded(assignment: Assignment, layer: str) -> fx.Node:
     node = layer_node(assignment, layer)
     assert node is not None, f"layer {layer} was checked when the query was made"
+    if node in assignment.rules and assignment.rules[node].example.joined:
+        raise OptionError(
+            f"{layer}: the rule {assignment.rules[node].rule.name} takes this layer and the activation behind it as one, so its "
+            "neurons have no relevance of their own; ask for the activation's."
+        )
     return node
 
 

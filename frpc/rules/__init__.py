@@ -44,6 +44,7 @@ from frpc.rules.families import (
     ZPlus,
     compose,
 )
+from frpc.rules.reveal import DeepLiftRevealCancel
 from frpc.rules.ruleset import FRP, Account, RuleSet, Site
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Composite",
     "Deconvnet",
     "DeepLift",
+    "DeepLiftRevealCancel",
     "DeepTaylor",
     "EpsilonAlpha2Beta1",
     "EpsilonAlpha2Beta1Flat",

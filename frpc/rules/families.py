@@ -18,14 +18,14 @@ from torch._ops import OpOverload, OpOverloadPacket
 from frpc.affine import TABLE, Affine, Call, Rule
 from frpc.carriers import Product
 from frpc.errors import InputError, OptionError
-from frpc.maps import LinearMap, Scale
+from frpc.maps import Scale
 from frpc.references import Reference, ReferenceLike, as_reference
 from frpc.rules import lrp
 from frpc.rules.arithmetic import back
 from frpc.rules.elementwise import over
-from frpc.rules.increments import Path, Pooling, increment_rule
+from frpc.rules.increments import Path, Pooling, SoftmaxMap, increment_rule
 from frpc.rules.lrp import Bound, LayerRule
-from frpc.rules.rectified import deconvnet_relu, guided_relu, rectified_relu
+from frpc.rules.rectified import RECTIFIERS, deconvnet_relu, guided_relu, rectified_relu
 from frpc.rules.ruleset import FRP, Account, RuleSet, Site
 
 aten = torch.ops.aten
@@ -92,7 +92,8 @@ class Gradient(RuleSet):
 
 @dataclass(frozen=True)
 class GuidedBackprop(Gradient):
-    """Gradients, and at every ReLU only what is positive. Transposed direction only.
+    """Gradients, and at every ReLU (ReLU6, ``clamp``) only what is positive; a net without any gets its gradient. Transposed
+    direction only.
 
     Source: Springenberg et al. 2015; S 2.1.2.2.
     """
@@ -101,7 +102,7 @@ class GuidedBackprop(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the guided one."""
-        if site.op is aten.relu.default:
+        if site.op in RECTIFIERS:
             return Rule(site.op, guided_relu, ("self",), "v [z > 0] [v > 0]", "Springenberg et al. 2015")
         return super().rule_for(site)
 
@@ -117,7 +118,7 @@ class Deconvnet(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the rectification of what is pulled."""
-        if site.op is aten.relu.default:
+        if site.op in RECTIFIERS:
             return Rule(site.op, deconvnet_relu, ("self",), "v [v > 0]", "Zeiler & Fergus 2014; S 9-11")
         return super().rule_for(site)
 
@@ -143,7 +144,7 @@ class RectifiedGradient(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the one with a threshold."""
-        if site.op is aten.relu.default:
+        if site.op in RECTIFIERS:
             return Rule(site.op, rectified_relu(self.q), ("self",), "v [z v > quantile]", "Kim et al. 2019")
         return super().rule_for(site)
 
@@ -514,22 +515,8 @@ class DeepTaylor(EpsilonPlus):
         return Composite(plus, plus, ZBox(stabilizer=self.stabilizer, low=self.low, high=self.high))
 
 
-class SoftmaxJacobian(LinearMap):
-    """``v -> s (v - <s, v>)`` along one dimension, its own transpose."""
-
-    def __init__(self, value: Tensor, dim: int) -> None:
-        self.operand = self.result = value.shape
-        self.value, self.dim = value, dim
-
-    def push(self, u: Tensor) -> Tensor:
-        return self.value * (u - (self.value * u).sum(self.dim, keepdim=True))
-
-    def pull(self, v: Tensor) -> Tensor:
-        return self.push(v)
-
-
 def _taylor_softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
-    return Affine({str(call.op._schema.arguments[0].name): SoftmaxJacobian(call.value, back(dim, a.dim()))})
+    return Affine({str(call.op._schema.arguments[0].name): SoftmaxMap(call.value, back(dim, a.dim()))})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from frpc.affine import TABLE, Affine, Call, Operand, Rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, Select, Total, scaled
 from frpc.rules.arithmetic import from_end, refuse_batch
+from frpc.rules.elementwise import expm1_over
 from frpc.rules.norms import weighed_sum
 from frpc.rules.pooling import max_pool2d
 
@@ -52,7 +53,8 @@ class Path:
         if call.reference is None or self.steps is None:
             return [here]
         there = call.reference.args[name]
-        return [there + (here - there) * (k / self.steps) for k in range(1, self.steps + 1)]
+        change = torch.where(here == there, 0.0, here - there)  # minus infinity, which marks what a softmax leaves out, stays
+        return [there + change * (k / self.steps) for k in range(1, self.steps + 1)]
 
     def middle(self, call: Call, name: str) -> Any:
         """The average of an operand over the path: ``(a + r) / 2`` exactly, ``r + (n + 1)/(2n) (a - r)`` over n points."""
@@ -135,6 +137,16 @@ def _exponential(call: Call, path: Path) -> Affine:
     return _of_one(call, path, carried[0], call.args[carried[0]].shape)
 
 
+def _sign(call: Call, path: Path) -> Affine:
+    """``sgn`` of real numbers as ``sign``: PyTorch's derivative of sgn, made for complex ones, fixes the batch size."""
+    return _elementwise(replace(call, op=aten.sign.default), path)
+
+
+def _copied(call: Call, path: Path) -> Affine:
+    """The source; of what it overwrites nothing is left."""
+    return Affine({"src": scaled(1, call.args["src"].shape, call.value.shape)} if call.carries("src") else {})
+
+
 # Products and quotients ---------------------------------------------------------------------------------------------------
 
 
@@ -207,11 +219,74 @@ def _variance(call: Call, path: Path) -> Affine:
     return Affine({"self": weighed_sum(call, coefficient, dims, call.args["keepdim"])})
 
 
+# Softmax ------------------------------------------------------------------------------------------------------------------
+
+
+class SoftmaxMap(LinearMap):
+    """``u -> k (u - <k, u> / sum k)`` along one dimension, its own transpose; with k a softmax, the Jacobian of that softmax."""
+
+    def __init__(self, weights: Tensor, dim: int) -> None:
+        self.operand = self.result = weights.shape
+        self.weights, self.dim = weights, dim
+        self.total = weights.sum(dim, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # 0 where all is masked
+
+    def push(self, u: Tensor) -> Tensor:
+        return self.weights * (u - (self.weights * u).sum(self.dim, keepdim=True) / self.total)
+
+    def pull(self, v: Tensor) -> Tensor:
+        return self.push(v)
+
+
+def _weights(call: Call, path: Path, name: str, dims: list[int]) -> list[Tensor]:
+    """The softmax at each point of a path; exactly, the logarithmic means ``k = (s - t) / (log s - log t)`` of its two ends.
+
+    ``ds_i = k_i (da_i - dL)``, L the logarithm of the sum. As the s sum to 1, ``dL = sum k_j da_j / sum k_j``: complete, bounded,
+    and s itself where both ends are one.
+    """
+
+    def softmax(a: Tensor) -> Tensor:
+        e = torch.exp(a - a.amax(dims, keepdim=True).clamp(min=torch.finfo(a.dtype).min))
+        return e / e.sum(dims, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+
+    if call.reference is None or path.steps is not None:
+        return [softmax(point) for point in path.points(call, name)]
+    a, r = call.args[name], call.reference.args[name]
+    change = (a - a.logsumexp(dims, keepdim=True)) - (r - r.logsumexp(dims, keepdim=True))
+    size = torch.where(torch.isfinite(change), change.abs(), 0.0)  # what is left out has no softmax at either end
+    return [torch.maximum(softmax(a), softmax(r)) * expm1_over(-size)]
+
+
+def _averaged(maps: Sequence[LinearMap]) -> LinearMap:
+    return maps[0] if len(maps) == 1 else Total([Compose(m, Scale(1.0 / len(maps), m.result)) for m in maps])
+
+
+def _softmax(call: Call, path: Path) -> Affine:
+    name, dim = str(call.op._schema.arguments[0].name), from_end(call.args["dim"], call.value.dim())
+    refuse_batch(call.args[name], dim)
+    weights = [call.value] if call.reference is None else _weights(call, path, name, dim)
+    return Affine({name: _averaged([SoftmaxMap(k, dim[0]) for k in weights])})
+
+
+def _log_softmax(call: Call, path: Path) -> Affine:
+    a, dim = call.args["self"], from_end(call.args["dim"], call.value.dim())
+    refuse_batch(a, dim)
+    parts = [k / k.sum(dim, keepdim=True) for k in _weights(call, path, "self", dim)]
+    weights = sum(parts[1:], parts[0]) / len(parts)
+    return Affine({"self": LinearOp(lambda u: u - (weights * u).sum(dim, keepdim=True), a.shape, a.shape)})
+
+
+def _logsumexp(call: Call, path: Path) -> Affine:
+    a, dims = call.args["self"], from_end(call.args["dim"], call.args["self"].dim())
+    refuse_batch(a, dims)
+    parts = [k / k.sum(dims, keepdim=True) for k in _weights(call, path, "self", dims)]
+    return Affine({"self": weighed_sum(call, sum(parts[1:], parts[0]) / len(parts), dims, call.args["keepdim"])})
+
+
 # Winners ------------------------------------------------------------------------------------------------------------------
 
 
 def _larger(call: Call, path: Path) -> Affine:
-    """``max(a, b) = b + relu(a - b)``: to a goes the part of the way on which it is ahead."""
+    """``max(a, b) = b + relu(a - b)``, ``min(a, b) = a - relu(a - b)``: to each goes the part of the way on which it is taken."""
     names = ("self", "other") if call.op in (aten.maximum.default, aten.fmax.default) else ("other", "self")
     ahead: list[Tensor] = []
     for k in range(1, 2 if call.reference is None or path.steps is None else path.steps + 1):
@@ -226,10 +301,49 @@ def _larger(call: Call, path: Path) -> Affine:
             ahead.append((there + (here - there) * (k / path.steps) > 0).to(here.dtype))
     share = sum(ahead[1:], ahead[0]) / len(ahead)
     terms: dict[Operand, LinearMap] = {}
-    for name, part in ((names[0], share), (names[1], 1.0 - share)):
+    taken = share if names[0] == "self" else 1.0 - share  # of a minimum, the one that is behind
+    for name, part in ((names[0], taken), (names[1], 1.0 - taken)):
         if call.carries(name):
             terms[name] = scaled(part, call.args[name].shape, call.value.shape)
     return Affine(terms)
+
+
+def _extreme(call: Call, path: Path) -> Affine:
+    """The largest or smallest element along dimensions, or of every beginning of one: as a max pool."""
+    standard = TABLE.get(call.op)
+    assert standard is not None
+    if call.reference is None:
+        return Affine(standard(call).terms)
+    if path.steps is not None:
+        return _at_points(call, path, standard)
+    a, r = call.args["self"], call.reference.args["self"].expand_as(call.args["self"])
+    began = {**call.reference.args, "self": r}
+    start = Call(call.op, began, call.op(**began), call.carried)
+    last, first = (standard(end).terms["self"] for end in (call, start))
+    gained = (call.value - first.push(a)).abs()  # how far the later winner is ahead at the input
+    ahead = (start.value - last.push(r)).abs()  # how far the earlier one was ahead at the reference
+    share = torch.where(gained + ahead == 0, 1.0, gained / (gained + ahead + torch.finfo(a.dtype).tiny))
+    return Affine({"self": Total([Compose(last, Scale(share, last.result)), Compose(first, Scale(1.0 - share, first.result))])})
+
+
+def _ordered(call: Call, path: Path) -> Affine:
+    """Elements by their place in an order: the average of the selections at n points; exactly, it has no closed form."""
+    standard = TABLE.get(call.op)
+    assert standard is not None
+    if call.reference is None:
+        return Affine(standard(call).terms)
+    if path.steps is None:
+        raise RuleDeclinedError("which elements it takes changes on the way from the reference: give steps, LID(steps=10)")
+    return _at_points(call, path, standard)
+
+
+def _at_points(call: Call, path: Path, standard: Rule) -> Affine:
+    """The average of an operator's maps over the points of a path."""
+    parts = []
+    for point in path.points(call, "self"):
+        args = {**call.args, "self": point}
+        parts.append(standard(Call(call.op, args, call.op(**args), call.carried)).terms["self"])
+    return Affine({"self": _averaged(parts)})
 
 
 def _max_pool(call: Call, path: Path) -> Affine:
@@ -238,12 +352,11 @@ def _max_pool(call: Call, path: Path) -> Affine:
     if call.reference is None:
         return _selection(call, call)
     if path.steps is not None:
-        parts: list[LinearMap] = []
+        parts = []
         for point in path.points(call, "self"):
             args = {**call.args, "self": point}
-            selected = _selection(call, Call(call.op, args, call.op(**args), call.carried)).terms["self"]
-            parts.append(Compose(selected, Scale(1.0 / path.steps, selected.result)))
-        return Affine({"self": Total(parts)})
+            parts.append(_selection(call, Call(call.op, args, call.op(**args), call.carried)).terms["self"])
+        return Affine({"self": _averaged(parts)})
     if path.pooling == "path":
         return _whole_path(call)
     r: Tensor = call.reference.args["self"]
@@ -388,6 +501,28 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.fmin.default: (_larger, ("self", "other"), "the part of the path on which each is behind"),
     aten.pow.Tensor_Tensor: (_exponential, ("self", "exponent"), "secant"),
     aten.pow.Scalar: (_exponential, ("exponent",), "secant"),
+    aten.sgn.default: (_sign, ("self",), "(f(a) - f(r)) / (a - r)"),
+    aten.copy.default: (_copied, ("self", "src"), "the source"),
+    aten._softmax.default: (_softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
+    aten._safe_softmax.default: (_softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
+    aten._log_softmax.default: (_log_softmax, ("self",), "v - k <1, v> / sum k, k as for softmax"),
+    aten.logsumexp.default: (_logsumexp, ("self",), "k / sum k, k as for softmax"),
+    **dict.fromkeys(
+        (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.cummax.default, aten.cummin.default),
+        (_extreme, ("self",), "the elements taken at the ends of the path"),
+    ),
+    **dict.fromkeys(
+        (
+            aten.median.dim,
+            aten.nanmedian.dim,
+            aten.mode.default,
+            aten.kthvalue.default,
+            aten.topk.default,
+            aten.sort.default,
+            aten.sort.stable,
+        ),
+        (_ordered, ("self",), "the elements taken at the points of the path"),
+    ),
     aten.max_pool2d_with_indices.default: (_max_pool, ("self",), "the winners on the path"),
     aten.max_pool3d_with_indices.default: (_max_pool, ("self",), "the winners at its ends"),
     aten.adaptive_max_pool2d.default: (_max_pool, ("self",), "the winners at its ends"),

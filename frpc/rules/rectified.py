@@ -10,12 +10,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call
 from frpc.maps import LinearMap
+from frpc.rules.increments import derivative
 
-__all__ = ["deconvnet_relu", "guided_relu", "rectified_relu"]
+__all__ = ["RECTIFIERS", "deconvnet_relu", "guided_relu", "rectified_relu"]
+
+aten = torch.ops.aten
+
+RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
+"""ReLU, and what cuts off below 0 in the same way: ReLU6 reaches a graph as ``hardtanh``."""
 
 
 class Rectified(LinearMap):
@@ -34,7 +41,16 @@ class Rectified(LinearMap):
 def guided_relu(call: Call, *arguments: Any) -> Affine:
     """``v [z > 0] [v > 0]``. Source: Springenberg et al. 2015."""
     z = call.value
-    return Affine({"self": Rectified(z, lambda v: v.clamp(min=0) * (z > 0))})
+    if call.op is aten.relu.default:
+        return Affine({"self": Rectified(z, lambda v: v.clamp(min=0) * (z > 0))})
+    slope = _slope(call)
+    return Affine({"self": Rectified(z, lambda v: v.clamp(min=0) * slope)})
+
+
+def _slope(call: Call) -> Tensor:
+    """The derivative of a ReLU that is bounded above too."""
+    rest = {name: value for name, value in call.args.items() if name != "self"}
+    return derivative(lambda u: call.op(self=u, **rest), call.args["self"])
 
 
 def deconvnet_relu(call: Call, *arguments: Any) -> Affine:
@@ -48,7 +64,7 @@ def rectified_relu(q: float) -> Callable[..., Affine]:
     def rectified_gradient(call: Call, *arguments: Any) -> Affine:
         z = call.value
         cells = math.prod(int(n) for n in z.shape[1:])
-        rank = max(1, math.ceil(q * cells))
+        rank = max(1, math.ceil(round(q * cells, 9)))  # 0.07 * 100 is 7.000000000000001
 
         def pulled(v: Tensor) -> Tensor:
             product = z * v

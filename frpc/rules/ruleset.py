@@ -33,12 +33,16 @@ class Site:
         module: path of the innermost module around the call.
         first: the call reads the explained input, but for views.
         weighted: the call multiplies by parameters: a convolution or a linear layer.
+        behind: the one activation that reads the result and is its only reader, if there is one.
+        before: the call is such an activation, and what it reads is a layer with weights.
     """
 
     op: Any
     module: str
     first: bool = False
     weighted: bool = False
+    behind: OpOverload | None = None
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Account:
         reference: relevance is ``(a - a_ref) G``, an account of what changed since a reference input, instead of ``a G``.
         from_reference: rules look at the reference too, and not at the input alone.
         gives: ``relevance``, or the ``multiplier`` itself (plain gradients).
-        spelled_out: norms and softmax are taken apart into what they compute; products carry both factors and both operands of
+        spelled_out: norms are taken apart into what they compute; products carry both factors and both operands of
             a division.
         conserves: what the map sums to, in words, for tables.
     """
