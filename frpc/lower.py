@@ -148,24 +148,27 @@ _FRESH = {  # operators whose result is memory of its own, written in full
 
 
 def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``f(x) -> f_(x)`` where x is a result that nobody else reads: no new memory is touched, which costs more than the work."""
+    """``f(x) -> f_(x)`` where x is a result that nobody reads later: no new memory is touched, which costs more than the work."""
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
         if node.target not in _IN_PLACE or node.kwargs:
             continue
         overwritten = node.args[0]
-        if not isinstance(overwritten, fx.Node) or not _mine_alone(overwritten, node):
+        if not isinstance(overwritten, fx.Node) or not _read_last(overwritten, node, order):
             swapped = node.args[1] if node.target in (aten.add.Tensor, aten.mul.Tensor) else None
-            if not isinstance(swapped, fx.Node) or not _mine_alone(swapped, node):
+            if not isinstance(swapped, fx.Node) or not _read_last(swapped, node, order):
                 continue
             node.args = (swapped, node.args[0])
         node.target = _IN_PLACE[node.target]
     return []
 
 
-def _mine_alone(x: fx.Node, reader: fx.Node) -> bool:
-    """Says whether x is fresh memory that only ``reader`` reads, once, and its result fits into."""
-    if x.target not in _FRESH or len(x.users) != 1 or list(reader.args).count(x) != 1:
+def _read_last(x: fx.Node, reader: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Says whether x is fresh memory that ``reader`` reads once and last, and that its result fits into."""
+    if x.target not in _FRESH or list(reader.args).count(x) != 1:
         return False
+    if any(order[user] > order[reader] or user.target not in _FRESH for user in x.users if user is not reader):
+        return False  # read later, or seen through a view that may be
     here, there = x.meta.get("val"), reader.meta.get("val")
     if not isinstance(here, Tensor) or not isinstance(there, Tensor) or here.dtype != there.dtype:
         return False

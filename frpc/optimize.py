@@ -12,7 +12,16 @@ from torch._ops import OpOverload
 
 from frpc.graph import fetch
 
-__all__ = ["PASSES", "drop_unread", "fold_added_bias", "fold_constants", "merge_common", "merge_scales", "remove_dead"]
+__all__ = [
+    "PASSES",
+    "drop_covered_gates",
+    "drop_unread",
+    "fold_added_bias",
+    "fold_constants",
+    "merge_common",
+    "merge_scales",
+    "remove_dead",
+]
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], bool]
@@ -117,6 +126,31 @@ def merge_scales(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
+def drop_covered_gates(graph_module: fx.GraphModule) -> bool:
+    """``threshold_backward(v, r) * (r / d) -> v * (r / d)`` for ``r = relu(a)``: where the gate is shut, the quotient is 0."""
+    changed = False
+    for node in graph_module.graph.nodes:
+        if node.target is not aten.mul.Tensor or len(node.args) != 2:
+            continue
+        for at, other in ((0, 1), (1, 0)):
+            gate, quotient = node.args[at], node.args[other]
+            if _is_gate_of(gate, quotient):
+                node.update_arg(at, gate.args[0])  # type: ignore[union-attr]
+                changed = True
+                break
+    return changed
+
+
+def _is_gate_of(gate: Any, quotient: Any) -> bool:
+    """Says whether ``gate`` is shut exactly where the numerator of ``quotient``, a ReLU's result, is 0."""
+    if not isinstance(gate, fx.Node) or not isinstance(quotient, fx.Node):
+        return False
+    if gate.target is not aten.threshold_backward.default or quotient.target is not aten.div.Tensor or gate.args[2] != 0:
+        return False
+    rectified = gate.args[1]
+    return isinstance(rectified, fx.Node) and rectified.target is aten.relu.default and quotient.args[0] is rectified
+
+
 def fold_added_bias(graph_module: fx.GraphModule) -> bool:
     """``convolution(x, w) + c -> convolution(x, w, c)`` for one constant a channel: a pass over the result less."""
     changed = False
@@ -148,5 +182,14 @@ def drop_unread(graph_module: fx.GraphModule) -> bool:
     return bool(unread)
 
 
-PASSES: tuple[Pass, ...] = (remove_dead, merge_common, merge_scales, fold_constants, fold_added_bias, remove_dead, drop_unread)
+PASSES: tuple[Pass, ...] = (
+    remove_dead,
+    merge_common,
+    merge_scales,
+    fold_constants,
+    fold_added_bias,
+    drop_covered_gates,
+    remove_dead,
+    drop_unread,
+)
 """In this order. Dead code goes first, so that nothing is merged into it."""

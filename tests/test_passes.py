@@ -538,6 +538,29 @@ def test_fold_added_bias() -> None:
     assert optimize.fold_added_bias(after) is False
 
 
+def test_drop_covered_gates() -> None:
+    """A gate is left out where the factor beside it is 0 whenever the gate is shut, and nowhere else."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, v = graph.placeholder("x"), graph.placeholder("v")
+        r = graph.call_function(aten.relu.default, (x,))
+        gate = graph.call_function(aten.threshold_backward.default, (v, r, 0))
+        covered = graph.call_function(aten.div.Tensor, (r, graph.call_function(aten.add.Tensor, (r, 0.5))))
+        bare = graph.call_function(aten.div.Tensor, (x, graph.call_function(aten.exp.default, (x,))))
+        return [graph.call_function(aten.mul.Tensor, pair) for pair in ((gate, covered), (covered, gate), (gate, bare))]
+
+    before = program(build)
+    x, v = randn(3, 5), randn(3, 5, seed=1)
+    x[0, 0], x[0, 1] = 0.0, -0.0
+    after = optimized(optimize.drop_covered_gates, before, x, v)
+    optimize.remove_dead(after)
+    after.recompile()
+    assert calls(after).count("threshold_backward") == 1
+    first, second, third = after.graph.output_node().args[0]
+    assert [n.args[at].name for n, at in ((first, 0), (second, 1))] == ["v", "v"]
+    assert third.args[0].target is aten.threshold_backward.default
+
+
 def test_drop_unread() -> None:
     """A tensor that no node reads any more takes no memory."""
 
@@ -587,6 +610,7 @@ def test_every_optimization_has_a_test() -> None:
         optimize.fold_constants,
         optimize.drop_unread,
         optimize.fold_added_bias,
+        optimize.drop_covered_gates,
     }
     assert set(optimize.PASSES) <= tested
 
@@ -722,6 +746,22 @@ def test_reuse_memory() -> None:
     assert calls(after) == ["mul.Tensor", "relu_", "add_.Tensor", "abs", "mul.Tensor", "reshape", "neg", "div.Tensor"]
     assert refusals == []
     assert torch.equal(x, kept) and torch.equal(after.c, constant)
+
+
+def test_reuse_memory_waits_for_the_last_reader() -> None:
+    """A value that two read is overwritten by the second; not while a view of it is still to be read."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x = graph.placeholder("x")
+        value = graph.call_function(aten.mul.Tensor, (x, 2))
+        first, second = (graph.call_function(op, (value,)) for op in (aten.relu.default, aten.abs.default))
+        seen = graph.call_function(aten.neg.default, (x,))
+        view = graph.call_function(aten.reshape.default, (seen, [12]))
+        return graph.call_function(aten.add.Tensor, (first, second)), graph.call_function(aten.abs.default, (seen,)), view
+
+    x = randn(3, 4)
+    after, _ = lowered(lower.reuse_memory, with_examples(program(build), x), x)
+    assert calls(after) == ["mul.Tensor", "relu", "abs_", "neg", "reshape", "add_.Tensor", "abs"]
 
 
 def test_reuse_memory_needs_the_same_size_and_type() -> None:

@@ -108,7 +108,8 @@ def _parts(call: Call, layer: Layer, on_positive: Tensor, on_negative: Tensor) -
 
 def _shared(call: Call, part: LinearMap, total: Tensor, share: float) -> LinearMap:
     """``share diag(z / total) part``; ``total`` is stabilized."""
-    scale = call.value / total
+    # In front of a ReLU only z > 0 counts, and relu(z) is there already: its gate is then in the quotient too.
+    scale = (torch.relu(call.value) if call.rectified else call.value) / total
     return Compose(part, Scale(scale if share == 1 else share * scale, part.result))
 
 
