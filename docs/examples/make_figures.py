@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import frpc
 from frpc import heatmap, pretrained
 from frpc.assign import Assignment
+from frpc.comparison import comparison
 from frpc.images import prepare
 from frpc.panels import AGAINST, FOR, pixel_map
 from frpc.plan import Plan
@@ -125,6 +126,18 @@ def constants(coffee: Photo, model: nn.Module) -> Figure:
     return heatmap.side_by_side(coffee.crop, shares, shared_scale=True, unit="logit per 8×8 pixels")
 
 
+def methods(chelsea: Photo, model: nn.Module) -> Figure:
+    """Two classes by several methods, each at four layers added up over the photo, and by Grad-CAM."""
+    layers, names = ["features.12", "features.9", "features.5", "features.2"], ("frp", "lid-ig", "sig-lid-ig", "epsilon-plus")
+    explainers = {name: frpc.compile(model, (chelsea.x,), method=name) for name in (*names, "gradient")}
+    rows = {}
+    for index, title in zip(chelsea.classes[:2], chelsea.names[:2], strict=True):
+        found = {name: frpc.multiscale(explainers[name], chelsea.x, index, layers).relevance[0] for name in names}
+        found["grad-cam"] = frpc.cam.grad_cam(explainers["gradient"], chelsea.x, "features.12", index).on()[0]
+        rows[title] = found
+    return comparison(chelsea.crop, rows, cell=SQUARE)
+
+
 def _relevance(photo: Photo, model: nn.Module, policy: str, target: int) -> Tensor:
     relevance = frpc.compile(model, (photo.x,), bias=policy)(photo.x, target=target).relevance
     assert isinstance(relevance, Tensor)
@@ -195,6 +208,7 @@ def main() -> None:
         "layers.png": partial(layers, chelsea),
         "constants.png": partial(constants, coffee, model),
         "pipeline.png": partial(pipeline, coffee),
+        "methods.png": partial(methods, chelsea, model),
     }
     FIGURES.mkdir(exist_ok=True)
     for name, make in makers.items():

@@ -44,6 +44,13 @@ assert explainer(x, target=labels, seed="logit").bias.abs().max() < 1e-4  # exac
 What a map does not hold of the number it explains is in `bias`: the constants' share with `frp` where it is kept apart, what
 biases and stabilizers absorb with the LRP family, what a first-order account misses with LID-Taylor.
 
+![Two classes of one cat photo by five methods](figures/methods.png)
+
+SqueezeNet's two strongest classes for this photo, each explained at four layers whose maps are resized and added
+(`frpc.multiscale`), and by Grad-CAM. Methods that start from a logit see nearly the same for both cats; `sig-lid-ig` starts from the
+probability, so what speaks for one speaks against the other. Each map has its own unit: the line below says what full colour is
+worth. `frpc explain --compare frp,lid-ig,sig-lid-ig,epsilon-plus,grad-cam` makes such a sheet of your photos.
+
 ## Propagation
 
 **T** is one transposed pass, about as dear as a forward pass; **V** is one more forward pass, through other weights. All methods
