@@ -47,9 +47,9 @@ biases and stabilizers absorb with the LRP family, what a first-order account mi
 ![Two classes of one cat photo by five methods](figures/methods.png)
 
 SqueezeNet's two strongest classes for this photo, each explained at four layers whose maps are resized and added
-(`frpc.multiscale`), and by Grad-CAM. Methods that start from a logit see nearly the same for both cats; `sig-lid-ig` starts from the
-probability, so what speaks for one speaks against the other. Each map has its own unit: the line below says what full colour is
-worth. `frpc explain --compare frp,lid-ig,sig-lid-ig,epsilon-plus,grad-cam` makes such a sheet of your photos.
+(`frpc.multiscale`), and by Grad-CAM. Methods that start from a logit see nearly the same for both cats; `sig-lid-ig` starts from
+the probability, so what speaks for one speaks against the other. Each map has its own unit: the line below says what full colour
+is worth. `frpc explain --compare frp,lid-ig,sig-lid-ig,epsilon-plus,grad-cam` makes such a sheet of your photos.
 
 ## Propagation
 
