@@ -44,12 +44,13 @@ INCOMPLETE = {*ORDER, *JUMPS, "grid_sampler_2d by a carried grid"}
 
 
 def swept(without: Any) -> list[Any]:
-    """The cases whose call stands in the canonical graph; by default those of operators with a rule of their own."""
+    """The cases whose call stands in the canonical graph; by default one of each operator with a rule of its own."""
     known = {case.id for case in CASES}
     assert set(without) <= known, "an exclusion names no case"
     chosen = [case for case in CASES if case.arguments is None and case.id not in without]
     own = {aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default, *INCREMENTS}
-    return [pytest.param(case, id=case.id, marks=() if case.op in own else pytest.mark.slow) for case in chosen]
+    first = {case.op: case.id for case in reversed(chosen) if case.op in own}
+    return [pytest.param(case, id=case.id, marks=() if case.id in first.values() else pytest.mark.slow) for case in chosen]
 
 
 @functools.cache
@@ -108,8 +109,8 @@ def test_orders_need_steps(case: Case) -> None:
     module, inputs, reference = module_of(case.id), case.inputs(), case.inputs(1, seed=9)
     with pytest.raises(UnsupportedOpError, match=r"which elements it takes changes .* give steps, LID\(steps=10\)"):
         frpc.compile(module, inputs, rule=LID())
-    missing = [check_complete(module, inputs, reference, LID(steps=n), 1e-12) for n in (3, 300)]
-    assert missing[1] <= 0.02 and missing[1] < missing[0]
+    missing = [check_complete(module, inputs, reference, LID(steps=n), 1e-12) for n in (3, 60)]
+    assert missing[1] <= 0.05 and missing[1] < missing[0]
 
 
 # Whole nets against their twins ---------------------------------------------------------------------------------------------
@@ -175,7 +176,11 @@ def test_forward_is_the_transpose(of: str, rules: RuleSet) -> None:
 # Completeness at every layer --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float32, 1e-5), pytest.param(torch.float64, 1e-12, marks=pytest.mark.slow)],
+    ids=["f32", "f64"],
+)
 @pytest.mark.parametrize("of", SMOOTH)
 def test_every_layer_adds_up(of: str, dtype: torch.dtype, bound: float) -> None:
     """`sum R = f(x) - f(x_ref)` at the input and at each layer that everything passes through."""
@@ -346,8 +351,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "batch norm": (lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU()), (2, 5, 5)),
     "gate": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), Squeeze(), nn.Flatten(), nn.Linear(36, 3)), (2, 5, 5)),
     "softmax": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Softmax(-1), nn.Linear(5, 4), nn.LogSoftmax(-1)), (4, 6)),
-    "LSTM": (lambda: nn.Sequential(Last(nn.LSTM(3, 4, batch_first=True)), nn.Linear(4, 3)), (4, 3)),
-    "GRU": (lambda: nn.Sequential(Last(nn.GRU(3, 4, batch_first=True)), nn.Linear(4, 3)), (4, 3)),
+    "LSTM": (lambda: nn.Sequential(Last(nn.LSTM(3, 4, batch_first=True)), nn.Linear(4, 3)), (3, 3)),
+    "GRU": (lambda: nn.Sequential(Last(nn.GRU(3, 4, batch_first=True)), nn.Linear(4, 3)), (3, 3)),
 }
 
 
@@ -361,8 +366,9 @@ def test_blocks(name: str) -> None:
     _, expected = torch.autograd.functional.vjp(model, x, seed)
     assert error(explained(model, x, Gradient(times_input=False), seed), expected) <= 1e-10
     assert check_complete(model, (x,), (reference,), LID(), 1e-12) <= 1e-12
-    missing = [check_complete(model, (x,), (reference,), LID(steps=n), 1e-12) for n in (4, 40)]
-    assert missing[1] <= 0.25 * missing[0] + 1e-12
+    if name not in ("LSTM", "GRU"):  # hundreds of operators, each at n points
+        missing = [check_complete(model, (x,), (reference,), LID(steps=n), 1e-12) for n in (4, 40)]
+        assert missing[1] <= 0.25 * missing[0] + 1e-12
 
 
 def test_rows_that_are_masked_altogether() -> None:
