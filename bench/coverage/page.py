@@ -34,11 +34,11 @@ random tokens. A run takes hours; `python -m bench coverage --suite torchvision 
   output differs by from its output in float64).
 - **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
 - **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three:
-  up to 1e-6 and 1e-11 counts as covered; `fixed` where the model itself fixes the batch size. PyTorch's kernels add in another
+  up to 1e-6 and 1e-10 counts as covered; `fixed` where the model itself fixes the batch size. PyTorch's kernels add in another
   order for another batch size, and in some models rounding alone, or a ReLU whose value it turns from one side of 0 to the other,
-  changes a map by more than 1e-6. Then the figure in parentheses says what rounding does to input x gradient by PyTorch's
-  autograd, frpc not involved: the largest distance between its map made alone, made in the batch, and made in float64. In float32
-  up to twice as much is covered; in float64 nothing is added to the bound.
+  changes a map by more than 1e-6. Then the figure in parentheses says how well float32 determines input x gradient by PyTorch's
+  autograd, frpc not involved: the largest distance from its map in float64 of that made alone, made in the batch, and made at
+  inputs changed by a millionth, eight times. In float32 up to twice as much is covered; to float64's bound nothing is added.
 """
 
 PEERS_HEAD = """\

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SAMPLES", "Inputs", "Subject", "Suite", "first_that_runs", "redraw", "take"]
+__all__ = ["SAMPLES", "Inputs", "Subject", "Suite", "each", "first_that_runs", "redraw", "take"]
 
 SAMPLES = 3
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]
@@ -47,9 +47,7 @@ class Subject:
 
     def double(self) -> Subject:
         """Returns the subject in float64; the model itself is converted."""
-        return Subject(
-            self.model.double(), _each(self.inputs, lambda x: x.double() if x.is_floating_point() else x), self.options
-        )
+        return Subject(self.model.double(), each(self.inputs, lambda x: x.double() if x.is_floating_point() else x), self.options)
 
 
 class Suite(Protocol):
@@ -64,10 +62,11 @@ class Suite(Protocol):
 
 def take(inputs: Inputs, samples: slice) -> Inputs:
     """Returns some of the samples."""
-    return _each(inputs, lambda x: x[samples])
+    return each(inputs, lambda x: x[samples])
 
 
-def _each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Changes every input."""
     if isinstance(inputs, dict):
         return {name: change(x) for name, x in inputs.items()}
     return tuple(change(x) for x in inputs)
