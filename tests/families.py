@@ -115,6 +115,11 @@ def _front(model: nn.Module, *shapes: tuple[int, ...]) -> Front:
     return pipeline.front(model, [torch.randn(shape, dtype=torch.float64) for shape in shapes], None)
 
 
+def front_of(model: nn.Module, inputs: Sequence[Tensor]) -> Front:
+    """A model's graph, captured once."""
+    return _front(model, *(tuple(x.shape) for x in inputs))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model with its rules, ready to be run by plain tensor code: what programs are traced from, without the tracing."""
@@ -138,7 +143,7 @@ class Prepared:
 
 def prepared(model: nn.Module, inputs: Sequence[Tensor], rule: RuleSet, top: Top | None = None, **asked: Any) -> Prepared:
     """Gives a model its rules; the graph of a model is captured once."""
-    front = _front(model, *(tuple(x.shape) for x in inputs))
+    front = front_of(model, inputs)
     query = Query(bias="separate", top=top or Logit(), **asked)
     assignment = pipeline.assign_rules(front, Choice(rule), query)
     module = assignment.graph_module
