@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import frpc.maps
 from frpc.maps import (
@@ -232,6 +234,17 @@ def test_costs_of_layers() -> None:
     assert transposed.cost().flops == 2 * (2 * 4 * 7 * 5) * (3 * 3 * 3)
     both = Compose(MatMul(randn(5, 7), (2, 7)), MatMul(randn(3, 5), (2, 5))).cost()
     assert both.flops == 2 * 2 * (7 * 5 + 5 * 3)
+
+
+def test_costs_leave_a_symbolic_size_free() -> None:
+    """A size written by the batch, as ``4 B / B``, is read by its example: making a number of it would fix the batch."""
+    like = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(2, 4), symbolic_context=like)
+    size = x.shape[0]
+    assert BatchedMatMul(x, (3, size), (3, 4)).cost().flops == 2 * 3 * 2 * 4
+    halved = LinearPool(torch.Tensor.clone, (1, 1, 4, size), (1, 1, 4, size), [(1, 1, 0, 1)] * 2)
+    assert bool((halved.inverse_divisor() == 1).all())
+    assert not x.shape[0].node.expr.is_number
 
 
 def test_a_map_without_a_direction_says_so() -> None:

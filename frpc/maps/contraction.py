@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.maps.base import Cost, LinearMap, Shape, each, folded, numel, same_size
+from frpc.maps.base import Cost, LinearMap, Shape, each, folded, numel, same_size, size_hint
 
 __all__ = ["BatchedMatMul", "Conv", "MatMul"]
 
@@ -69,7 +69,7 @@ class BatchedMatMul(LinearMap):
     def cost(self, itemsize: int = 4) -> Cost:
         inner = self.coefficient.shape[-1 if self.left else -2]
         size = numel(self.operand) + numel(self.result) + numel(self.coefficient.shape)
-        return Cost(2.0 * numel(self.result) * int(inner), float(size * itemsize))
+        return Cost(2.0 * numel(self.result) * size_hint(inner), float(size * itemsize))
 
 
 class Conv(LinearMap):
@@ -110,7 +110,7 @@ class Conv(LinearMap):
     def _pull_plain(self, v: Tensor) -> Tensor:
         kernel = self.weight.shape[2:]
         rest = [  # rows at the far edge that no window reached: they get no relevance
-            (int(n) + 2 * p - d * (int(k) - 1) - 1) % s
+            (size_hint(n) + 2 * p - d * (int(k) - 1) - 1) % s
             for n, p, d, k, s in zip(self.operand[2:], self.padding, self.dilation, kernel, self.stride, strict=True)
         ]
         return self._apply(v, True, rest)

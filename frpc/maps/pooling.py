@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from frpc.maps.base import LinearMap, LinearOp, Shape, folded
+from frpc.maps.base import LinearMap, LinearOp, Shape, folded, size_hint
 
 __all__ = ["Center", "LinearPool", "Pool", "Select", "Window"]
 
@@ -53,8 +53,8 @@ class LinearPool(Pool):
 
     def inverse_divisor(self) -> Tensor:
         """Returns one over the divisor of every position, ``[H, W]``."""
-        sizes = [int(n) for n in self.operand[2:]]
-        counts = [self._counts(n, int(m), line) for n, m, line in zip(sizes, self.result[2:], self.window, strict=True)]
+        sizes = [size_hint(n) for n in self.operand[2:]]
+        counts = [self._counts(n, size_hint(m), line) for n, m, line in zip(sizes, self.result[2:], self.window, strict=True)]
         counts = counts if len(counts) == 2 else [torch.ones(1), *counts]
         product = counts[0][:, None] * counts[1][None]
         return 1.0 / (product if self.divisor is None else torch.full_like(product, float(self.divisor)))

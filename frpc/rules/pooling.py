@@ -9,6 +9,7 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
 from frpc.maps import LinearPool, Pool, Select
+from frpc.maps.base import size_hint
 
 aten = torch.ops.aten
 
@@ -91,7 +92,7 @@ def adaptive_avg_pool(call: Call, a: Tensor, size: Sequence[int]) -> Affine:
     def pool(u: Tensor) -> Tensor:
         return call.op(u, size)
 
-    sizes = [(int(n), int(m)) for n, m in zip(a.shape[2:], call.value.shape[2:], strict=True)]
+    sizes = [(size_hint(n), size_hint(m)) for n, m in zip(a.shape[2:], call.value.shape[2:], strict=True)]
     if any(n % m for n, m in sizes):  # windows of uneven width
         return Affine({"self": Pool(pool, a.shape, call.value.shape)})
     return Affine({"self": LinearPool(pool, a.shape, call.value.shape, [(n // m, n // m, 0, 1) for n, m in sizes])})
