@@ -135,7 +135,7 @@ def drop_covered_gates(graph_module: fx.GraphModule) -> bool:
         for at, other in ((0, 1), (1, 0)):
             gate, quotient = node.args[at], node.args[other]
             if _is_gate_of(gate, quotient):
-                node.update_arg(at, gate.args[0])  # type: ignore[union-attr]
+                node.update_arg(at, gate.args[0])
                 changed = True
                 break
     return changed

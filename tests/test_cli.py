@@ -79,7 +79,8 @@ def test_explain_by_another_method(tmp_path: Path, photo, weights):
     result = explain("--method", "lid-ig", "--target", "1;4", image=photo, weights=weights, out=tmp_path / "out")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "photo.json").read_text())
-    raw = np.load(tmp_path / "out" / "photo.npz")
+    with np.load(tmp_path / "out" / "photo.npz") as file:
+        raw = dict(file)
     assert record["method"] == "lid-ig" and raw["targets"].tolist() == [1, 4]
     model, x = pretrained.build_model("squeezenet1_0"), torch.zeros(1, 3, 224, 224)
     at_zero = model(x)[0, [1, 4]].detach().numpy()
@@ -100,7 +101,8 @@ def test_explain_compares_methods(tmp_path: Path, photo, weights):
 def test_explain_at_inner_layers(tmp_path: Path, photo, weights):
     result = explain("--method", "sig-lid-ig", "--scales", "features.0,features.2", image=photo, weights=weights, out=tmp_path)
     assert result.exit_code == 0, result.output
-    assert np.load(tmp_path / "photo.npz")["relevance"].shape == (1, 1, 224, 224)
+    with np.load(tmp_path / "photo.npz") as file:
+        assert file["relevance"].shape == (1, 1, 224, 224)
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,8 @@ def test_float32_is_held_against_the_rounding_of_plain_pytorch() -> None:
     assert judged(variance_float32=1.5e-6, plain_rounding=1e-6) == "ok"
     assert judged(variance_float32=1.5e-6, plain_rounding=0.7e-6) == "inexact"
     assert judged(variance_float64=1.5e-10, plain_rounding=1e-6) == "inexact"
-    assert judged(output_float32=1.5e-4, plain_output=1e-4) == "ok"
-    assert judged(output_float32=1.5e-4, plain_output=0.5e-4) == "inexact"
+    assert judged(output_float32=1.5e-4, plain_output=1e-4, own_output=1.9e-4) == "ok"
+    assert judged(output_float32=1.5e-4, plain_output=1e-4, own_output=2.1e-4) == "inexact"
     assert judged(output_float64=1.5e-4, plain_output=1e-4) == "inexact"
     assert judged(error_float32=1.5e-5, plain_output=1e-4, plain_rounding=1e-4) == "inexact"
     assert judged(error_float64=float("nan")) == "inexact"
@@ -235,7 +235,8 @@ def test_plain_rounding_is_that_of_input_times_gradient() -> None:
     assert found["batch"] == pytest.approx(2.0), "from 1 to 3"
     assert found["jump"] == pytest.approx(1.0, rel=1e-4), "from 1 to 2"
     assert found["rounding"] == pytest.approx(2e-6, rel=1), "the changes of the input"
-    assert probe.plain_output(subject.Subject(Odd("rounding"), (x,)), x) == pytest.approx(1e-9, rel=1e-3)
+    far = probe.rounding_of_outputs(subject.Subject(Odd("rounding"), (x,)), x, 2 * x[:2])
+    assert far == {"plain_output": pytest.approx(1e-9, rel=1e-3), "own_output": pytest.approx(1.0)}
     assert probe.plain_rounding(subject.Subject(nn.Identity(), (torch.ones(3, 4, dtype=torch.int64),)), (1,)) is None
 
 

@@ -176,8 +176,9 @@ def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda x: x + x[:1], "it mixes samples"),
         (lambda x: x + x[0], "it mixes samples"),
         (lambda x: nn.functional.linear(x, x[:, None].sum((0, 1))[None]), "it mixes samples"),
+        (lambda x: (x @ x.t()).softmax(-1) @ x, "it works along the batch: the result mixes samples"),
     ],
-    ids=["mean", "mean kept", "first sample", "a sample", "weights"],
+    ids=["mean", "mean kept", "first sample", "a sample", "weights", "attention"],
 )
 def test_operators_that_mix_samples_are_gaps(function: Callable[[Tensor], Tensor], reason: str) -> None:
     with pytest.raises(UnsupportedOpError) as error:

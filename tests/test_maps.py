@@ -34,6 +34,7 @@ from frpc.maps import (
     Select,
     Shuffle,
     Slice,
+    Total,
     Transpose,
     scaled,
 )
@@ -183,6 +184,8 @@ def samples() -> list[Sample]:
         Sample("winners 3d", Select(winners3d, (2, 2, 4, 5, 3)),
                lambda u: u.flatten(2).gather(2, winners3d.flatten(2)).view(winners3d.shape)),
         Sample("any linear operator", LinearOp(summed, (2, 3, 5), (2, 3, 5)), summed),
+        Sample("total", Total([MatMul(randn(7, 7), (2, 7)), Scale(randn(7, seed=1), (2, 7))]),
+               lambda u: u @ randn(7, 7).T + u * randn(7, seed=1)),
         Sample("composition", Compose(MatMul(randn(5, 7), (2, 7)), flip), lambda u: (u @ randn(5, 7).T).flip(-1)),
     ]  # fmt: skip
 
@@ -237,7 +240,7 @@ def test_costs_of_layers() -> None:
 
 
 def test_costs_leave_a_symbolic_size_free() -> None:
-    """A size written by the batch, as ``4 B / B``, is read by its example: making a number of it would fix the batch."""
+    """A symbolic size is read by its example: making a number of it would fix the batch."""
     like = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(2, 4), symbolic_context=like)
     size = x.shape[0]
