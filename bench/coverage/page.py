@@ -30,8 +30,8 @@ random tokens. A run takes hours; `python -m bench coverage --suite torchvision 
 - **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were being tried.
 - **error**: the largest `|sum V - y| / sum|V|` of three random targets of two samples. Up to 1e-5 in float32 and 1e-11 in float64
   counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest (1e-4 in float64 too
-  where the model itself casts to float32, which frpc does not follow in float64; in float32 up to twice what the model's own
-  output differs by from its output in float64).
+  where the model itself casts to float32, which frpc does not follow in float64; in float32 also where frpc's are at most
+  twice as far from the model's in float64 as the model's own).
 - **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
 - **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three:
   up to 1e-6 and 1e-10 counts as covered; `fixed` where the model itself fixes the batch size. PyTorch's kernels add in another

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, rule
 from frpc.maps import BatchedMatMul, Compose, LinearMap, LinearOp, MatMul, scaled
-from frpc.rules.arithmetic import Number, Term, unmasked
+from frpc.rules.arithmetic import Number, Term, refuse_batch, unmasked
 from frpc.rules.elementwise import expm1_over
 
 aten = torch.ops.aten
@@ -63,6 +63,7 @@ def _times(a: Tensor, b: Tensor, result: torch.Size) -> LinearMap:
 def _contracted(call: Call, first: str, second: str, factor: Number = 1) -> dict[Operand, LinearMap]:
     """Returns the terms of ``factor a b``: the other factor on each carried one, half of it where both are."""
     a, b, result = call.args[first], call.args[second], call.value.shape
+    refuse_batch(a, [-1])
     share = factor * (0.5 if call.carries(first) and call.carries(second) else 1)
     terms: dict[Operand, LinearMap] = {}
     if call.carries(first):
