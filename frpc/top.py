@@ -59,9 +59,13 @@ def _increment(output: Tensor, reference: Tensor | None) -> Tensor:
 
 
 def _per_unit(relevance: Tensor, output: Tensor) -> Tensor:
-    """``R / z``, with a stabilized divisor (sgn 0 = +1): a multiplier that stands for a given relevance."""
-    tiny = 1e-6 if output.dtype in (torch.float16, torch.bfloat16, torch.float32) else 1e-12
-    return relevance / (output + torch.where(output >= 0, tiny, -tiny))
+    """``R / z``: a multiplier that stands for a given relevance.
+
+    The divisor is kept away from 0 (sgn 0 = +1) by a millionth of the largest logit, in float64 by 1e-12 of it.
+    """
+    share = 1e-12 if output.dtype == torch.float64 else 1e-6
+    small = share * output.abs().amax(_classes(output), keepdim=True) + torch.finfo(output.dtype).tiny
+    return relevance / (output + torch.where(output >= 0, small, -small))
 
 
 def _slope(seed: Tensor, logits: Tensor) -> Tensor:
