@@ -15,14 +15,13 @@ from frpc.rules import (
     selection,
     views,
 )
-from frpc.rules.families import (
-    LID,
+from frpc.rules.compose import Gate, Half, WinnerTakesAll, compose
+from frpc.rules.gradients import LID, Deconvnet, DeepLift, Gradient, GuidedBackprop, LIDTaylor, LRPTaylor, RectifiedGradient
+from frpc.rules.relevance import (
     LRP,
     AlphaBeta,
     AttnLRP,
     Composite,
-    Deconvnet,
-    DeepLift,
     DeepTaylor,
     EpsilonAlpha2Beta1,
     EpsilonAlpha2Beta1Flat,
@@ -31,18 +30,9 @@ from frpc.rules.families import (
     EpsilonPlusFlat,
     Flat,
     Gamma,
-    Gate,
-    Gradient,
-    GuidedBackprop,
-    Half,
-    LIDTaylor,
-    LRPTaylor,
-    RectifiedGradient,
-    WinnerTakesAll,
     WSquare,
     ZBox,
     ZPlus,
-    compose,
 )
 from frpc.rules.reveal import DeepLiftRevealCancel
 from frpc.rules.ruleset import FRP, Account, RuleSet, Site

@@ -6,78 +6,34 @@ At one input ``y`` with a reference ``r``, every operator has an exact account o
 averaged over the straight path from r to y (L 19 to 21, in the limit of many points), so that without a reference (r = y) the
 same formulas are the Jacobian itself.
 
-A :class:`Path` says which average is asked for: at the input alone, exact, or of n points ``r + (k/n) (y - r)`` as in the paper.
+A :class:`~frpc.rules.paths.Path` says which average is asked for: at the input alone, exact, or of n points
+``r + (k/n) (y - r)`` as in the paper.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule
 from frpc.errors import RuleDeclinedError
-from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, Select, Total, scaled
+from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, scaled
 from frpc.rules.arithmetic import from_end, refuse_batch
 from frpc.rules.elementwise import expm1_over
 from frpc.rules.norms import weighed_sum
-from frpc.rules.pooling import max_pool2d
+from frpc.rules.paths import Increment, Path, averaged, derivative, part_above
+from frpc.rules.winners import extreme, larger, max_pool, ordered
 
-__all__ = ["INCREMENTS", "Path", "increment_rule"]
+__all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
 
 aten = torch.ops.aten
 
-Pooling = Literal["ends", "path"]
-
-
-@dataclass(frozen=True)
-class Path:
-    """Which average of the Jacobian a rule takes.
-
-    Attributes:
-        steps: number of points, or None for the exact average.
-        pooling: of max pools, ``ends``: between the winner at the input and the winner at the reference; ``path``: over all
-            winners on the way. They differ where a third element wins in between; both add up.
-    """
-
-    steps: int | None = None
-    pooling: Pooling = "ends"
-
-    def points(self, call: Call, name: str) -> list[Tensor]:
-        """The operand at every point the average is taken over; the input alone where there is no reference."""
-        here = call.args[name]
-        if call.reference is None or self.steps is None:
-            return [here]
-        there = call.reference.args[name]
-        change = torch.where(here == there, 0.0, here - there)  # minus infinity, which marks what a softmax leaves out, stays
-        return [there + change * (k / self.steps) for k in range(1, self.steps + 1)]
-
-    def middle(self, call: Call, name: str) -> Any:
-        """The average of an operand over the path: ``(a + r) / 2`` exactly, ``r + (n + 1)/(2n) (a - r)`` over n points."""
-        here = call.args[name]
-        if call.reference is None or not isinstance(here, Tensor):
-            return here
-        there = call.reference.args[name]
-        weight = 0.5 if self.steps is None else (self.steps + 1) / (2 * self.steps)
-        return (here + there) * 0.5 if self.steps is None else there + (here - there) * weight
-
-
-Increment = Callable[[Call, Path], Affine]
-
-
 # Functions of one number --------------------------------------------------------------------------------------------------
-
-
-def derivative(function: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-    """``f'(a)`` of an elementwise function, by PyTorch's own formula."""
-    made: Any = torch.func.vjp(function, a)
-    value, transpose = made
-    slope: Tensor = transpose(torch.ones_like(value))[0]
-    return slope
 
 
 def _secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: Tensor) -> Tensor:
@@ -120,13 +76,7 @@ def _relu(call: Call, path: Path) -> Affine:
         above = [(point > 0).to(a.dtype) for point in path.points(call, "self")]
         return Affine({"self": Scale(sum(above[1:], above[0]) / len(above), a.shape)})
     r: Tensor = call.reference.args["self"]
-    return Affine({"self": Scale(_above(call.value, a, call.reference.value, r), a.shape)})
-
-
-def _above(positive: Tensor, a: Tensor, r_positive: Tensor, r: Tensor) -> Tensor:
-    """The part of the way from r to a that lies above 0; no digits are lost where both are near."""
-    tiny = torch.finfo(a.dtype).tiny
-    return (positive + r_positive) / (a.abs() + (r.abs() + tiny))
+    return Affine({"self": Scale(part_above(call.value, a, call.reference.value, r), a.shape)})
 
 
 def _exponential(call: Call, path: Path) -> Affine:
@@ -256,15 +206,11 @@ def _weights(call: Call, path: Path, name: str, dims: list[int]) -> list[Tensor]
     return [torch.maximum(softmax(a), softmax(r)) * expm1_over(-size)]
 
 
-def _averaged(maps: Sequence[LinearMap]) -> LinearMap:
-    return maps[0] if len(maps) == 1 else Total([Compose(m, Scale(1.0 / len(maps), m.result)) for m in maps])
-
-
 def _softmax(call: Call, path: Path) -> Affine:
     name, dim = str(call.op._schema.arguments[0].name), from_end(call.args["dim"], call.value.dim())
     refuse_batch(call.args[name], dim)
     weights = [call.value] if call.reference is None else _weights(call, path, name, dim)
-    return Affine({name: _averaged([SoftmaxMap(k, dim[0]) for k in weights])})
+    return Affine({name: averaged([SoftmaxMap(k, dim[0]) for k in weights])})
 
 
 def _log_softmax(call: Call, path: Path) -> Affine:
@@ -280,200 +226,6 @@ def _logsumexp(call: Call, path: Path) -> Affine:
     refuse_batch(a, dims)
     parts = [k / k.sum(dims, keepdim=True) for k in _weights(call, path, "self", dims)]
     return Affine({"self": weighed_sum(call, sum(parts[1:], parts[0]) / len(parts), dims, call.args["keepdim"])})
-
-
-# Winners ------------------------------------------------------------------------------------------------------------------
-
-
-def _larger(call: Call, path: Path) -> Affine:
-    """``max(a, b) = b + relu(a - b)``, ``min(a, b) = a - relu(a - b)``: to each goes the part of the way on which it is taken."""
-    names = ("self", "other") if call.op in (aten.maximum.default, aten.fmax.default) else ("other", "self")
-    ahead: list[Tensor] = []
-    for k in range(1, 2 if call.reference is None or path.steps is None else path.steps + 1):
-        here = call.args[names[0]] - call.args[names[1]]
-        if call.reference is None:
-            ahead.append(torch.where(here == 0, 0.5, (here > 0).to(here.dtype)))  # on ties as PyTorch's derivative
-            continue
-        there = call.reference.args[names[0]] - call.reference.args[names[1]]
-        if path.steps is None:
-            ahead.append(_above(here.clamp(min=0), here, there.clamp(min=0), there))
-        else:
-            ahead.append((there + (here - there) * (k / path.steps) > 0).to(here.dtype))
-    share = sum(ahead[1:], ahead[0]) / len(ahead)
-    terms: dict[Operand, LinearMap] = {}
-    taken = share if names[0] == "self" else 1.0 - share  # of a minimum, the one that is behind
-    for name, part in ((names[0], taken), (names[1], 1.0 - taken)):
-        if call.carries(name):
-            terms[name] = scaled(part, call.args[name].shape, call.value.shape)
-    return Affine(terms)
-
-
-def _extreme(call: Call, path: Path) -> Affine:
-    """The largest or smallest element along dimensions, or of every beginning of one: as a max pool."""
-    standard = TABLE.get(call.op)
-    assert standard is not None
-    if call.reference is None:
-        return Affine(standard(call).terms)
-    if path.steps is not None:
-        return _at_points(call, path, standard)
-    a, r = call.args["self"], call.reference.args["self"].expand_as(call.args["self"])
-    began = {**call.reference.args, "self": r}
-    start = Call(call.op, began, call.op(**began), call.carried)
-    last, first = (standard(end).terms["self"] for end in (call, start))
-    gained = (call.value - first.push(a)).abs()  # how far the later winner is ahead at the input
-    ahead = (start.value - last.push(r)).abs()  # how far the earlier one was ahead at the reference
-    share = torch.where(gained + ahead == 0, 1.0, gained / (gained + ahead + torch.finfo(a.dtype).tiny))
-    return Affine({"self": Total([Compose(last, Scale(share, last.result)), Compose(first, Scale(1.0 - share, first.result))])})
-
-
-def _ordered(call: Call, path: Path) -> Affine:
-    """Elements by their place in an order: the average of the selections at n points; exactly, it has no closed form."""
-    standard = TABLE.get(call.op)
-    assert standard is not None
-    if call.reference is None:
-        return Affine(standard(call).terms)
-    if path.steps is None:
-        raise RuleDeclinedError("which elements it takes changes on the way from the reference: give steps, LID(steps=10)")
-    return _at_points(call, path, standard)
-
-
-def _at_points(call: Call, path: Path, standard: Rule) -> Affine:
-    """The average of an operator's maps over the points of a path."""
-    parts = []
-    for point in path.points(call, "self"):
-        args = {**call.args, "self": point}
-        parts.append(standard(Call(call.op, args, call.op(**args), call.carried)).terms["self"])
-    return Affine({"self": _averaged(parts)})
-
-
-def _max_pool(call: Call, path: Path) -> Affine:
-    """The winner; on the way from a reference, the winners at both ends or at every point."""
-    a: Tensor = call.args["self"]
-    if call.reference is None:
-        return _selection(call, call)
-    if path.steps is not None:
-        parts = []
-        for point in path.points(call, "self"):
-            args = {**call.args, "self": point}
-            parts.append(_selection(call, Call(call.op, args, call.op(**args), call.carried)).terms["self"])
-        return Affine({"self": _averaged(parts)})
-    if path.pooling == "path":
-        return _whole_path(call)
-    r: Tensor = call.reference.args["self"]
-    start = call.reference.out[1]
-    gained = call.value - _picked(a, start)  # >= 0: how far the later winner is ahead at the input
-    ahead = call.reference.value - _picked(r, call.out[1])  # >= 0: how far the earlier one was ahead at the reference
-    share = gained / (gained + ahead + torch.finfo(a.dtype).tiny)
-    return Affine({"self": Ends(call, share, start.expand_as(call.out[1]))})
-
-
-class Ends(Total):
-    """``share`` of the later winner and the rest of the earlier one."""
-
-    def __init__(self, call: Call, share: Tensor, start: Tensor) -> None:
-        a: Tensor = call.args["self"]
-        standard = _selection(call, call).terms["self"]
-        assert isinstance(standard, Select)
-        first = Select(start, a.shape, _native(call, start), standard.window)
-        super().__init__([Compose(standard, Scale(share, standard.result)), Compose(first, Scale(1.0 - share, first.result))])
-        self.share, self.last, self.first = share, standard, first
-
-    def pull(self, v: Tensor) -> Tensor:
-        later = v * self.share
-        return self.last.pull(later) + self.first.pull(v - later)
-
-
-def _native(call: Call, indices: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """PyTorch's own transpose of a selection by these places, which need not be winners."""
-    if call.op is not aten.max_pool2d_with_indices.default:
-        return None
-    a, (kernel, stride, padding, dilation) = call.args["self"], _geometry(call)
-    ceil_mode = call.args["ceil_mode"]
-    return lambda v: aten.max_pool2d_with_indices_backward(v, a, kernel, stride, padding, dilation, ceil_mode, indices)
-
-
-def _selection(call: Call, at: Call) -> Affine:
-    """The selection of the winners at some point."""
-    if call.op is aten.max_pool2d_with_indices.default:
-        return max_pool2d(at, *at.args.values())
-    return Affine({"self": Select(at.out[1], at.args["self"].shape)})
-
-
-def _picked(values: Tensor, indices: Tensor) -> Tensor:
-    """``values[indices]`` over the flattened spatial axes; either may have a batch of 1. Channels are innermost, as in memory."""
-    batch = indices if indices.shape[0] != 1 else values
-
-    def rows(x: Tensor) -> Tensor:
-        return x.movedim(1, -1).flatten(1, -2).expand([batch.shape[0], math.prod(x.shape[2:]), x.shape[1]])
-
-    picked = rows(values).gather(1, rows(indices))
-    return picked.unflatten(1, list(indices.shape[2:])).movedim(-1, 1)
-
-
-def _whole_path(call: Call) -> Affine:
-    """Every element of a window gets the part of the straight path on which it is the largest.
-
-    Element i is ahead of j where ``q + t (p - q) > 0``, with the gaps p at the input and q at the reference: from, or up to, the
-    time ``q / (q - p)``. Its part is what all j leave between 0 and 1.
-    """
-    assert call.reference is not None
-    if call.op is not aten.max_pool2d_with_indices.default:
-        raise RuleDeclinedError('pooling="path" covers max_pool2d; pooling="ends" covers every max pool')
-    a, r = call.args["self"], call.reference.args["self"]
-    here, there, places = _windows(call, a), _windows(call, r), _places(call, a)  # [B, C, taps, h', w']
-    taps = here.shape[2]
-    parts: list[LinearMap] = []
-    for i in range(taps):
-        low, high = torch.zeros_like(here[:, :, 0]), torch.ones_like(here[:, :, 0])
-        for j in (j for j in range(taps) if j != i):
-            p, q = here[:, :, i] - here[:, :, j], (there[:, :, i] - there[:, :, j]).expand_as(low)
-            rising, never = p > q, (p == q) & ((q < 0) | ((q == 0) & (j < i)))
-            time = (q / torch.where(p == q, 1.0, q - p)).clamp(0.0, 1.0)
-            low = torch.where(rising, torch.maximum(low, time), low)
-            high = torch.where(p < q, torch.minimum(high, time), high)
-            high = torch.where(never | torch.isneginf(here[:, :, i]), 0.0, high)
-        part = (high - low).clamp(min=0.0)
-        select = Select(places[:, :, i].expand(part.shape), a.shape)
-        parts.append(Compose(select, Scale(part, select.result)))
-    return Affine({"self": Total(parts)})
-
-
-def _windows(call: Call, x: Tensor) -> Tensor:
-    """The elements of every window, ``[B, C, taps, h', w']``; minus infinity in the padding."""
-    kernel, stride, padding, dilation = _geometry(call)
-    size = call.value.shape[-2:]
-    reach = [(int(m) - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(size, stride, dilation, kernel, strict=True)]
-    far = [max(0, n - int(x.shape[2 + axis]) - padding[axis]) for axis, n in enumerate(reach)]
-    framed = aten.constant_pad_nd(x, [padding[1], far[1], padding[0], far[0]], -math.inf)
-    cut = [
-        framed[:, :, i * dilation[0] :, j * dilation[1] :][:, :, :: stride[0], :: stride[1]][:, :, : int(size[0]), : int(size[1])]
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    return torch.stack(cut, 2)
-
-
-def _places(call: Call, x: Tensor) -> Tensor:
-    """Where those elements lie in the flattened image, ``[1, 1, taps, h', w']``; the padding's place is 0."""
-    kernel, stride, padding, dilation = _geometry(call)
-    lines = []
-    for axis in (0, 1):
-        first = torch.arange(int(call.value.shape[2 + axis]), device=x.device) * stride[axis] - padding[axis]
-        lines.append(first[None] + torch.arange(kernel[axis], device=x.device)[:, None] * dilation[axis])  # [k, h']
-    rows, columns = lines
-    inside = ((rows >= 0) & (rows < x.shape[2]))[:, None, :, None] & ((columns >= 0) & (columns < x.shape[3]))[None, :, None]
-    flat = rows[:, None, :, None] * int(x.shape[3]) + columns[None, :, None]
-    return torch.where(inside, flat, 0).flatten(0, 1)[None, None]
-
-
-def _geometry(call: Call) -> tuple[list[int], list[int], list[int], list[int]]:
-    def pair(name: str, otherwise: Sequence[int] = ()) -> list[int]:
-        given = call.args[name] if call.args[name] not in ((), [], None) else otherwise
-        values = [given] if isinstance(given, int) else list(given)
-        return values * 2 if len(values) == 1 else values
-
-    kernel = pair("kernel_size")
-    return kernel, pair("stride", kernel), pair("padding"), pair("dilation")
 
 
 # The table ----------------------------------------------------------------------------------------------------------------
@@ -495,10 +247,10 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     ),
     aten.linear.default: (_linear, ("input", "weight", "bias"), "W on a; both carried: as mm"),
     aten.var.correction: (_variance, ("self",), "(dev(a) + dev(r)) / (n - correction), summed"),
-    aten.maximum.default: (_larger, ("self", "other"), "the part of the path on which each is ahead"),
-    aten.minimum.default: (_larger, ("self", "other"), "the part of the path on which each is behind"),
-    aten.fmax.default: (_larger, ("self", "other"), "the part of the path on which each is ahead"),
-    aten.fmin.default: (_larger, ("self", "other"), "the part of the path on which each is behind"),
+    aten.maximum.default: (larger, ("self", "other"), "the part of the path on which each is ahead"),
+    aten.minimum.default: (larger, ("self", "other"), "the part of the path on which each is behind"),
+    aten.fmax.default: (larger, ("self", "other"), "the part of the path on which each is ahead"),
+    aten.fmin.default: (larger, ("self", "other"), "the part of the path on which each is behind"),
     aten.pow.Tensor_Tensor: (_exponential, ("self", "exponent"), "secant"),
     aten.pow.Scalar: (_exponential, ("exponent",), "secant"),
     aten.sgn.default: (_sign, ("self",), "(f(a) - f(r)) / (a - r)"),
@@ -509,7 +261,7 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.logsumexp.default: (_logsumexp, ("self",), "k / sum k, k as for softmax"),
     **dict.fromkeys(
         (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.cummax.default, aten.cummin.default),
-        (_extreme, ("self",), "the elements taken at the ends of the path"),
+        (extreme, ("self",), "the elements taken at the ends of the path"),
     ),
     **dict.fromkeys(
         (
@@ -521,12 +273,12 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
             aten.sort.default,
             aten.sort.stable,
         ),
-        (_ordered, ("self",), "the elements taken at the points of the path"),
+        (ordered, ("self",), "the elements taken at the points of the path"),
     ),
-    aten.max_pool2d_with_indices.default: (_max_pool, ("self",), "the winners on the path"),
-    aten.max_pool3d_with_indices.default: (_max_pool, ("self",), "the winners at its ends"),
-    aten.adaptive_max_pool2d.default: (_max_pool, ("self",), "the winners at its ends"),
-    aten.adaptive_max_pool3d.default: (_max_pool, ("self",), "the winners at its ends"),
+    aten.max_pool2d_with_indices.default: (max_pool, ("self",), "the winners on the path"),
+    aten.max_pool3d_with_indices.default: (max_pool, ("self",), "the winners at its ends"),
+    aten.adaptive_max_pool2d.default: (max_pool, ("self",), "the winners at its ends"),
+    aten.adaptive_max_pool3d.default: (max_pool, ("self",), "the winners at its ends"),
 }
 """Operators that are not linear in what they carry, with their carried arguments and formula. Elementwise functions are known by
 their row in the rule table."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call
 from frpc.maps import LinearMap
-from frpc.rules.increments import derivative
+from frpc.rules.paths import derivative
 
 __all__ = ["RECTIFIERS", "deconvnet_relu", "guided_relu", "rectified_relu"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, Rule
 from frpc.maps import Compose, Identity, LinearMap, Scale, Total
-from frpc.rules.families import LID
+from frpc.rules.gradients import LID
 from frpc.rules.lrp import Layer, layer_of
 from frpc.rules.ruleset import Site
 

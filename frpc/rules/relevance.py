@@ -1,43 +1,32 @@
-"""Rule sets beyond forward relevance propagation: gradients, LID and DeepLIFT, the LRP family, and sets composed of others.
-
-Each is a small declaration: which rule a kind of layer gets, and what the result means (:class:`~frpc.rules.ruleset.Account`).
-The authors of LRP hold patents on LRP.
-"""
+"""Rule sets of layer-wise relevance propagation. The authors of LRP hold patents on LRP."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 
 from frpc.affine import TABLE, Affine, Call, Rule
 from frpc.carriers import Product
 from frpc.errors import InputError, OptionError
 from frpc.maps import Scale
-from frpc.references import Reference, ReferenceLike, as_reference
 from frpc.rules import lrp
 from frpc.rules.arithmetic import back
 from frpc.rules.elementwise import over
-from frpc.rules.increments import Path, Pooling, SoftmaxMap, increment_rule
+from frpc.rules.increments import SoftmaxMap
 from frpc.rules.lrp import Bound, LayerRule
-from frpc.rules.rectified import RECTIFIERS, deconvnet_relu, guided_relu, rectified_relu
-from frpc.rules.ruleset import FRP, Account, RuleSet, Site
+from frpc.rules.ruleset import Account, RuleSet, Site
 
 aten = torch.ops.aten
 
 __all__ = [
-    "LID",
     "LRP",
     "AlphaBeta",
     "AttnLRP",
     "Composite",
-    "Deconvnet",
-    "DeepLift",
     "DeepTaylor",
     "EpsilonAlpha2Beta1",
     "EpsilonAlpha2Beta1Flat",
@@ -46,190 +35,10 @@ __all__ = [
     "EpsilonPlusFlat",
     "Flat",
     "Gamma",
-    "Gate",
-    "Gradient",
-    "GuidedBackprop",
-    "Half",
-    "LIDTaylor",
-    "LRPTaylor",
-    "RectifiedGradient",
     "WSquare",
-    "WinnerTakesAll",
     "ZBox",
     "ZPlus",
-    "compose",
 ]
-
-Direction = Literal["both", "transposed"]
-
-
-# Gradients ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gradient(RuleSet):
-    """The Jacobian: ``x * dy/dx``, or ``dy/dx`` alone. Nothing is conserved; what is missing to y is reported beside the map.
-
-    Args:
-        times_input: multiply the gradient by the input.
-
-    Exact when: always; the gradient is PyTorch's own, by the chain rule over the operators of the graph.
-
-    Source: Simonyan et al. 2014; Shrikumar et al. 2016 (input times gradient); S 2.1.2.1.
-    """
-
-    times_input: bool = True
-
-    @property
-    def account(self) -> Account:
-        gives: Literal["relevance", "multiplier"] = "relevance" if self.times_input else "multiplier"
-        return Account(gives=gives, spelled_out=True, conserves="nothing")
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the operator's Jacobian."""
-        return increment_rule(site.op, Path())
-
-
-@dataclass(frozen=True)
-class GuidedBackprop(Gradient):
-    """Gradients, and at every ReLU (ReLU6, ``clamp``) only what is positive; a net without any gets its gradient. Transposed
-    direction only.
-
-    Source: Springenberg et al. 2015; S 2.1.2.2.
-    """
-
-    times_input: bool = False
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the Jacobian, at ReLUs the guided one."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, guided_relu, ("self",), "v [z > 0] [v > 0]", "Springenberg et al. 2015")
-        return super().rule_for(site)
-
-
-@dataclass(frozen=True)
-class Deconvnet(Gradient):
-    """Gradients, but at every ReLU what is pulled is itself rectified. Transposed direction only.
-
-    Source: Zeiler & Fergus 2014; S 9-11.
-    """
-
-    times_input: bool = False
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the Jacobian, at ReLUs the rectification of what is pulled."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, deconvnet_relu, ("self",), "v [v > 0]", "Zeiler & Fergus 2014; S 9-11")
-        return super().rule_for(site)
-
-
-@dataclass(frozen=True)
-class RectifiedGradient(Gradient):
-    """Gradients that pass a ReLU only where activation times gradient is among the largest of the layer.
-
-    Args:
-        q: the part of each layer that is held back, 0.98 in the paper.
-
-    Raises:
-        OptionError: for a q outside [0, 1).
-
-    Source: Kim et al. 2019.
-    """
-
-    q: float = 0.98
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.q < 1:
-            raise OptionError(f"q={self.q}: the part that is held back lies in [0, 1).")
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the Jacobian, at ReLUs the one with a threshold."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, rectified_relu(self.q), ("self",), "v [z v > quantile]", "Kim et al. 2019")
-        return super().rule_for(site)
-
-
-# Increments ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LID(RuleSet):
-    """Layer-wise increment decomposition: ``R(Y) = (Y - Y_ref) * G``, G the Jacobians averaged from the reference to the input.
-
-    Args:
-        reference: what the input is compared with: ``"zero"``, ``"blur"``, a tensor like one sample, or several, to be averaged.
-        steps: None for the exact average (a secant for functions of one number, halves for products), or the paper's n points.
-        pooling: how max pools average, see :class:`~frpc.rules.increments.Path`.
-
-    Shapes: reference ``[1, ...]`` or ``[R, ...]`` like the input.
-
-    Exact when: ``steps=None``: relevance sums to ``f(x) - f(x_ref)`` at every layer.
-
-    Raises:
-        OptionError: for a reference that is none, or less than one step.
-
-    Source: LID paper, eqs. 15, 19-23 (LID-IG); beyond it for products, norms, softmax and attention.
-    """
-
-    reference: ReferenceLike | Reference = "zero"
-    steps: int | None = None
-    pooling: Pooling = "ends"
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise OptionError(f"steps={self.steps}: give at least one point, or None for the exact average.")
-        object.__setattr__(self, "reference", as_reference(self.reference))
-
-    @property
-    def account(self) -> Account:
-        assert isinstance(self.reference, Reference)
-        return Account(
-            reference=self.reference, from_reference=True, spelled_out=True, conserves="f(x) - f(x_ref), at every layer"
-        )
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the operator's averaged Jacobian."""
-        return increment_rule(site.op, Path(self.steps, self.pooling))
-
-
-@dataclass(frozen=True)
-class DeepLift(LID):
-    """DeepLIFT with the rescale rule: the multiplier of a function of one number is ``dz / dy``.
-
-    The same as :class:`LID` with the exact average; max pools give to the winners at both ends.
-
-    Source: Shrikumar et al. 2017, rescale rule; L 6, 7.
-    """
-
-
-@dataclass(frozen=True)
-class LIDTaylor(LID):
-    """``R(Y) = (Y - Y_ref) * G`` with the Jacobians at the input alone: gradient times increment.
-
-    Exact when: the net is linear from the reference to the input.
-
-    Source: LID paper, eqs. 15-17.
-    """
-
-    @property
-    def account(self) -> Account:
-        assert isinstance(self.reference, Reference)
-        return Account(reference=self.reference, spelled_out=True, conserves="f(x) - f(x_ref) to first order")
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the operator's Jacobian at the input."""
-        return increment_rule(site.op, Path())
-
-
-@dataclass(frozen=True)
-class LRPTaylor(Gradient):
-    """``R(Y) = Y * G`` with the Jacobians at the input: LID-Taylor without increments, the same as input times gradient.
-
-    Source: LID paper, eq. 18.
-    """
-
-
-# Layer-wise relevance propagation -----------------------------------------------------------------------------------------
 
 
 def _layer_rule(site: Site, function: LayerRule, formula: str, source: str) -> Rule:
@@ -537,115 +346,3 @@ class AttnLRP(LRP):
     def product_for(self, module: str) -> Product:
         """Every product is halved: attention weights carry relevance too."""
         return "half"
-
-
-# Single choices, and sets made of others ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gate(FRP):
-    """Products give all of their relevance to one factor; the other, a gate where one is, is a coefficient."""
-
-    product: Product | Mapping[str, Product] = "gate"
-
-
-@dataclass(frozen=True)
-class Half(FRP):
-    """Products give half of their relevance to each factor."""
-
-    product: Product | Mapping[str, Product] = "half"
-
-
-@dataclass(frozen=True)
-class WinnerTakesAll(FRP):
-    """Max pools give all of their relevance to the winner: the standard rule, to be named in :func:`compose`."""
-
-
-Key = str | OpOverload | OpOverloadPacket
-
-
-@dataclass(frozen=True)
-class _Composed(RuleSet):
-    """See :func:`compose`."""
-
-    choices: tuple[tuple[Key, RuleSet], ...]
-    default: RuleSet
-
-    @property
-    def name(self) -> str:
-        return f"{self.default.name} + {len(self.choices)} choices"
-
-    @property
-    def account(self) -> Account:
-        sets = [self.default, *(chosen for _, chosen in self.choices)]
-        if all(s.account.constants for s in sets):
-            return self.default.account
-        base = self.default.account
-        return Account(False, base.reference, base.from_reference, base.gives, base.spelled_out, "see its parts")
-
-    def rule_for(self, site: Site) -> Rule | None:
-        """Returns the rule of the first choice that matches, else the default's."""
-        for key, chosen in self.choices:
-            if _matches(key, site):
-                return chosen.rule_for(site)
-        return self.default.rule_for(site)
-
-    def product_for(self, module: str) -> Product:
-        """Returns how products are shared in a module."""
-        for key, chosen in self.choices:
-            if isinstance(key, str) and _inside(module, key):
-                return chosen.product_for(module)
-        return self.default.product_for(module)
-
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that one of the rules cannot take."""
-        for _, chosen in self.choices:
-            chosen.check(inputs)
-        self.default.check(inputs)
-
-
-def _inside(module: str, pattern: str) -> bool:
-    """Says whether a module is one that the pattern names, or lies inside one."""
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"{pattern}.*")
-
-
-def _matches(key: Key, site: Site) -> bool:
-    if isinstance(key, str):
-        return _inside(site.module, key)
-    if isinstance(key, OpOverload):
-        return site.op is key
-    packet = getattr(site.op, "overloadpacket", None)
-    return packet is key or str(packet) == f"{key}_with_indices"  # a max pool is canonical with its winners
-
-
-def compose(choices: Mapping[Any, RuleSet], default: RuleSet | None = None) -> RuleSet:
-    """Makes a rule set of others: by module path pattern and by operator, the first match counts.
-
-    Args:
-        choices: a pattern (``"features.0"``, ``"*.attn"``: the module and all inside it) or an operator
-            (``torch.ops.aten.max_pool2d``, or one overload of it) -> the rule set asked there.
-        default: asked everywhere else; :class:`FRP` by default.
-
-    Raises:
-        OptionError: if sets disagree on what multipliers mean (values or increments, relevance or gradients), or something is no
-            rule set.
-    """
-    base = FRP() if default is None else default
-    for key, chosen in choices.items():
-        if not isinstance(key, str | OpOverload | OpOverloadPacket) or not isinstance(chosen, RuleSet):
-            raise OptionError(
-                f"compose takes patterns or operators -> rule sets, not {key!r} -> {type(chosen).__name__}; e.g. "
-                '{"features.0": frpc.rules.ZBox(low, high)}.'
-            )
-        one, other = base.account, chosen.account
-        if (one.reference, one.from_reference, one.gives, one.spelled_out) != (
-            other.reference,
-            other.from_reference,
-            other.gives,
-            other.spelled_out,
-        ):
-            raise OptionError(
-                f"{chosen.name} at {key!r} and {base.name} do not go together: one explains values, the other increments or "
-                "gradients. Give both the same reference, or compile them apart."
-            )
-    return _Composed(tuple(choices.items()), base)
