@@ -150,6 +150,26 @@ def test_redrawn_parameters_are_not_degenerate() -> None:
     assert bool((model.norm.running_var > 0).all())
 
 
+def test_an_unsettled_model_gets_the_statistics_of_its_inputs() -> None:
+    """The sine of a million times the input: a change by a millionth is one of radians."""
+
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, eps=1e-12).eval()
+            self.norm.running_var.fill_(0.0)  # type: ignore[union-attr]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).sin()
+
+    torch.manual_seed(0)
+    one = subject.Subject(Wave().eval(), (torch.randn(3, 4),))
+    assert probe.is_unsettled(one)
+    subject.settle(one.model, lambda: one.explained(one.inputs))
+    assert not one.model.norm.training
+    assert not probe.is_unsettled(one)
+
+
 def test_first_that_runs_takes_the_smallest() -> None:
     def attempt(side: int) -> subject.Subject:
         if side < 8:

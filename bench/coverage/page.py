@@ -23,8 +23,10 @@ HEAD = """\
 Every model below was built with random weights, compiled with `frpc.compile(model, inputs, bias="uniform")` and held against
 its own account. Parameters are drawn so that nothing is an identity, a zero or a constant: convolutions `N(0, 2/fan_in)`,
 linear layers `N(0, 1/fan_in)`, their biases `N(0, 0.1²)`, batch means `N(0, 0.1²)` and variances `U(0.5, 1.5)`; gains
-`U(0.5, 1.5)`, layer scales `U(0.05, 0.15)`, other zeros `N(0, 0.1²)`. Inputs are as small as the model takes, unit normal, or
-random tokens. A run takes hours; `python -m bench coverage --suite torchvision --only resnet18` tries one model.
+`U(0.5, 1.5)`, layer scales `U(0.05, 0.15)`, other zeros `N(0, 0.1²)`. Where a change of the input by a millionth then changes the
+output by more than a thousandth, batch statistics are those of the inputs instead (marked \\*). Inputs are as small as the
+model takes, unit normal, or random tokens. A run takes hours;
+`python -m bench coverage --suite torchvision --only resnet18` tries one model.
 
 - **nodes**, **ops**: operators that carry relevance, and how many kinds of them.
 - **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were being tried.
@@ -130,7 +132,8 @@ def _row(name: str, r: Record) -> tuple[str, ...]:
     errors = (_small(r["error_float32"]), _small(r["error_float64"]))
     share = "not finite" if r["constants"] is None else f"{r['constants']:.1%}"
     batch = (_batch(r, "float32"), _batch(r, "float64"))
-    return (f"`{name}`", sizes, str(r["nodes"]), str(len(r["ops"])), f"{r['compile_seconds']:.1f}", *errors, share, *batch)
+    marked = f"`{name}`" + ("\\*" if r.get("settled") else "")
+    return (marked, sizes, str(r["nodes"]), str(len(r["ops"])), f"{r['compile_seconds']:.1f}", *errors, share, *batch)
 
 
 def _batch(r: Record, dtype: str) -> str:

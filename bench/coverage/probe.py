@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import frpc
-from bench.coverage.subject import Inputs, Subject, each, take
+from bench.coverage.subject import Inputs, Subject, each, settle, take
 from bench.coverage.suites import load
 from bench.machine import peak_rss
 from frpc.errors import UnsupportedOpError
@@ -31,6 +31,7 @@ OUTPUT_BOUNDS = {"float32": 1e-4, "float64": 1e-10}  # relative to the largest o
 VARIANCE_BOUNDS = {"float32": 1e-6, "float64": 1e-10}  # relative L1 between a sample's map alone and in a batch
 PLAIN_FACTOR = 2  # float32 may miss the bounds above by rounding: up to this many times what rounding does to plain PyTorch
 NUDGES, NUDGE = 8, 1e-6  # how often, and by what share, the input is changed to see how well float32 determines a map
+UNSETTLED = 1e-3  # by what share of its largest the output may change then, before batch statistics are taken from the inputs
 SCALES = (1.0, 1e-10, 1e-20)
 REASON_LINES = 6
 
@@ -95,6 +96,13 @@ def _rounding_at(subject: Subject, target: tuple[int, ...], scale: float) -> flo
 def _nudged(x: Tensor, generator: torch.Generator) -> Tensor:
     """Returns floating-point values changed by a millionth of themselves or so."""
     return x * (1 + NUDGE * torch.randn(x.shape, generator=generator)).to(x.dtype) if x.is_floating_point() else x
+
+
+def is_unsettled(subject: Subject) -> bool:
+    """Says whether a change of the input by a millionth changes the output by a thousandth: float32 tells little then."""
+    nudged = each(subject.inputs, lambda x: _nudged(x, torch.Generator().manual_seed(0)))
+    output = subject.explained(subject.inputs)
+    return not bool((subject.explained(nudged) - output).abs().max() <= UNSETTLED * output.abs().max())
 
 
 def rounding_of_outputs(subject: Subject, plain: Tensor, own: Tensor) -> dict[str, float]:
@@ -169,6 +177,9 @@ def try_model(suite: str, name: str) -> dict[str, Any]:
     except Exception as error:
         return {"status": "not built", **_reason(error)}
     record: dict[str, Any] = {"input": [list(x.shape[1:]) for x in _tensors(subject.inputs)]}
+    if is_unsettled(subject):
+        settle(subject.model, lambda: subject.explained(subject.inputs))
+        record["settled"] = True
     record["parameters"] = sum(p.numel() for p in subject.model.parameters())
     try:
         single = measure(subject, "float32")

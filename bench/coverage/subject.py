@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SAMPLES", "Inputs", "Subject", "Suite", "each", "first_that_runs", "redraw", "take"]
+__all__ = ["SAMPLES", "Inputs", "Subject", "Suite", "each", "first_that_runs", "redraw", "settle", "take"]
 
 SAMPLES = 3
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]
@@ -113,6 +113,18 @@ def redraw(model: nn.Module) -> nn.Module:
             part.running_mean.normal_(std=0.1)
             assert part.running_var is not None
             part.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def settle(model: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """Takes batch statistics from what the model sees in one run, as training would: no layer's values grow or vanish."""
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats]
+    for part in norms:
+        part.reset_running_stats()
+        part.momentum = None  # the mean of all runs, of which there is one
+        part.train()
+    with torch.no_grad():
+        run()
     return model.eval()
 
 
