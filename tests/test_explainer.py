@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import frpc
-from frpc.errors import TrainingModeError
+from frpc import optimize
+from frpc.errors import CompileError, TrainingModeError
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -743,3 +744,45 @@ def test_dropout_that_is_always_on_is_named() -> None:
     assert "return F.dropout(self.layer(x), 0.5)" in str(error.value)
     assert "noisy" in str(error.value)
     assert "Pass training=self.training to functional dropout" in str(error.value)
+
+
+# ---- the check of a compiled program --------------------------------------------------------------------------------
+
+
+class Chaos(nn.Module):
+    """Rounding grows from layer to layer until it is the output: folding batch norm, which changes it, changes everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(40))
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.sin(8.0 * layer(x))
+        return x.mean((2, 3))
+
+
+def test_a_model_that_blows_rounding_up_still_compiles() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 9, 9)
+    for dtype in (torch.float32, torch.float64):
+        model = Chaos().to(dtype).eval()
+        found = frpc.compile(model, (x.to(dtype),))(x.to(dtype), target=0)
+        assert float((found.output - model(x.to(dtype))).abs().max()) > 1e4 * torch.finfo(dtype).eps  # or nothing is tried here
+
+
+def test_a_program_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it(graph_module: torch.fx.GraphModule) -> bool:
+        for node in graph_module.graph.nodes:
+            if node.target is torch.ops.aten.relu.default:
+                node.target = torch.ops.aten.abs.default
+        return True
+
+    monkeypatch.setattr("frpc.optimize.PASSES", (*optimize.PASSES, break_it))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    with pytest.raises(CompileError, match=r"the compiled program's output differs from the model's by .* of its largest value"):
+        frpc.compile(model, (torch.randn(4, 5),))
