@@ -241,7 +241,9 @@ class LayerMaps:
                 last = first + int(band.shape[2])
                 values = self._spatial(self.values)[:, :, first:last, span[0] : span[1]]
                 bias = self._spatial(self.bias)[:, :, first:last, span[0] : span[1]]
-                yield Block((first, last), span, band, values, bias, self.window)
+                block = [Block((first, last), span, band, values, bias, self.window)]
+                del band  # from now on the caller's alone: what he lets go is free before the next is computed
+                yield block.pop()
 
     def _spatial(self, field: Tensor) -> Tensor:
         return field.reshape([*field.shape[:2], *self.positions])
