@@ -115,10 +115,11 @@ def _rounded(suites: Mapping[str, Mapping[str, Record]]) -> str:
     double = [record["variance_float64"] for record in records if record.get("variance_float64") is not None]
     if not single or not double:
         return ""
+    beyond = sum(v > PLAIN for v in single)
     return (
-        f"Of {len(single)} covered models whose batch is free, {sum(v > PLAIN for v in single)} exceed {PLAIN:.0e} between batches in "
-        f"float32; in float64 none exceeds {max(double):.0e}. Records of several commits are kept side by side: models tried before "
-        "batch statistics could be taken from the inputs were not looked at for that.\n"
+        f"Of {len(single)} covered models whose batch is free, {beyond} exceed {PLAIN:.0e} between batches in float32; in float64\n"
+        f"none exceeds {max(double):.0e}. Records of several commits are kept side by side: models tried before batch statistics\n"
+        "could be taken from the inputs were not looked at for that.\n"
     )
 
 
