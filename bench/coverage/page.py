@@ -117,9 +117,9 @@ def _rounded(suites: Mapping[str, Mapping[str, Record]]) -> str:
         return ""
     beyond = sum(v > PLAIN for v in single)
     return (
-        f"Of {len(single)} covered models whose batch is free, {beyond} exceed {PLAIN:.0e} between batches in float32; in float64\n"
-        f"none exceeds {max(double):.0e}. Records of several commits are kept side by side: models tried before batch statistics\n"
-        "could be taken from the inputs were not looked at for that.\n"
+        f"Of {len(single)} covered models whose batch is free, {beyond} exceed {PLAIN:.0e} between batches in float32;\n"
+        f"in float64 none exceeds {max(double):.0e}. Records of several commits are kept side by side: models tried before\n"
+        "batch statistics could be taken from the inputs were not looked at for that.\n"
     )
 
 
