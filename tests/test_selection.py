@@ -97,3 +97,17 @@ def test_integers_carry_nothing() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     relevance = explained(lambda x: x * x.to(torch.int64), x, torch.ones_like(x))
     torch.testing.assert_close(relevance, x * x.to(torch.int64))
+
+
+def test_a_frame_of_minus_infinity_is_passed_over() -> None:
+    """TensorFlow's padding of a max pool: the frame never wins, and its share of the constants is 0, not NaN."""
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def pooled(a: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(nn.functional.pad(a, (0, 1, 0, 1), value=-torch.inf), 3, 2).flatten(1)
+
+    seed = torch.randn(2, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    relevance = explained(pooled, x, seed)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((pooled(leaf) * seed).sum(), leaf)
+    torch.testing.assert_close(relevance, x * gradient)

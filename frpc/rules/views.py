@@ -5,6 +5,7 @@ Dimensions are counted from the end throughout, so that a map works unchanged on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -164,7 +165,8 @@ def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int]
 
 @rule(aten.constant_pad_nd.default, formula="a inside, c = value outside", source="method §2: linear", linear=True)
 def constant_pad(call: Call, a: Tensor, padding: Sequence[int], value: float = 0) -> Affine:
-    frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value != 0 else None
+    # A frame of minus infinity is there for a max pool to pass over: it reaches nothing, and 0 times it would be NaN.
+    frame = aten.constant_pad_nd(torch.zeros_like(a), padding, value) if value not in (0, -math.inf) else None
     return Affine({"self": Pad(padding, a.shape, call.value.shape)}, frame)
 
 
