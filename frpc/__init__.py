@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from frpc import errors, rules
 from frpc.affine import Affine, Call, rule
 from frpc.check import check
+from frpc.compiler import compile
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
-from frpc.explainer import Explainer, compile
+from frpc.explainer import Explainer
 from frpc.explanation import Explanation, LayerRelevance
 from frpc.methods import Method, methods
 from frpc.references import data_mean

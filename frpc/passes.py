@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from frpc.compiler import compile
 from frpc.errors import InputError, MemoryLimitError, OptionError
-from frpc.explainer import Explainer, compile
+from frpc.explainer import Explainer
 from frpc.layermaps import human_bytes
 from frpc.maps.base import size_hint
+from frpc.programs import Programs
 from frpc.references import Reference, ReferenceLike, as_reference
 from frpc.rules import Gradient, RuleSet
 from frpc.targets import Target
@@ -104,7 +106,7 @@ class Asked:
         if given is not None and given < 1:
             raise OptionError(f"internal_batch_size={given}: at least one point runs at a time.")
         explainer, total = self.explainer, count * len(self.x)
-        program = explainer.compiled(self.x).program if pulls else explainer._front((self.x,)).canonical
+        program = explainer.compiled(self.x).program if pulls else explainer.programs.front((self.x,)).canonical
         if not isinstance(_first_batch(program), torch.SymInt):
             return len(self.x)  # captured with its batch fixed, which samples alone have
         if given is not None:
@@ -140,7 +142,7 @@ def ask(
         explainer = compile(explainer, rule=Gradient(times_input=False), seed=_TOPS[of or "logit"])
     if gradients:
         explainer, of = _gradients(explainer, of)
-    functional, columns = explainer._seed(explainer._front((x,)), (x,), target, seed)
+    functional, columns = explainer.programs.seed(explainer.programs.front((x,)), (x,), target, seed)
     sizes = functional.shape[2 if columns else 1 :]
     if of == "probability" and (not sizes or sizes[_classes(len(sizes))] < 2):
         raise OptionError('of="probability": the model returns one number, whose softmax is 1 whatever it is. Say of="logit".')
@@ -154,7 +156,7 @@ def _classes(dimensions: int) -> int:
 
 def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score]:
     """An explainer that returns gradients alone, of the score or of the probability, whichever its top stands for."""
-    rules, top = explainer.rules, explainer._query.top
+    rules, top = explainer.rules, explainer.programs.query.top
     if not isinstance(rules, Gradient) and rules.account.gives != "multiplier":
         raise OptionError(
             f"{rules.name} gives relevance, and gradients are averaged here. Give the model itself, or compile it with "
@@ -172,9 +174,9 @@ def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score
 
 def recompiled(explainer: Explainer, rules: RuleSet, top: Top | None = None) -> Explainer:
     """The same model and choices with another rule set, compiled when it is first asked."""
-    choice = dataclasses.replace(explainer._choice, rules=rules)
-    query = dataclasses.replace(explainer._query, bias="separate", top=top or explainer._query.top)
-    return Explainer(explainer._snapshot[0], choice, query)
+    choice = dataclasses.replace(explainer.programs.choice, rules=rules)
+    query = dataclasses.replace(explainer.programs.query, bias="separate", top=top or explainer.programs.query.top)
+    return Explainer(Programs(explainer.programs.model, choice, query))
 
 
 def peak_bytes(program: fx.GraphModule) -> int:

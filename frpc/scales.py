@@ -87,7 +87,7 @@ def vgg_stages(model: nn.Module) -> dict[str, str]:
 
     Source: LID paper, section 4.1.
     """
-    net = model._snapshot[0] if isinstance(model, Explainer) else model
+    net = model.programs.model if isinstance(model, Explainer) else model
     pools = [name for name, part in net.named_modules() if isinstance(part, nn.MaxPool2d)]
     if len(pools) != 5:
         raise OptionError(
@@ -122,7 +122,7 @@ def spatial_layers(explainer: Explainer, x: Tensor) -> list[str]:
 def _shapes(explainer: Explainer, x: Tensor) -> dict[str, list[int]]:
     return {
         name: [int(size) for size in first_result(node.meta["val"]).shape[1:]]
-        for node in explainer._front((x,)).canonical.graph.nodes
+        for node in explainer.programs.front((x,)).canonical.graph.nodes
         for name in node.meta.get("layers", ())
     }
 
@@ -138,7 +138,7 @@ def check_spatial(explainer: Explainer, x: Tensor, layers: Sequence[str]) -> Non
         LayerNameError: if a path names no layer.
         OptionError: names the layers that have a spatial map.
     """
-    explainer._check_layers(explainer._front((x,)), layers)
+    explainer.programs.check_layers(explainer.programs.front((x,)), layers)
     shapes, spatial = _shapes(explainer, x), spatial_layers(explainer, x)
     for layer in layers:
         if layer not in spatial:

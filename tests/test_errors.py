@@ -383,8 +383,8 @@ def test_example_inputs_are_checked_before_anything_is_captured(
     lazy = frpc.compile(nn.Linear(4, 2))
     with pytest.raises(kind, match=text):
         lazy(*inputs, target=0)
-    assert not lazy._fronts
-    assert not lazy._compiled
+    assert not lazy.programs.fronts
+    assert not lazy.programs.compiled
 
 
 def test_a_refused_input_leaves_the_explainer_usable() -> None:
@@ -392,7 +392,7 @@ def test_a_refused_input_leaves_the_explainer_usable() -> None:
     for _ in range(2):
         with pytest.raises(UnsupportedOpError):
             lazy(randn(2, 4), target=0)
-    assert not lazy._compiled
+    assert not lazy.programs.compiled
     out = explainer()(randn(2, 3, 5), target=0)
     with pytest.raises(TargetError):
         explainer()(randn(2, 3, 5), target=9)

@@ -584,7 +584,7 @@ def test_eight_threads_get_the_same_results() -> None:
             assert torch.equal(ready.output, one.output)
             assert torch.equal(ready.relevance, one.relevance)
             assert torch.equal(late.relevance, one.relevance)
-    assert len(lazy._compiled) == 1
+    assert len(lazy.programs.compiled) == 1
 
 
 def test_without_inputs_one_program_for_each_signature() -> None:
@@ -603,7 +603,7 @@ def test_without_inputs_one_program_for_each_signature() -> None:
         out = lazy(x, target=1)
         assert agrees(out.output, model(x).detach())
         assert conserves(out.relevance, out.output[:, 1])
-    assert len(lazy._compiled) == 2
+    assert len(lazy.programs.compiled) == 2
     ahead = frpc.compile(model, (randn(2, 1, 5, 5),))
     with pytest.raises(frpc.errors.ShapeError):
         ahead(randn(3, 1, 4, 6), target=1)

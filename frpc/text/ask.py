@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frpc.compiler import compile
 from frpc.errors import InputError
-from frpc.explainer import Explainer, compile
+from frpc.explainer import Explainer
 from frpc.explanation import Explanation
 from frpc.text.questions import Question, Wanted, questions, seed_of
 from frpc.text.record import TextExplanation, of

@@ -1,0 +1,88 @@
+"""Questions about the neurons of one layer: a chosen few, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.context import layer_context
+from frpc.errors import InputError, OptionError
+from frpc.explanation import Explanation
+from frpc.layermaps import LayerMaps
+from frpc.layers import layer_maps
+from frpc.neurons import cones_are_cheaper, neuron_maps
+from frpc.pipeline import Front
+from frpc.plan import layer_node
+from frpc.programs import Programs, empty_like, layer_example
+from frpc.targets import make_seed
+
+__all__ = ["ask_layer", "ask_neurons"]
+
+
+def ask_neurons(
+    programs: Programs, layer: str, indices: Sequence[tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
+) -> Explanation:
+    """Explains K neurons of a layer; see :meth:`frpc.Explainer.neurons`."""
+    front = programs.front(inputs)
+    programs.check_layers(front, (layer,))
+    node = layer_example(front, layer)
+    sizes = [int(n) for n in node.shape[1:]]
+    seeds = [make_seed(tuple(index), None, empty_like(node), int(inputs[0].shape[0]))[0] for index in indices]
+    if not seeds:
+        raise InputError(f"Name at least one neuron of {layer} {sizes}.")
+    if (found := _cones(programs, front, layer, indices, inputs, strategy)) is not None:
+        return found
+    compiled = programs.program(front, inputs, programs.asked(columns=True, of=layer))
+    values, *relevances, bias = programs.run(compiled, inputs, torch.stack(seeds))
+    relevances = [r.movedim(0, 1) for r in relevances]
+    places: list[Any] = [(slice(None), *index) for index in indices]
+    chosen = torch.stack([values[place] for place in places], 1)
+    return Explanation(chosen, relevances[0] if len(relevances) == 1 else tuple(relevances), bias.movedim(0, 1), tuple(inputs))
+
+
+def _cones(
+    programs: Programs, front: Front, layer: str, indices: Sequence[tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
+) -> Explanation | None:
+    """Answers by transposed windows, or returns None where a program is to answer."""
+    if strategy not in ("auto", "transposed", "windows"):
+        raise OptionError(f"strategy={strategy!r} is unknown for neurons; choose auto, transposed or windows.")
+    account, policy = programs.choice.rules.account, programs.query.bias
+    single = account.reference is None or account.reference.count == 1
+    possible = len(inputs) == 1 and inputs[0].dim() in (3, 4) and policy != "receptive_field"
+    possible = possible and account.gives == "relevance" and single
+    if strategy == "transposed" or (strategy == "auto" and not possible):
+        return None
+    query = programs.asked(columns=True, of=layer, bias="separate")
+    assignment = programs.assignment(front, inputs, query)
+    node = layer_node(assignment, layer)
+    assert node is not None
+    context = layer_context(assignment, node, inputs)
+    if strategy == "windows" and (context.rows is None or not possible):
+        raise OptionError(f'strategy="windows" cannot answer for {layer}: windows end at {context.ended}.')
+    if strategy == "auto" and not cones_are_cheaper(context, indices):
+        return None
+    values, local, bias = neuron_maps(context, indices)
+    if policy == "uniform":
+        local = local + (bias / inputs[0][0].numel()).reshape([*bias.shape, *[1] * (inputs[0].dim() - 1)])
+    return Explanation(values, local, bias, tuple(inputs))
+
+
+def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strategy: str, memory_limit: int) -> LayerMaps:
+    """The maps of every neuron of a layer; see :meth:`frpc.Explainer.layer`."""
+    front = programs.front(inputs)
+    programs.check_layers(front, (name,))
+    query = programs.asked(columns=True, of=name, bias="separate")
+    assignment = programs.assignment(front, inputs, query)
+    node = layer_node(assignment, name)
+    assert node is not None
+
+    def pulled(seeds: Tensor) -> Tensor:
+        """Local pixel maps ``[K, B, H0, W0]`` of seeds at the layer."""
+        _, relevance, _ = programs.run(programs.program(front, inputs, query), inputs, seeds)
+        pixels = relevance.sum(2) if relevance.dim() > 3 else relevance.unsqueeze(-2)
+        return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
+
+    return layer_maps(assignment, name, node, inputs, programs.query.bias, strategy, memory_limit, pulled)

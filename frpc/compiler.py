@@ -1,0 +1,86 @@
+"""`frpc.compile`: a model and what is chosen for it become an explainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from frpc.bias import check_policy
+from frpc.errors import OptionError
+from frpc.explainer import Explainer
+from frpc.methods import method_named
+from frpc.pipeline import Choice
+from frpc.plan import Query, check_strategy
+from frpc.programs import Programs
+from frpc.rules.ruleset import FRP, RuleSet
+from frpc.top import Top, as_top
+
+__all__ = ["compile"]
+
+
+def compile(
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    *,
+    rule: RuleSet | None = None,
+    method: str | None = None,
+    seed: Top | str | None = None,
+    source: str | Sequence[str] | None = None,
+    bias: str | None = None,
+    strategy: str = "auto",
+    constant: Sequence[str] = (),
+    output: str | int | None = None,
+) -> Explainer:
+    """Compiles a model into an explainer: its output and an account of it that sums to the output.
+
+    Args:
+        model: any module that ``torch.export`` captures. It is copied in evaluation mode; yours is not touched, and later
+            changes to it do not reach the explainer.
+        inputs: example inputs, batch first, a mapping of them for models called with keywords; with them everything is
+            compiled now. Without, at the first call, and again for inputs of other shapes.
+        rule: the rule set (:mod:`frpc.rules`); forward relevance propagation by default.
+        method: instead of a rule set, a method by its name in the papers, e.g. ``"sig-lid-ig"``; ``frpc.methods()`` lists them.
+        seed: where relevance starts at the output: ``"logit"`` (default), ``"probability"``, ``"contrastive"``, ... or a
+            :class:`~frpc.top.Top`.
+        source: what relevance is spread over: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
+            explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
+        bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
+            ``"separate"``, beside the map. Rule sets that follow no constants leave what they absorb beside the map by default.
+        strategy: ``"auto"``, or ``"transposed"`` to force it.
+        constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
+        output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
+            default where there are any.
+
+    Raises:
+        CaptureError: if ``torch.export`` cannot capture the model.
+        UnsupportedOpError: if operators have no rule; names all of them.
+        TrainingModeError: if the model cannot be evaluated deterministically.
+        OptionError: for an unknown method, seed or policy, or a method beside a rule set.
+    """
+    rules, top = _rules_of(rule, method, seed)
+    policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
+    if policy == "receptive_field" and not rules.account.constants:
+        raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
+    query = Query(bias=policy, strategy=check_strategy(strategy), top=top)
+    choice = Choice(rules, _names(constant) or (), _names(source), output)
+    explainer = Explainer(Programs(model, choice, query))
+    if inputs is None:
+        return explainer
+    if isinstance(inputs, Mapping):
+        return explainer.compile_for(**inputs)
+    return explainer.compile_for(*([inputs] if isinstance(inputs, Tensor) else inputs))
+
+
+def _rules_of(rule: RuleSet | None, method: str | None, seed: Top | str | None) -> tuple[RuleSet, Top]:
+    """Reads which rules are meant, and where relevance starts."""
+    if method is None:
+        return rule or FRP(), as_top(seed or "logit")
+    if rule is not None:
+        raise OptionError(f"Give rule= or method= (both given): method={method!r} is a rule set of its own.")
+    found = method_named(method)
+    return found.rules(), as_top(seed or found.top)
+
+
+def _names(given: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return (given,) if isinstance(given, str) else None if given is None else tuple(given)

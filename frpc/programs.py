@@ -1,0 +1,180 @@
+"""What an explainer has compiled so far: one captured graph for each kind of input, one program for each question about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frpc import pipeline
+from frpc.assign import Assignment
+from frpc.capture import argument_order, snapshot
+from frpc.errors import InputError, LayerNameError, nearest
+from frpc.graph import first_result
+from frpc.pipeline import Choice, Compiled, Front
+from frpc.plan import Query
+from frpc.targets import Target, check_inputs, make_seed
+
+__all__ = ["Programs", "empty_like", "layer_example", "layer_names"]
+
+# Tracing swaps interpreter-wide state inside torch, so two compilations in one process must take turns, whoever asks.
+_TRACING = threading.Lock()
+
+Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+class Programs(nn.Module):
+    """Captures and compiles on demand, once for each signature and question, whichever thread asks first.
+
+    Attributes:
+        choice: what was chosen for all questions.
+        query: the question asked unless another is.
+        fronts: captured graphs by the inputs' sizes, types and devices.
+        compiled: programs by signature and question.
+    """
+
+    def __init__(self, model: nn.Module, choice: Choice, query: Query) -> None:
+        super().__init__()
+        self._snapshot = (snapshot(model),)  # in a tuple: it is no submodule, programs hold the tensors they use
+        self.choice, self.query = choice, query
+        self.fronts: dict[Signature, Front] = {}
+        self.compiled: dict[tuple[Signature, Query], Compiled] = {}
+        self._assignments: dict[tuple[Signature, str], Assignment] = {}
+        self._names: tuple[str, ...] | None = None  # of the inputs, once they were given by keyword
+        self._ahead = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy of the user's module that graphs are captured from."""
+        return self._snapshot[0]
+
+    @property
+    def model_name(self) -> str:
+        return type(self.model).__name__
+
+    def asked(self, **changes: Any) -> Query:
+        """The usual question with changes."""
+        return dataclasses.replace(self.query, **changes)
+
+    def given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Puts keyword inputs into the order in which the graph takes them; the first call settles their names."""
+        if not named:
+            return inputs
+        if inputs:
+            raise InputError("Give all inputs by position or all by name, not some of each.")
+        with _TRACING:
+            if self._names is None and not self.fronts:
+                self._names = argument_order(self.model, list(named))
+        known = self._names or ()
+        if set(known) != set(named):
+            raise InputError(
+                f"Inputs {', '.join(named)} given; the explainer takes {', '.join(known) or 'its inputs by position'}."
+            )
+        return tuple(named[name] for name in known)
+
+    def front(self, inputs: Sequence[Tensor]) -> Front:
+        """Finds or makes the captured graph for inputs of this signature, and checks the inputs against it."""
+        if not all(isinstance(x, Tensor) for x in inputs) or not inputs:
+            kinds = ", ".join(type(x).__name__ for x in inputs) or "nothing"
+            raise InputError(f"The explainer takes tensors, batch first; got {kinds}.")
+        found = self.first_front() if self._ahead else self._captured(inputs)
+        check_inputs(inputs, found.captured.inputs)
+        return found
+
+    def _captured(self, inputs: Sequence[Tensor]) -> Front:
+        signature = _signature(inputs)
+        found = self.fronts.get(signature)
+        if found is None:
+            with _TRACING:
+                found = self.fronts.get(signature) or pipeline.front(self.model, inputs, self.choice.output, self._names or ())
+                self.fronts[signature] = found
+        return found
+
+    def program(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Compiled:
+        """Finds or compiles the program that answers a question."""
+        key = (_signature(inputs), query)
+        found = self.compiled.get(key)
+        if found is None:
+            with _TRACING:
+                found = self.compiled.get(key) or pipeline.compile_query(front, self.choice, query)
+                if key not in self.compiled:
+                    self.add_module(f"program{len(self.compiled)}", found.program)
+                self.compiled[key] = found
+        return found
+
+    def assignment(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Assignment:
+        """Finds or makes the rules of the graph's nodes for a question about one layer."""
+        key = (_signature(inputs), query.of)
+        found = self._assignments.get(key)
+        if found is None:
+            found = self._assignments[key] = pipeline.assign_rules(front, self.choice, query)
+        return found
+
+    def run(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> list[Tensor]:
+        """Runs a program; maps are averaged over reference inputs where there are several."""
+        self.choice.rules.check(inputs)
+        results = [compiled.program(*(x.detach() for x in inputs), functional, *others) for others in compiled.references]
+        if len(results) == 1:
+            return list(results[0])
+        output, *_ = results[0]
+        return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
+
+    def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
+        """The linear functional that a target or a seed stands for, and whether there are K of them."""
+        example = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+        return make_seed(target, seed, empty_like(example), int(inputs[0].shape[0]))
+
+    def check_layers(self, front: Front, names: Sequence[str]) -> None:
+        """Refuses names of no layer.
+
+        Raises:
+            LayerNameError: names the nearest.
+        """
+        known = layer_names(front)
+        for name in names:
+            if name not in known:
+                raise LayerNameError(f"{self.model_name} has no layer {name!r}; {nearest(name, known)}.")
+
+    def settle(self, inputs: Sequence[Tensor]) -> None:
+        """Compiles for inputs like these, checks the program against the model, and takes no other shapes from then on."""
+        front = self.front(inputs)
+        pipeline.verify(self.program(front, inputs, self.query), front, [x.detach() for x in inputs])
+        self._ahead = True
+
+    def first(self) -> Compiled:
+        """The program compiled first."""
+        if not self.compiled:
+            raise InputError("Nothing is compiled yet: call the explainer once, or give frpc.compile() example inputs.")
+        return next(iter(self.compiled.values()))
+
+    def first_front(self) -> Front:
+        """The graph captured first."""
+        if not self.fronts:
+            raise InputError("Nothing is captured yet: call the explainer once, or give frpc.compile() example inputs.")
+        return next(iter(self.fronts.values()))
+
+
+def _signature(inputs: Sequence[Tensor]) -> Signature:
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
+
+
+def empty_like(example: Tensor) -> Tensor:
+    """A real tensor without samples, of an example's other sizes."""
+    return torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
+
+
+def layer_example(front: Front, layer: str) -> Tensor:
+    """The example value of a layer's result."""
+    node = next(n for n in front.canonical.graph.nodes if layer in n.meta.get("layers", ()))
+    example = first_result(node.meta["val"])
+    assert isinstance(example, Tensor)
+    return example
+
+
+def layer_names(front: Front) -> list[str]:
+    """Module paths of the layers, in the order they are computed."""
+    return [name for node in front.canonical.graph.nodes for name in node.meta.get("layers", ())]
