@@ -24,10 +24,20 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from frpc.errors import CaptureError, EmptyBatchError, InputError, NonFiniteError, OptionError, TrainingModeError, nearest
+from frpc.errors import (
+    CaptureError,
+    EmptyBatchError,
+    InputError,
+    NonFiniteError,
+    OptionError,
+    TrainingModeError,
+    WeightsError,
+    nearest,
+)
 from frpc.graph import Origin, set_layers
+from frpc.values import all_hold
 
-__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot"]
+__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def check_finite(x: Tensor, name: str | int) -> None:
     Raises:
         NonFiniteError: naming the samples.
     """
-    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
+    if not x.is_floating_point() or all_hold(torch.isfinite(x), f"Input {name!r} holds NaN or Inf."):
         return
     bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).sum(1)
     worst = ", ".join(str(i) for i in torch.nonzero(bad).flatten()[:5].tolist())
@@ -256,6 +266,37 @@ def _quiet(message: str) -> Iterator[None]:
 def _constant(program: ExportedProgram, target: str) -> Any:
     value = program.state_dict[target] if target in program.state_dict else program.constants[target]
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
+    """Returns the tensors of a captured graph, with the values they have in ``model``; literals of its code stay.
+
+    Raises:
+        WeightsError: if one is missing in the model, or has another shape, dtype or device there.
+    """
+    found: dict[str, Any] = {}
+    for name, old in graph_module.named_buffers(remove_duplicate=False):
+        new = _attribute(model, name)
+        if new is None and name.startswith(_LIFTED):
+            new = old
+        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+            there = "no such tensor" if not isinstance(new, Tensor) else f"{list(new.shape)} {new.dtype} on {new.device}"
+            raise WeightsError(
+                f"{type(model).__name__} does not fit what was captured: {name} was {list(old.shape)} {old.dtype} on "
+                f"{old.device}, and is {there}. Compile the model anew."
+            )
+        found[name] = new.detach()
+    return _tree(found)
+
+
+_LIFTED = ("lifted_tensor_", "c_lifted_tensor_", "_tensor_constant")  # names that torch.export gives to literals
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _tree(constants: dict[str, Any]) -> nn.Module:

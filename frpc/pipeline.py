@@ -5,6 +5,7 @@ capture -> canonicalize -> assign -> plan -> emit -> optimize -> lower
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,18 @@ from torch import Tensor, fx, nn
 
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
-from frpc.capture import Captured, capture
+from frpc.capture import Captured, capture, tensors_of
 from frpc.decompose import spell_out
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
+from frpc.lineage import Ledger
 from frpc.mixing import mixing
 from frpc.plan import Plan, Query, make_plan
 from frpc.precision import rounding
 from frpc.rules.ruleset import RuleSet
 
-__all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front"]
+__all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front", "renewed"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Stage:
 class Front:
     """What all queries about one model share: its graph, captured and in canonical form before folding.
 
-    ``mixing`` says how the model fails to treat samples apart, if it does.
+    ``mixing`` says how the model fails to treat samples apart, if it does; ``ledger`` knows how the tensors that passes made
+    came about.
     """
 
     captured: Captured
     canonical: fx.GraphModule
     stages: tuple[Stage, ...]
     mixing: str | None
+    ledger: Ledger
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,35 @@ def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, 
     """Captures and canonicalizes a model; see :func:`frpc.capture.capture`."""
     start = time.perf_counter()
     captured = capture(model, inputs, output, names)
-    middle = time.perf_counter()
-    canonical = copy_graph(captured.graph_module)
-    passes = _named(canonicalize.PASSES, _run(canonicalize.PASSES, canonical))
-    end = time.perf_counter()
-    stages = (
-        Stage("capture", middle - start, (), captured.graph_module),
-        Stage("canonicalize", end - middle, passes, canonical),
-    )
-    return Front(captured, canonical, stages, mixing(captured, inputs))
+    taken = Stage("capture", time.perf_counter() - start, (), captured.graph_module)
+    canonical, canonized, ledger = _canonical(captured)
+    return Front(captured, canonical, (taken, canonized), mixing(captured, inputs), ledger)
 
 
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Copies a graph and shares its tensors: the earlier stage stays printable and runnable."""
+def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:
+    """Puts a captured graph into canonical form; the ledger notes how what it holds came about."""
+    start = time.perf_counter()
+    ledger, canonical = Ledger(), copy_graph(captured.graph_module)
+    ledger.name(captured.graph_module)
+    passes = _named(canonicalize.PASSES, _run(canonicalize.PASSES, canonical, ledger))
+    return canonical, Stage("canonicalize", time.perf_counter() - start, passes, canonical), ledger
+
+
+def renewed(shared: Front, model: nn.Module) -> Front:
+    """Returns what queries share for other weights: the graph as it was captured, with the tensors of ``model``.
+
+    Raises:
+        WeightsError: if a tensor of the graph is missing in the model, or has another shape, dtype or device there.
+    """
+    old = shared.captured.graph_module
+    captured = dataclasses.replace(shared.captured, graph_module=copy_graph(old, tensors_of(old, model)))
+    canonical, canonized, ledger = _canonical(captured)
+    taken = Stage("capture", 0.0, (), captured.graph_module)
+    return Front(captured, canonical, (taken, canonized), shared.mixing, ledger)
+
+
+def copy_graph(graph_module: fx.GraphModule, root: nn.Module | None = None) -> fx.GraphModule:
+    """Copies a graph; its tensors are shared (the earlier stage stays printable and runnable), or those of ``root``."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(graph_module.graph, copies)
@@ -121,18 +141,20 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     for old, new in copies.items():
         new.meta = dict(old.meta)
     fresh = nn.Module()
-    for name, part in graph_module._modules.items():
+    source = root or graph_module
+    for name, part in source._modules.items():
         fresh.add_module(name, part)
-    for name, value in graph_module._buffers.items():
+    for name, value in source._buffers.items():
         fresh.register_buffer(name, value)
     return fx.GraphModule(fresh, graph, class_name=type(graph_module).__name__)
 
 
-def _run(passes: Sequence[Callable[[fx.GraphModule], Any]], graph_module: fx.GraphModule) -> list[Any]:
+def _run(passes: Sequence[Callable[[fx.GraphModule], Any]], graph_module: fx.GraphModule, ledger: Ledger) -> list[Any]:
     """Runs passes and lints what each leaves; a broken graph is reported with the pass's name. Returns their results."""
     results = []
     for one_pass in passes:
-        results.append(one_pass(graph_module))
+        with ledger.recording():
+            results.append(one_pass(graph_module))
         try:
             graph_module.graph.lint()
         except RuntimeError as error:
@@ -160,9 +182,9 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     emitted = emit(assignment, plan, shared.captured.fake_mode)
     clock.note("emit", emitted)
     optimized = copy_graph(emitted)
-    clock.note("optimize", optimized, _named(optimize.PASSES, _run(optimize.PASSES, optimized)))
+    clock.note("optimize", optimized, _named(optimize.PASSES, _run(optimize.PASSES, optimized, shared.ledger)))
     lowered = copy_graph(optimized)
-    refusals = [refusal for found in _run(lower.PASSES, lowered) for refusal in found]
+    refusals = [refusal for found in _run(lower.PASSES, lowered, shared.ledger) for refusal in found]
     clock.note("lower", lowered, tuple(p.__name__ for p in lower.PASSES))
     if foreign := only_aten(lowered, shared.captured.graph_module):
         raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
@@ -180,13 +202,14 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | No
     """
     clock = clock or _Clock([])
     canonical = copy_graph(shared.canonical)
-    folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of, *(choice.source or ()))))
+    with shared.ledger.recording():
+        folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of, *(choice.source or ()))))
     canonical.recompile()
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
     if choice.rules.account.spelled_out:
         canonical = copy_graph(canonical)
         passes = (spell_out, *canonicalize.PASSES)
-        clock.note("spell out", canonical, _named(passes, _run(passes, canonical)))
+        clock.note("spell out", canonical, _named(passes, _run(passes, canonical, shared.ledger)))
     fixed = shared.captured.inputs[0].batch
     assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of).demand_complete()
     if shared.mixing is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frpc.capture import InputSpec, check_finite
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
+from frpc.values import all_hold
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 
@@ -124,8 +125,9 @@ def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int
         target = target.expand(batch)
     if target.dim() > 2 or target.shape[0] != batch or target.numel() == 0:
         raise TargetError(f"target has shape {list(target.shape)}; give [B] or [B, K] with B = {batch}.")
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or high >= sizes[0]:
+    fits = (target >= 0) & (target < sizes[0])
+    if not all_hold(fits, f"A target is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."):
+        low, high = int(target.min()), int(target.max())
         raise TargetError(
             f"Target {low if low < 0 else high} is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."
         )
@@ -141,7 +143,7 @@ def _from_seed(seed: Tensor, like: Tensor, sizes: Sequence[int], batch: int) -> 
     if not fits or seed.numel() == 0:
         expected = f"{[batch, *sizes]} or {[batch, 'K', *sizes]}"
         raise TargetError(f"seed has shape {list(seed.shape)}; the output takes {expected}.")
-    if not bool(torch.isfinite(seed).all()):
+    if not all_hold(torch.isfinite(seed), "seed holds NaN or Inf."):
         raise NonFiniteError("seed holds NaN or Inf.")
     seed = seed.detach().to(device=like.device, dtype=like.dtype)
     return (seed.movedim(1, 0), True) if columns else (seed, False)

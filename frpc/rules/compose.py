@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 from frpc.affine import Rule
 from frpc.carriers import Product
 from frpc.errors import OptionError
-from frpc.rules.ruleset import FRP, Account, RuleSet, Site
+from frpc.rules.ruleset import FRP, Account, Box, RuleSet, Site
 
 aten = torch.ops.aten
 
@@ -76,11 +75,8 @@ class _Composed(RuleSet):
                 return chosen.product_for(module)
         return self.default.product_for(module)
 
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that one of the rules cannot take."""
-        for _, chosen in self.choices:
-            chosen.check(inputs)
-        self.default.check(inputs)
+    def boxes(self) -> tuple[Box, ...]:
+        return tuple(box for rules in (*(chosen for _, chosen in self.choices), self.default) for box in rules.boxes())
 
 
 def _inside(module: str, pattern: str) -> bool:

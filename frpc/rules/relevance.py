@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Rule
 from frpc.carriers import Product
-from frpc.errors import InputError, OptionError
+from frpc.errors import OptionError
 from frpc.maps import Scale
 from frpc.rules import lrp
 from frpc.rules.arithmetic import back
 from frpc.rules.elementwise import over
 from frpc.rules.increments import SoftmaxMap
 from frpc.rules.lrp import Bound, LayerRule
-from frpc.rules.ruleset import Account, RuleSet, Site
+from frpc.rules.ruleset import Account, Box, RuleSet, Site
 
 aten = torch.ops.aten
 
@@ -197,24 +196,8 @@ class ZBox(_FirstLayer):
         rule = lrp.z_box(self.low, self.high, self.stabilizer)
         return _layer_rule(site, rule, "(x w - l w+ - h w-) / sum", "Montavon et al. 2017")
 
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs outside the box.
-
-        Raises:
-            InputError: says how far outside they are.
-        """
-        _check_box(inputs, self.low, self.high)
-
-
-def _check_box(inputs: Sequence[Tensor], low: Bound, high: Bound) -> None:
-    for x in (x for x in inputs if x.is_floating_point()):
-        under, above = float((low - x).max()), float((x - high).max())
-        if under > 1e-6 or above > 1e-6:
-            where = f"{under:.3g} below low" if under >= above else f"{above:.3g} above high"
-            raise InputError(
-                f"The z-box rule is for inputs between low and high; this one goes {where}. Give the bounds of your "
-                "preprocessing, for a normalized photo low = -mean/std and high = (1 - mean)/std."
-            )
+    def boxes(self) -> tuple[Box, ...]:
+        return ((self.low, self.high),)
 
 
 @dataclass(frozen=True)
@@ -234,10 +217,8 @@ class Composite(_Layers):
             return self.first.layer_rule(site)
         return (self.convolution if site.op is aten.convolution.default else self.dense).layer_rule(site)
 
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that the first layer's rule cannot take."""
-        if self.first is not None:
-            self.first.check(inputs)
+    def boxes(self) -> tuple[Box, ...]:
+        return () if self.first is None else self.first.boxes()
 
 
 @dataclass(frozen=True)
@@ -257,9 +238,8 @@ class EpsilonPlus(_Layers):
     def layer_rule(self, site: Site) -> Rule:
         return self.parts().layer_rule(site)
 
-    def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that the first layer's rule cannot take."""
-        self.parts().check(inputs)
+    def boxes(self) -> tuple[Box, ...]:
+        return self.parts().boxes()
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from torch._ops import OpOverload
 
 from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
-from frpc.errors import OptionError
+from frpc.errors import InputError, OptionError
 from frpc.references import Reference
+from frpc.values import all_hold
 
-__all__ = ["FRP", "Account", "RuleSet", "Site"]
+__all__ = ["FRP", "Account", "Box", "RuleSet", "Site", "check_boxes"]
 
+Box = tuple[Tensor | float, Tensor | float]
 Gives = Literal["relevance", "multiplier"]
 
 
@@ -89,12 +91,36 @@ class RuleSet:
         """Returns how products of two carried values are shared in a module."""
         return "auto"
 
+    def boxes(self) -> tuple[Box, ...]:
+        """Bounds ``(low, high)`` that inputs must keep for the rules to hold; none by default."""
+        return ()
+
     def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that the rules cannot take; takes all by default.
+        """Refuses inputs that the rules cannot take: those outside a box.
 
         Raises:
-            InputError: if one does not fit.
+            InputError: says how far outside they are.
         """
+        check_boxes(inputs, self.boxes())
+
+
+def check_boxes(inputs: Sequence[Tensor], boxes: Sequence[Box]) -> None:
+    """Refuses inputs outside one of the boxes.
+
+    Raises:
+        InputError: says how far outside they are.
+    """
+    for low, high in boxes:
+        for x in (x for x in inputs if x.is_floating_point()):
+            inside = (low - x <= 1e-6) & (x - high <= 1e-6)
+            if all_hold(inside, "The z-box rule is for inputs between low and high; this one goes outside."):
+                continue
+            under, above = float((low - x).max()), float((x - high).max())
+            where = f"{under:.3g} below low" if under >= above else f"{above:.3g} above high"
+            raise InputError(
+                f"The z-box rule is for inputs between low and high; this one goes {where}. Give the bounds of your "
+                "preprocessing, for a normalized photo low = -mean/std and high = (1 - mean)/std."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""Conditions on the values of tensors: in plain code, inside torch.compile, and under torch.func's transforms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["all_hold"]
+
+_transforms = torch._C._functorch
+
+
+def all_hold(conditions: Tensor, message: str) -> bool:
+    """Says whether all conditions hold.
+
+    Under ``torch.func.vmap`` those of all samples count. Inside ``torch.compile`` no value is known yet: the condition then
+    becomes an assertion in the compiled program, which raises ``RuntimeError`` with ``message`` when it runs.
+
+    Args:
+        conditions: a boolean tensor.
+        message: what is wrong where one does not hold.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(conditions.all(), message)
+        return True
+    while _transforms.is_functorch_wrapped_tensor(conditions):
+        conditions = _transforms.get_unwrapped(conditions)
+    return bool(conditions.all())
