@@ -19,7 +19,7 @@ from frpc.methods import Method, methods
 from frpc.references import data_mean
 
 if TYPE_CHECKING:
-    from frpc import baselines, cam, heatmap, perturb, repeat, text
+    from frpc import baselines, cam, captum, heatmap, perturb, repeat, text
     from frpc.maximise import feature
     from frpc.scales import multiscale
 
@@ -37,6 +37,7 @@ __all__ = [
     "UnsupportedOpError",
     "baselines",
     "cam",
+    "captum",
     "check",
     "compile",
     "data_mean",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("baselines", "cam", "heatmap", "perturb", "repeat", "text")
+_MODULES = ("baselines", "cam", "captum", "heatmap", "perturb", "repeat", "text")
 _FUNCTIONS = {"feature": "maximise", "multiscale": "scales"}
 
 

@@ -1,0 +1,296 @@
+"""Captum's calling convention: ``from frpc.captum import FRP`` in place of ``from captum.attr import IntegratedGradients``.
+
+``FRP(model).attribute(inputs, baselines, target, ...)`` takes what Captum's methods take and returns what they return. Captum
+itself is not needed, and its ``NoiseTunnel`` and metrics take these objects as they take its own. The model is copied in
+evaluation mode at the first call, and again where its weights have changed since (but for writes through ``.data``, which torch
+does not count).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from frpc import rules
+from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, key_of, module_of, read, versions, wrapped
+from frpc.compiler import compile
+from frpc.errors import OptionError
+from frpc.explainer import Explainer
+from frpc.repeat import points
+from frpc.rules.ruleset import RuleSet
+
+__all__ = [
+    "FRP",
+    "LID",
+    "LRP",
+    "Deconvolution",
+    "DeepLift",
+    "GuidedBackprop",
+    "InputXGradient",
+    "IntegratedGradients",
+    "Propagation",
+    "Saliency",
+]
+
+Result: TypeAlias = Any  # what the inputs were, a tensor or a tuple of them; with return_convergence_delta beside [B]
+
+
+class Propagation:
+    """What all methods share: a model, and one program for each arrangement of arguments.
+
+    Args:
+        forward_func: a module, its ``forward``, or a function of tensors that returns ``[B, ...]``.
+        rule: how relevance is shared.
+        increments: how it is shared where there are baselines; the same by default.
+    """
+
+    multiplies_by_inputs = True
+
+    def __init__(self, forward_func: Callable[..., Any], rule: RuleSet, increments: RuleSet | None = None) -> None:
+        self.forward_func = forward_func
+        self._model = module_of(forward_func)
+        self._rules = (rule, increments or rule)
+        self._weights: tuple[Any, ...] = ()
+        self._explainers: dict[Any, Explainer] = {}
+
+    def has_convergence_delta(self) -> bool:
+        """Says whether attributions are to sum to something."""
+        return self.multiplies_by_inputs
+
+    def compute_convergence_delta(
+        self, attributions: Inputs, start_point: Baselines, end_point: Inputs, target: Targets = None,
+        additional_forward_args: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """``sum R - (f(x) - f(x_ref))`` for each sample, ``[B]``; what Captum's ``NoiseTunnel`` asks for."""
+        asked = read(end_point, start_point, target, additional_forward_args, True)
+        return self._delta(asked, attributions if isinstance(attributions, tuple) else (attributions,))
+
+    def _explainer(self, asked: Question) -> Explainer:
+        """Finds or makes the explainer for arguments arranged like these, of the weights as they are now."""
+        weights = versions(self._model)
+        if weights != self._weights:
+            self._explainers, self._weights = {}, weights
+        referred = bool(asked.references)
+        layout = (len(asked.inputs), referred, *(key_of(value, at) for at, value in enumerate(asked.further)))
+        if layout not in self._explainers:
+            arranged = Arranged(self._model, len(asked.inputs), referred, asked.further)
+            sources = [f"sources.{position}" for position in range(len(asked.inputs))]
+            self._explainers[layout] = compile(arranged, rule=self._rules[referred], source=sources)
+        return self._explainers[layout]
+
+    def _explained(self, asked: Question) -> tuple[Tensor, ...]:
+        explainer = self._explainer(asked)
+        found = explainer(*asked.tensors, **_functional(explainer, asked)).relevance
+        return found if isinstance(found, tuple) else (found,)
+
+    def _delta(self, asked: Question, attributions: Sequence[Tensor]) -> Tensor:
+        explainer = self._explainer(asked)
+        output = explainer.predict(*asked.tensors)
+        if asked.references:
+            output = output - explainer.predict(*asked.at_reference().tensors)
+        functional = explainer.seed_for(*asked.tensors, **_functional(explainer, asked))
+        explained = (functional * output).double().reshape(asked.count, -1).sum(1)
+        total = sum((r.double().reshape(asked.count, -1).sum(1) for r in attributions), torch.zeros_like(explained))
+        return (total - explained).to(output.dtype)
+
+    def _attribute(self, asked: Question, like: Inputs, size: int | None, delta: bool) -> Result:
+        """Explains the parts of a batch; gives a tuple for a tuple."""
+        found = [(self._explained(part), part) for part in asked.parts(size)]
+        attributions = joined([maps for maps, _ in found])
+        result = attributions if isinstance(like, tuple) else attributions[0]
+        return (result, torch.cat([self._delta(part, maps) for maps, part in found])) if delta else result
+
+
+def _functional(explainer: Explainer, asked: Question) -> dict[str, Any]:
+    """The target, or the seed that tuples for each sample stand for."""
+    if not isinstance(asked.target, list):
+        return {"target": asked.target}
+    rows = {index: explainer.seed_for(*asked.tensors, target=index)[:1] for index in set(asked.target)}
+    return {"seed": torch.cat([rows[index] for index in asked.target])}
+
+
+class _FromReference(Propagation):
+    """Methods that compare the input with a baseline."""
+
+    @wrapped
+    def attribute(
+        self, inputs: Inputs, baselines: Baselines = None, target: Targets = None, additional_forward_args: Any = None,
+        internal_batch_size: int | None = None, return_convergence_delta: bool = False,
+    ) -> Result:  # fmt: skip
+        """Shares ``f(x) - f(baseline)`` among the inputs; arguments as for :meth:`FRP.attribute`, baselines zero by default."""
+        asked = read(inputs, baselines, target, additional_forward_args, True)
+        return self._attribute(asked, inputs, internal_batch_size, return_convergence_delta)
+
+
+class _OfInput(Propagation):
+    """Methods that look at the input alone."""
+
+    @wrapped
+    def attribute(self, inputs: Inputs, target: Targets = None, additional_forward_args: Any = None) -> Result:
+        """Returns tensors like the inputs; arguments as for :meth:`FRP.attribute`."""
+        return self._attribute(read(inputs, None, target, additional_forward_args, False), inputs, None, False)
+
+
+class FRP(Propagation):
+    """Shares the whole output, constants included; with baselines, what changed since them.
+
+    ``FRP(model).attribute(x, target=3)`` sums to ``f(x)[3]``; ``attribute(x, baselines, target=3)`` is :class:`LID` and sums to
+    ``f(x)[3] - f(baselines)[3]``.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func, rules.FRP(), rules.LID())
+
+    @wrapped
+    def attribute(
+        self, inputs: Inputs, baselines: Baselines = None, target: Targets = None, additional_forward_args: Any = None,
+        internal_batch_size: int | None = None, return_convergence_delta: bool = False,
+    ) -> Result:  # fmt: skip
+        """Returns tensors like the inputs that sum to the explained number.
+
+        Args:
+            inputs: a tensor or a tuple of them, batch first.
+            baselines: what the inputs are compared with: a number, a tensor like one sample or like the batch, or a tuple with
+                one for each input. None explains the whole output; unlike ``0``, which leaves out ``f(0)``.
+            target: an int or a tuple of ints for all samples; a list of either, or a tensor ``[B]``, with one for each; None for
+                models with one output.
+            additional_forward_args: passed to the model behind the inputs and not explained; tensors have the batch first.
+            internal_batch_size: how many samples run at one time; all by default.
+            return_convergence_delta: return ``(attributions, delta)``.
+
+        Shapes: attributions like ``inputs``; ``delta [B]``: ``sum R - (f(x) - f(baseline))``, without baselines ``sum R - f(x)``.
+
+        Exact when: always; ``delta`` is the rounding.
+
+        Raises:
+            InputError: for arguments that do not fit; each kind has its own class in :mod:`frpc.errors`.
+        """
+        asked = read(inputs, baselines, target, additional_forward_args, baselines is not None)
+        return self._attribute(asked, inputs, internal_batch_size, return_convergence_delta)
+
+
+class LID(_FromReference):
+    """Layer-wise increment decomposition, exact: sums to ``f(x) - f(baseline)`` at every layer (:class:`frpc.rules.LID`)."""
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func, rules.LID())
+
+
+class DeepLift(_FromReference):
+    """DeepLIFT with the rescale rule, for functional and reused activations and every operator too."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__(model, rules.DeepLift())
+
+
+class InputXGradient(_OfInput):
+    """``x dy/dx``."""
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func, rules.Gradient())
+
+    def has_convergence_delta(self) -> bool:
+        """Nothing is conserved."""
+        return False
+
+
+class Saliency(Propagation):
+    """``|dy/dx|``; ``abs=False`` keeps the sign."""
+
+    multiplies_by_inputs = False
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func, rules.Gradient(times_input=False))
+
+    @wrapped
+    def attribute(self, inputs: Inputs, target: Targets = None, abs: bool = True, additional_forward_args: Any = None) -> Result:
+        """Returns tensors like the inputs; arguments as for :meth:`FRP.attribute`."""
+        found = self._attribute(read(inputs, None, target, additional_forward_args, False), inputs, None, False)
+        if not abs:
+            return found
+        return tuple(g.abs() for g in found) if isinstance(found, tuple) else found.abs()
+
+
+class GuidedBackprop(_OfInput):
+    """Gradients, at every ReLU what is positive alone; functional and reused ReLUs too."""
+
+    multiplies_by_inputs = False
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__(model, rules.GuidedBackprop())
+
+
+class Deconvolution(_OfInput):
+    """Gradients that are rectified at every ReLU."""
+
+    multiplies_by_inputs = False
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__(model, rules.Deconvnet())
+
+
+class LRP(Propagation):
+    """Layer-wise relevance propagation, by the epsilon rule unless another rule set is given.
+
+    Raises:
+        OptionError: where layers carry Captum's rules in ``layer.rule``, which frpc does not read.
+    """
+
+    def __init__(self, model: Callable[..., Any], rule: RuleSet | None = None) -> None:
+        super().__init__(model, rule or rules.LRP(1e-9))
+        marked = [name for name, part in self._model.named_modules() if getattr(part, "rule", None) is not None]
+        if marked:
+            raise OptionError(
+                f"{', '.join(marked[:5])} carries a rule of Captum's in .rule, which frpc does not read. Give a rule set: "
+                "frpc.captum.LRP(model, rule=frpc.rules.EpsilonPlus()); rules by layer: frpc.rules.compose."
+            )
+
+    @wrapped
+    def attribute(
+        self, inputs: Inputs, target: Targets = None, additional_forward_args: Any = None, return_convergence_delta: bool = False
+    ) -> Result:
+        """Returns tensors like the inputs; arguments as for :meth:`FRP.attribute`; ``delta`` is Captum's, ``f(x) - sum R``."""
+        asked = read(inputs, None, target, additional_forward_args, False)
+        found = self._attribute(asked, inputs, None, return_convergence_delta)
+        return (found[0], -found[1]) if return_convergence_delta else found
+
+
+class IntegratedGradients(Propagation):
+    """``(x - baseline) * mean of df/dx`` on the way between, by a quadrature, as Captum's; :class:`LID` needs no steps.
+
+    Source: Sundararajan et al. 2017.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func, rules.Gradient(times_input=False))
+
+    @wrapped
+    def attribute(
+        self, inputs: Inputs, baselines: Baselines = None, target: Targets = None, additional_forward_args: Any = None,
+        n_steps: int = 50, method: str = "gausslegendre", internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
+    ) -> Result:  # fmt: skip
+        """Returns tensors like the inputs.
+
+        Args:
+            inputs, baselines, target, additional_forward_args, internal_batch_size, return_convergence_delta: as for
+                :meth:`FRP.attribute`; baselines zero by default.
+            n_steps: points on the way; one runs at a time.
+            method: a quadrature of :func:`frpc.repeat.integrated_gradients`.
+        """
+        asked = read(inputs, baselines, target, additional_forward_args, True)
+        places, weights = points(method, n_steps)
+        found = []
+        for part in asked.parts(internal_batch_size):
+            means = [torch.zeros_like(x) for x in part.inputs]
+            for place, weight in zip(places.tolist(), weights.tolist(), strict=True):
+                along = tuple(there + place * (x - there) for x, there in zip(part.inputs, part.references, strict=True))
+                gradients = self._explained(Question(along, (), part.further, part.target))
+                means = [mean + weight * gradient for mean, gradient in zip(means, gradients, strict=True)]
+            found.append(tuple(m * (x - t) for m, x, t in zip(means, part.inputs, part.references, strict=True)))
+        attributions = joined(found)
+        result = attributions if isinstance(inputs, tuple) else attributions[0]
+        return (result, self._delta(asked, attributions)) if return_convergence_delta else result
