@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pickle import PicklingError
 
 __all__ = [
     "BatchError",
     "CaptureError",
     "CompileError",
+    "DataError",
     "DeviceError",
     "DtypeError",
     "EmptyBatchError",
+    "ExportError",
     "FrpcError",
     "Gap",
     "ImageError",
@@ -28,11 +31,14 @@ __all__ = [
     "OptionError",
     "OutputFolderError",
     "PackageError",
+    "PickleRefusedError",
+    "ProgramFileError",
     "RuleDeclinedError",
     "ShapeError",
     "TargetError",
     "TrainingModeError",
     "UnsupportedOpError",
+    "VerificationError",
     "WeightsError",
     "nearest",
 ]
@@ -82,12 +88,24 @@ class MemoryLimitError(InputError):
     """What is asked for would not fit into the memory limit; the message gives its size and how to stream it."""
 
 
+class DataError(InputError):
+    """A data set is missing, empty, or not laid out as a job reads it."""
+
+
 class ImageError(InputError):
     """A file is missing, truncated, or is not an image."""
 
 
 class WeightsError(InputError):
     """A weights file is not safetensors, or does not fit the model."""
+
+
+class ProgramFileError(InputError):
+    """A program file is damaged, of another version or unknown to frpc in its contents, or something cannot be saved in one."""
+
+
+class PickleRefusedError(FrpcError, PicklingError):
+    """An explainer is not pickled: a pickle runs code when it is opened. ``explainer.save`` writes a file that does not."""
 
 
 class OutputFolderError(InputError):
@@ -116,6 +134,14 @@ class TrainingModeError(FrpcError):
 
 class CompileError(FrpcError):
     """The compiled program disagrees with the model: a defect of frpc, never of the input."""
+
+
+class ExportError(FrpcError):
+    """A program has no form in the format it was to be written in; the message says what has none."""
+
+
+class VerificationError(CompileError):
+    """An exported file disagrees with its explainer; the message holds the comparison."""
 
 
 class RuleDeclinedError(FrpcError):

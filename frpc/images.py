@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,15 +59,19 @@ class Picture:
     crop: Image.Image
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The whole file decoded as RGB: upright by its EXIF tag, transparency over white, the first frame of several.
+
+    Args:
+        path: the file; where there is ``content``, its name in messages alone.
+        content: the file's bytes, where they were read before.
 
     Raises:
         ImageError: missing, a folder, unreadable, not an image, truncated, absurdly large, or with 32-bit pixels,
             whose range is unknown.
     """
     path = Path(path)
-    image = _decode(path)
+    image = _decode(path, content)
     if image.mode in ("I", "F"):
         raise ImageError(f"{path} has 32-bit pixels of unknown range; save it as an 8-bit or 16-bit image")
     if image.mode.startswith("I;16"):
@@ -78,13 +83,13 @@ def read_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def prepare(path: str | Path, recipe: Recipe = IMAGENET) -> Picture:
-    """Reads a file and applies the recipe; equals torchvision's ``ImageClassification`` preset on the same picture.
+def prepare(path: str | Path, recipe: Recipe = IMAGENET, content: bytes | None = None) -> Picture:
+    """Reads a file (or ``content``), applies the recipe; equals torchvision's ``ImageClassification`` preset on the same picture.
 
     Raises:
         ImageError: see :func:`read_image`; also a picture so elongated that resizing it would not fit in memory.
     """
-    image = read_image(path)
+    image = read_image(path, content)
     crop = _resize_and_crop(image, recipe, Path(path))
     values = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(recipe.crop, recipe.crop, 3)
     scaled = values.permute(2, 0, 1).contiguous().float() / 255  # [3, H, W]
@@ -92,12 +97,12 @@ def prepare(path: str | Path, recipe: Recipe = IMAGENET) -> Picture:
     return Picture(Path(path), ((scaled - mean) / std)[None], crop)
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, content: bytes | None) -> Image.Image:
     """The upright first frame, completely read."""
     try:
-        if path.is_dir():
+        if content is None and path.is_dir():
             raise ImageError(f"{path} is a folder; give one image file")
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from frpc.cli.doctor import doctor
 from frpc.cli.explain import explain
 from frpc.cli.explain_text import explain_text
 from frpc.cli.inspect import compile_model, examine
+from frpc.cli.map import map_data
 from frpc.cli.neurons import neurons
 
 __all__ = ["app", "main"]
@@ -21,12 +22,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Compile a PyTorch model into a program that returns its output and an exactly conserving relevance map.\n\n"
-    "Exit codes: 0 done, 1 the examined model has gaps, 2 bad input, 70 a defect of frpc.",
+    "Exit codes: 0 done, 1 the examined model has gaps, 2 bad input, 3 some samples of a data set failed, "
+    "70 a defect of frpc.",
 )
 app.command()(demo)
 app.command()(explain)
 app.command("explain-text")(explain_text)
 app.command()(neurons)
+app.command("map")(map_data)
 app.command()(examine)
 app.command("compile")(compile_model)
 app.command()(doctor)

@@ -1,0 +1,184 @@
+"""`frpc map`: a folder of pictures or Parquet files explained from end to end, in shards that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from frpc.cli.classifier import ModelOption, load_classifier
+from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, Session, ThreadsOption, session
+from frpc.errors import OptionError, WeightsError
+
+if TYPE_CHECKING:
+    from frpc.jobs import Classifier, Summary, Task
+
+__all__ = ["FAILED_SAMPLES", "map_data"]
+
+FAILED_SAMPLES = 3
+SHOWN = 10
+
+
+class EngineChoice(StrEnum):
+    """Where shards are done."""
+
+    local = "local"
+    ray = "ray"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `frpc map`; see :func:`map_data`."""
+
+    model: str
+    weights: str
+    data: Path
+    out: Path
+    target: str
+    column: str
+    label: str | None
+    method: str
+    bias: Bias
+    batch_size: int
+    shard_size: int
+    dtype: Dtype
+    png: bool
+    engine: EngineChoice
+    workers: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Makes the classifier, in whichever process."""
+
+    model: str
+    weights: str
+    dtype: Dtype
+
+    def __call__(self) -> Classifier:
+        found = load_classifier(self.model, self.weights, self.dtype, Session(Console(quiet=True), as_json=True))
+        return found.model, found.recipe
+
+
+def map_data(
+    model: ModelOption,
+    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    data: Annotated[Path, typer.Option(help="A folder of pictures, a Parquet file, or a folder of Parquet files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the maps. Call again with the same to go on after a stop.")],
+    target: Annotated[str, typer.Option(help="top (the predicted class of each picture), a class number or name.")] = "top",
+    label: Annotated[str | None, typer.Option(help="In place of --target: the Parquet column with each picture's class.")] = None,
+    column: Annotated[str, typer.Option(help="The Parquet column with the pictures.")] = "image",
+    method: Annotated[str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, ...; docs/methods.md.")] = "frp",
+    bias: BiasOption = Bias.uniform,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that run at one time.")] = 8,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a file; what a stop can cost.")] = 64,
+    dtype: DtypeOption = Dtype.float32,
+    png: Annotated[bool, typer.Option("--png", help="Also draw each map over its picture.")] = False,
+    engine: Annotated[EngineChoice, typer.Option(help="local: this process; ray: a Ray cluster.")] = EngineChoice.local,
+    workers: Annotated[int, typer.Option(min=1, help="With --engine ray: processes that work.")] = 2,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a data set in batches; go on where a stopped job was. Exit code 3: done, but some samples failed (index.jsonl)."""
+    with session(as_json, threads) as current:
+        request = Request(
+            model, weights, data, out, target, column, label, method, bias, batch_size, shard_size, dtype, png, engine, workers
+        )
+        start = time.perf_counter()
+        summary = _run(request, current)
+        _show(current.console, request, summary, time.perf_counter() - start)
+        current.finish(_result(request, summary))
+        if summary.failures:
+            raise typer.Exit(FAILED_SAMPLES)
+
+
+def _run(request: Request, current: Session) -> Summary:
+    from frpc import jobs
+
+    task = _task(request)
+    with current.progress() as progress:
+        bar = progress.add_task("explaining", total=len(task.samples))
+        return jobs.run(
+            task,
+            _model(request),
+            request.engine.value,
+            request.workers,
+            begin=lambda resumed: progress.update(bar, completed=resumed),
+            advance=lambda done, failed: progress.update(bar, advance=done + failed),
+        )
+
+
+def _task(request: Request) -> Task:
+    """Reads the data's table of contents and checks what can be checked before a model is loaded."""
+    import torch
+
+    from frpc import jobs
+    from frpc.methods import method_named
+
+    if request.label is not None and request.target != "top":
+        raise OptionError(f"--target {request.target} and --label {request.label}: give one of them")
+    if request.out.resolve().is_relative_to(request.data.resolve()):
+        raise OptionError(f"--out {request.out} lies in --data {request.data}: what is written would be read as data")
+    samples = jobs.open_samples(request.data, request.column, request.label)
+    return jobs.Task(
+        samples=samples,
+        load=Load(request.model, request.weights, request.dtype),
+        store=jobs.Store(request.out, len(samples), request.shard_size),
+        method=method_named(request.method).name,
+        bias=request.bias.value,
+        target="label" if request.label is not None else request.target,
+        batch_size=request.batch_size,
+        dtype=getattr(torch, request.dtype.value),
+        pictures=request.png,
+    )
+
+
+def _model(request: Request) -> dict[str, Any]:
+    """What the manifest says of the model: its name, its preprocessing, and a digest of its weights."""
+    from frpc import pretrained
+
+    default = request.weights == "DEFAULT"
+    try:
+        digest = "DEFAULT" if default else _sha256(Path(request.weights))
+    except OSError as error:
+        raise WeightsError(f"cannot read {request.weights}: {error.strerror or error}") from error
+    pretrained.build_model(request.model)  # a wrong name is said now
+    return {
+        "name": request.model,
+        "weights": digest,
+        "preprocessing": asdict(pretrained.recipe(request.model, default=default)),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _result(request: Request, summary: Summary) -> dict[str, Any]:
+    return {
+        "out": str(request.out),
+        "samples": summary.count,
+        "resumed": summary.resumed,
+        "failed": [asdict(failure) for failure in summary.failures],
+        "damaged": list(summary.damaged),
+    }
+
+
+def _show(console: Console, request: Request, summary: Summary, seconds: float) -> None:
+    failed = len(summary.failures)
+    before = f", {summary.resumed} of them before" if summary.resumed else ""
+    console.print(f"{summary.count - failed} of {summary.count} samples explained{before}, in {seconds:.1f} s", markup=False)
+    for problem in summary.damaged:
+        console.print(f"done again: {problem}", markup=False)
+    for failure in summary.failures[:SHOWN]:
+        console.print(f"failed: {failure.name}: {failure.reason}", markup=False)
+    if failed > SHOWN:
+        console.print(f"failed: {failed - SHOWN} more, in index.jsonl", markup=False)
+    console.print(f"  {request.out / 'index.jsonl'}\n  {request.out / 'shards'}", markup=False)
