@@ -16,6 +16,7 @@ from frpc.examine import examine
 from frpc.explainer import Explainer
 from frpc.explanation import Explanation, LayerRelevance
 from frpc.methods import Method, methods
+from frpc.programfile import LoadedExplainer, load
 from frpc.references import data_mean
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "FrpcError",
     "InputError",
     "LayerRelevance",
+    "LoadedExplainer",
     "Method",
     "UnsupportedOpError",
     "baselines",
@@ -45,6 +47,7 @@ __all__ = [
     "examine",
     "feature",
     "heatmap",
+    "load",
     "methods",
     "multiscale",
     "perturb",

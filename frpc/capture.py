@@ -37,7 +37,7 @@ from frpc.errors import (
 from frpc.graph import Origin, set_layers
 from frpc.values import all_hold
 
-__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of"]
+__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int |
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             copies[node].meta["origin"] = _origin(node)
     set_layers(graph, {name for name, _ in model.named_modules(remove_duplicate=False) if name})
-    return fx.GraphModule(_tree(constants), graph, class_name="Captured")
+    return fx.GraphModule(tree(constants), graph, class_name="Captured")
 
 
 @contextmanager
@@ -286,7 +286,7 @@ def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
                 f"{old.device}, and is {there}. Compile the model anew."
             )
         found[name] = new.detach()
-    return _tree(found)
+    return tree(found)
 
 
 _LIFTED = ("lifted_tensor_", "c_lifted_tensor_", "_tensor_constant")  # names that torch.export gives to literals
@@ -299,7 +299,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
     return value
 
 
-def _tree(constants: dict[str, Any]) -> nn.Module:
+def tree(constants: dict[str, Any]) -> nn.Module:
     """Hangs tensors on nested modules by their dotted names, so that the graph keeps the model's parameter names."""
     root = nn.Module()
     for name, value in constants.items():

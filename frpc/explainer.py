@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
 from frpc import printing
 from frpc.asking import ask_layer, ask_neurons
-from frpc.explanation import Explanation, LayerRelevance
+from frpc.errors import PickleRefusedError
+from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.graph import describe
 from frpc.layermaps import LayerMaps
 from frpc.lower import Refusal
 from frpc.pipeline import Compiled, Stage
 from frpc.plan import Plan
+from frpc.programfile import save
 from frpc.programs import Programs, layer_names
 from frpc.rules.ruleset import RuleSet
 from frpc.targets import Target
@@ -65,13 +70,7 @@ class Explainer(nn.Module):
         top, tensor = self._top(seed)
         functional, columns = self.programs.seed(front, inputs, target, tensor)
         compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, top=top))
-        output, *relevances, bias = self.programs.run(compiled, inputs, functional)
-        if columns:
-            relevances = [r.movedim(0, 1) for r in relevances]
-            bias = bias.movedim(0, 1)
-        relevances = [r.contiguous() for r in relevances]  # programs compute in channels-last order; callers index freely
-        relevance = relevances[0] if len(relevances) == 1 else tuple(relevances)
-        return Explanation(output, relevance, bias, tuple(inputs))
+        return explanation_of(self.programs.run(compiled, inputs, functional), columns, inputs)
 
     def at(
         self,
@@ -99,13 +98,7 @@ class Explainer(nn.Module):
         top, tensor = self._top(seed)
         functional, columns = self.programs.seed(front, inputs, target, tensor)
         compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, layers=names, top=top))
-        output, *found = self.programs.run(compiled, inputs, functional)
-        relevances, values = found[: len(names)], found[len(names) :]
-        if columns:
-            relevances = [r.movedim(0, 1) for r in relevances]
-        return LayerRelevance(
-            output, dict(zip(names, relevances, strict=True)), {name: v.detach() for name, v in zip(names, values, strict=True)}
-        )
+        return layer_relevance_of(self.programs.run(compiled, inputs, functional), columns, names)
 
     def neurons(
         self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto", **named: Tensor
@@ -236,6 +229,85 @@ class Explainer(nn.Module):
             f"  rules {rules}, bias {self.programs.query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
             f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
             f"{len(compiled.refusals)} refusals"
+        )
+
+    # ---- as a module ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, columns: bool = True, weights: str = "stored") -> Path:
+        """Writes the compiled programs to one file that :func:`frpc.load` reads, without the model's class and without pickle.
+
+        The file holds every program compiled so far: those for calls with one target are always among them.
+
+        Args:
+            path: the file; ``.frpc`` by custom. One that exists is replaced at once, never in part.
+            columns: also holds the program for K targets a sample.
+            weights: ``"stored"`` in the file, or by ``"reference"``: the file then holds their names and checksums, and is
+                loaded with a model that has them.
+
+        Raises:
+            InputError: if nothing is compiled yet.
+            ProgramFileError: if a program calls an operator that is not PyTorch's; names it.
+        """
+        return save(self.programs, path, columns, weights)
+
+    def refresh(self, model: nn.Module) -> Explainer:
+        """Takes new weights of the model it was compiled from, e.g. after training, without capturing the model again.
+
+        Everything compiled is compiled anew from the graph that was captured; threads that ask meanwhile get answers of before.
+
+        Args:
+            model: the module; it is copied again.
+
+        Raises:
+            WeightsError: if a parameter is missing, or has another shape, dtype or device.
+            CompileError: if the model's code computes something else than what was captured.
+        """
+        self.programs.refresh(model)
+        return self
+
+    def state_dict(  # type: ignore[override]  # positional arguments are deprecated, and still passed by some
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The model's own state, under the names it has there: what is compiled follows from it."""
+        found: dict[str, Any] = self.programs.model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return found
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads the model's state, and compiles anew what was compiled."""
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        model = copy.deepcopy(self.programs.model)
+        try:
+            fitting = model.load_state_dict(own, strict=False)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        missing_keys.extend(prefix + name for name in fitting.missing_keys)
+        unexpected_keys.extend(prefix + name for name in fitting.unexpected_keys)
+        self.programs.refresh(model)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Explainer:
+        """Moves to another device or type; the next call captures and compiles there."""
+        self.programs.convert(fn)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Explainer:
+        copied = Explainer(self.programs.copied(memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PickleRefusedError(
+            "An explainer is not pickled: a pickle runs code when it is opened. Write it with explainer.save(path), and read it "
+            "with frpc.load(path); or send the model, and compile it there."
         )
 
     # ---- compiling ----------------------------------------------------------------------------------------------

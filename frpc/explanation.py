@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation", "LayerRelevance"]
+__all__ = ["Explanation", "LayerRelevance", "explanation_of", "layer_relevance_of", "run"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,36 @@ class LayerRelevance(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+def run(
+    program: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    functional: Tensor,
+    references: Sequence[tuple[Tensor, ...]],
+) -> list[Tensor]:
+    """Runs a program; maps are averaged over reference inputs where there are several."""
+    results = [program(*(x.detach() for x in inputs), functional, *others) for others in references]
+    if len(results) == 1:
+        return list(results[0])
+    output, *_ = results[0]
+    return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
+
+
+def explanation_of(results: Sequence[Tensor], columns: bool, inputs: Sequence[Tensor]) -> Explanation:
+    """Lays out what a program about the inputs returned, ``(output, relevance ..., constants' share)``."""
+    output, *relevances, bias = results
+    if columns:
+        relevances, bias = [r.movedim(0, 1) for r in relevances], bias.movedim(0, 1)
+    relevances = [r.contiguous() for r in relevances]  # programs compute in channels-last order; callers index freely
+    return Explanation(output, relevances[0] if len(relevances) == 1 else tuple(relevances), bias, tuple(inputs))
+
+
+def layer_relevance_of(results: Sequence[Tensor], columns: bool, names: Sequence[str]) -> LayerRelevance:
+    """Lays out what a program about layers returned, ``(output, relevance of each ..., value of each ...)``."""
+    output, *found = results
+    relevances, values = found[: len(names)], found[len(names) :]
+    if columns:
+        relevances = [r.movedim(0, 1) for r in relevances]
+    activations = {name: v.detach() for name, v in zip(names, values, strict=True)}
+    return LayerRelevance(output, dict(zip(names, relevances, strict=True)), activations)

@@ -6,7 +6,7 @@ the result can be computed again: from the same weights in another process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,14 @@ class Ledger:
         """Notes the buffers of a captured graph as the model's own."""
         for name, value in module.named_buffers():
             self._known[value] = Original(name)
+
+    def copied(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Ledger:
+        """Returns the ledger of copies, given with what they are copies of."""
+        copied = Ledger()
+        for old, new in pairs:
+            if (found := self.lineage(old)) is not None:
+                copied._known[new] = found
+        return copied
 
     def lineage(self, value: Tensor) -> Lineage | None:
         """Where a tensor came from, or None for one that was never met."""

@@ -5,18 +5,21 @@ capture -> canonicalize -> assign -> plan -> emit -> optimize -> lower
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
-from frpc.capture import Captured, capture, tensors_of
+from frpc.capture import Captured, InputSpec, capture, tensors_of, tree
 from frpc.decompose import spell_out
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError
@@ -27,7 +30,19 @@ from frpc.plan import Plan, Query, make_plan
 from frpc.precision import rounding
 from frpc.rules.ruleset import RuleSet
 
-__all__ = ["Choice", "Compiled", "Front", "Stage", "compile_query", "front", "renewed"]
+__all__ = [
+    "Choice",
+    "Compiled",
+    "Front",
+    "Stage",
+    "compile_query",
+    "confirm",
+    "duplicated",
+    "front",
+    "lower_program",
+    "renewed",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,13 @@ class Compiled:
     refusals: tuple[lower.Refusal, ...] = field(default_factory=tuple)
     references: tuple[tuple[Tensor, ...], ...] = ((),)
 
+    @property
+    def portable(self) -> fx.GraphModule:
+        """The program before it was put into a form for one device: plain ATen operators that overwrite nothing."""
+        found = next(stage.program for stage in self.stages if stage.name == "optimize")
+        assert isinstance(found, fx.GraphModule)
+        return found
+
 
 def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = ()) -> Front:
     """Captures and canonicalizes a model; see :func:`frpc.capture.capture`."""
@@ -132,6 +154,37 @@ def renewed(shared: Front, model: nn.Module) -> Front:
     return Front(captured, canonical, (taken, canonized), shared.mixing, ledger)
 
 
+def duplicated(shared: Front, programs: Sequence[Compiled], memo: dict[int, Any]) -> tuple[Front, list[Compiled]]:
+    """Copies captured graphs and programs with tensors of their own; what shares memory shares it in the copy.
+
+    Rules, plans and stages are records of the compilation and stay common to both.
+
+    Args:
+        shared: what the programs share.
+        programs: compiled from it.
+        memo: as for ``copy.deepcopy``.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def own(graph_module: fx.GraphModule) -> fx.GraphModule:
+        old = dict(graph_module.named_buffers(remove_duplicate=False))
+        # What oneDNN packed has no memory that Python could copy.
+        new = {name: value.clone() if value.is_mkldnn else copy.deepcopy(value, memo) for name, value in old.items()}
+        pairs.extend((old[name], new[name]) for name in old)
+        return copy_graph(graph_module, tree(new))
+
+    def own_program(compiled: Compiled) -> Compiled:
+        portable = own(compiled.portable)
+        stages = tuple(dataclasses.replace(s, program=portable) if s.name == "optimize" else s for s in compiled.stages)
+        references = copy.deepcopy(compiled.references, memo)
+        return dataclasses.replace(compiled, program=own(compiled.program), stages=stages, references=references)
+
+    captured = dataclasses.replace(shared.captured, graph_module=own(shared.captured.graph_module))
+    canonical, copies = own(shared.canonical), [own_program(p) for p in programs]
+    ledger = shared.ledger.copied(pairs)
+    return dataclasses.replace(shared, captured=captured, canonical=canonical, ledger=ledger), copies
+
+
 def copy_graph(graph_module: fx.GraphModule, root: nn.Module | None = None) -> fx.GraphModule:
     """Copies a graph; its tensors are shared (the earlier stage stays printable and runnable), or those of ``root``."""
     graph = fx.Graph()
@@ -149,11 +202,13 @@ def copy_graph(graph_module: fx.GraphModule, root: nn.Module | None = None) -> f
     return fx.GraphModule(fresh, graph, class_name=type(graph_module).__name__)
 
 
-def _run(passes: Sequence[Callable[[fx.GraphModule], Any]], graph_module: fx.GraphModule, ledger: Ledger) -> list[Any]:
+def _run(
+    passes: Sequence[Callable[[fx.GraphModule], Any]], graph_module: fx.GraphModule, ledger: Ledger | None = None
+) -> list[Any]:
     """Runs passes and lints what each leaves; a broken graph is reported with the pass's name. Returns their results."""
     results = []
     for one_pass in passes:
-        with ledger.recording():
+        with nullcontext() if ledger is None else ledger.recording():
             results.append(one_pass(graph_module))
         try:
             graph_module.graph.lint()
@@ -183,14 +238,19 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     clock.note("emit", emitted)
     optimized = copy_graph(emitted)
     clock.note("optimize", optimized, _named(optimize.PASSES, _run(optimize.PASSES, optimized, shared.ledger)))
-    lowered = copy_graph(optimized)
-    refusals = [refusal for found in _run(lower.PASSES, lowered, shared.ledger) for refusal in found]
+    lowered, refusals = lower_program(optimized)
     clock.note("lower", lowered, tuple(p.__name__ for p in lower.PASSES))
-    if foreign := only_aten(lowered, shared.captured.graph_module):
+    if foreign := only_aten(lowered, shared.captured.graph_module, lower.OPERATORS):
         raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
     if shared.captured.static_batch_reason:
         refusals.append(lower.Refusal("a free batch size", "capture", shared.captured.static_batch_reason))
     return Compiled(lowered, assignment, plan, tuple(clock.stages), tuple(refusals), varying_references(assignment))
+
+
+def lower_program(program: fx.GraphModule) -> tuple[fx.GraphModule, list[lower.Refusal]]:
+    """Puts a copy of a program into the form that runs fastest where its tensors live; also says what was refused."""
+    lowered = copy_graph(program)
+    return lowered, [refusal for found in _run(lower.PASSES, lowered) for refusal in found]
 
 
 def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | None = None) -> Assignment:
@@ -252,6 +312,39 @@ def verify(compiled: Compiled, shared: Front, inputs: Sequence[Tensor]) -> None:
             raise CompileError(
                 f"the compiled program's output differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"
             )
+
+
+def confirm(shared: Front, model: nn.Module, names: Sequence[str]) -> None:
+    """Runs a model and its captured graph on one made-up input and compares: code may depend on more than weights.
+
+    Args:
+        shared: the graph, with the model's tensors.
+        model: the model.
+        names: names to pass inputs by; empty to pass them by position.
+
+    Raises:
+        CompileError: if they differ.
+    """
+    inputs = [_made_up(spec) for spec in shared.captured.inputs]
+    with torch.no_grad():
+        got = shared.captured.graph_module(*inputs)
+        found = model(**dict(zip(names, inputs, strict=True))) if names else model(*inputs)
+    given = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and (x.shape, x.dtype) == (got.shape, got.dtype)]
+    bound = 1e4 * rounding(shared.captured.graph_module, got) * float(got.abs().amax())
+    if bool(torch.isfinite(got).all()) and not any(float((x - got).abs().amax()) <= bound for x in given):
+        raise CompileError(
+            f"{type(model).__name__} computes something else than what was captured from it, with the same weights: its code or "
+            "an attribute that is no parameter or buffer has changed. Compile it anew."
+        )
+
+
+def _made_up(spec: InputSpec) -> Tensor:
+    """An input of the right kind: standard normal numbers, the index 0, masks that hide nothing."""
+    shape = [spec.batch or 2, *spec.shape]
+    if spec.dtype.is_floating_point:
+        chance = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=chance).to(spec.device, spec.dtype)
+    return torch.full(shape, spec.dtype is torch.bool, dtype=spec.dtype, device=spec.device)
 
 
 def _sensitivity(shared: Front, inputs: Sequence[Tensor], expected: Tensor, unit: float) -> float:

@@ -10,7 +10,7 @@ from torch import fx
 from frpc.assign import Assignment
 from frpc.graph import describe, origin_of
 
-__all__ = ["code", "columns", "rule_table"]
+__all__ = ["code", "columns", "comment", "rule_table", "source"]
 
 _ASSIGNMENT = re.compile(r"^(\s+)(\w+)(?:: [^=]+)? = (.*)$")
 
@@ -35,7 +35,7 @@ def code(program: fx.GraphModule, rules: Mapping[str, str]) -> str:
         if phase != section:
             section = phase
             lines.append(f"{match[1]}# ---- {section}")
-        lines.append(f"{line}  # {_comment(node, rules)}")
+        lines.append(f"{line}  # {comment(node, rules)}")
     return "\n".join(lines) + "\n"
 
 
@@ -47,9 +47,17 @@ _SECTIONS = {
 }
 
 
-def _comment(node: fx.Node, rules: Mapping[str, str]) -> str:
+def comment(node: fx.Node, rules: Mapping[str, str]) -> str:
+    """Says what a node gives, where it comes from and by which rule."""
+    return " | ".join([describe(node.meta.get("val")), *filter(None, [source(node, rules)])])
+
+
+def source(node: fx.Node, rules: Mapping[str, str]) -> str:
+    """Says where a node comes from and by which rule; programs read from a file bring that text with them."""
+    if "source" in node.meta:
+        return str(node.meta["source"])
     origin = origin_of(node)
-    parts = [describe(node.meta.get("val"))]
+    parts = []
     if node.op == "get_attr" and "constant" in node.meta:
         parts.append(str(node.meta["constant"]))
     if origin.file:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.capture import argument_order, snapshot
 from frpc.errors import InputError, LayerNameError, nearest
+from frpc.explanation import run
 from frpc.graph import first_result
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
 from frpc.targets import Target, check_inputs, make_seed
 
-__all__ = ["Programs", "empty_like", "layer_example", "layer_names"]
+__all__ = ["Programs", "Signature", "empty_like", "layer_example", "layer_names"]
 
 # Tracing swaps interpreter-wide state inside torch, so two compilations in one process must take turns, whoever asks.
 _TRACING = threading.Lock()
@@ -27,10 +29,11 @@ _TRACING = threading.Lock()
 Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 
 
-class Programs(nn.Module):
+class Programs:
     """Captures and compiles on demand, once for each signature and question, whichever thread asks first.
 
     Attributes:
+        model: the copy of the user's module that graphs are captured from.
         choice: what was chosen for all questions.
         query: the question asked unless another is.
         fronts: captured graphs by the inputs' sizes, types and devices.
@@ -38,8 +41,7 @@ class Programs(nn.Module):
     """
 
     def __init__(self, model: nn.Module, choice: Choice, query: Query) -> None:
-        super().__init__()
-        self._snapshot = (snapshot(model),)  # in a tuple: it is no submodule, programs hold the tensors they use
+        self.model = snapshot(model)
         self.choice, self.query = choice, query
         self.fronts: dict[Signature, Front] = {}
         self.compiled: dict[tuple[Signature, Query], Compiled] = {}
@@ -48,9 +50,9 @@ class Programs(nn.Module):
         self._ahead = False
 
     @property
-    def model(self) -> nn.Module:
-        """The copy of the user's module that graphs are captured from."""
-        return self._snapshot[0]
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the inputs, once they were given by keyword."""
+        return self._names
 
     @property
     def model_name(self) -> str:
@@ -81,7 +83,7 @@ class Programs(nn.Module):
         if not all(isinstance(x, Tensor) for x in inputs) or not inputs:
             kinds = ", ".join(type(x).__name__ for x in inputs) or "nothing"
             raise InputError(f"The explainer takes tensors, batch first; got {kinds}.")
-        found = self.first_front() if self._ahead else self._captured(inputs)
+        found = self.first_front() if self._ahead and self.fronts else self._captured(inputs)
         check_inputs(inputs, found.captured.inputs)
         return found
 
@@ -96,14 +98,17 @@ class Programs(nn.Module):
 
     def program(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Compiled:
         """Finds or compiles the program that answers a question."""
-        key = (_signature(inputs), query)
-        found = self.compiled.get(key)
-        if found is None:
-            with _TRACING:
-                found = self.compiled.get(key) or pipeline.compile_query(front, self.choice, query)
-                if key not in self.compiled:
-                    self.add_module(f"program{len(self.compiled)}", found.program)
-                self.compiled[key] = found
+        found = self.compiled.get((_signature(inputs), query))
+        return found or self._compile(_signature(inputs), front, query)
+
+    def compiled_for(self, signature: Signature, query: Query) -> Compiled:
+        """Finds or compiles the program that answers a question about inputs that were captured."""
+        return self.compiled.get((signature, query)) or self._compile(signature, self.fronts[signature], query)
+
+    def _compile(self, signature: Signature, front: Front, query: Query) -> Compiled:
+        with _TRACING:
+            found = self.compiled.get((signature, query)) or pipeline.compile_query(front, self.choice, query)
+            self.compiled[signature, query] = found
         return found
 
     def assignment(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Assignment:
@@ -117,11 +122,7 @@ class Programs(nn.Module):
     def run(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> list[Tensor]:
         """Runs a program; maps are averaged over reference inputs where there are several."""
         self.choice.rules.check(inputs)
-        results = [compiled.program(*(x.detach() for x in inputs), functional, *others) for others in compiled.references]
-        if len(results) == 1:
-            return list(results[0])
-        output, *_ = results[0]
-        return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
+        return run(compiled.program, inputs, functional, compiled.references)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""
@@ -144,6 +145,44 @@ class Programs(nn.Module):
         front = self.front(inputs)
         pipeline.verify(self.program(front, inputs, self.query), front, [x.detach() for x in inputs])
         self._ahead = True
+
+    def refresh(self, model: nn.Module) -> None:
+        """Takes the weights of ``model`` into everything that was captured and compiled; see :meth:`frpc.Explainer.refresh`."""
+        with _TRACING:
+            fresh = snapshot(model)
+            fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
+            for front in fronts.values():
+                pipeline.confirm(front, fresh, self._names or ())
+            programs = {
+                (signature, query): pipeline.compile_query(fronts[signature], self.choice, query)
+                for signature, query in self.compiled
+            }
+            self._take(fresh, fronts, programs)
+
+    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Moves the model to another device or type. What was captured there is forgotten; the next call captures anew."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        probes = {(t.dtype, t.device): torch.empty(0, dtype=t.dtype, device=t.device) for t in tensors}
+        if all((change(probe).dtype, change(probe).device) == kind for kind, probe in probes.items()):
+            return
+        with _TRACING:
+            self._take(copy.deepcopy(self.model)._apply(change), {}, {})
+
+    def copied(self, memo: dict[int, Any]) -> Programs:
+        """Returns a copy with tensors of its own, compiled as far as this one."""
+        other = copy.copy(self)
+        fronts: dict[Signature, Front] = {}
+        programs: dict[tuple[Signature, Query], Compiled] = {}
+        for signature, front in self.fronts.items():
+            keys = [key for key in self.compiled if key[0] == signature]
+            fronts[signature], compiled = pipeline.duplicated(front, [self.compiled[key] for key in keys], memo)
+            programs |= dict(zip(keys, compiled, strict=True))
+        other._take(copy.deepcopy(self.model, memo), fronts, {key: programs[key] for key in self.compiled})
+        return other
+
+    def _take(self, model: nn.Module, fronts: dict[Signature, Front], compiled: dict[tuple[Signature, Query], Compiled]) -> None:
+        """Sets new contents; calls that run in other threads go on with what they hold."""
+        self.model, self.fronts, self.compiled, self._assignments = model, fronts, compiled, {}
 
     def first(self) -> Compiled:
         """The program compiled first."""

@@ -1,0 +1,143 @@
+"""A program file on disk: one safetensors file with a JSON document in its metadata and a checksum over both.
+
+The checksum finds accidents and careless changes. It is no signature: whoever changes a file on purpose can compute it anew,
+so everything read is checked as if a stranger had written it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frpc.errors import OutputFolderError, ProgramFileError
+
+__all__ = ["FORMAT", "checksum", "fail", "read", "write"]
+
+FORMAT = 1
+"""Version of the format; a file of another one is refused."""
+
+_LARGEST_HEADER = 32 * 2**20
+_LARGEST_DOCUMENT = 16 * 2**20
+_FORMAT, _DOCUMENT, _CHECKSUM = "frpc.format", "frpc.program", "frpc.sha256"
+
+
+def fail(path: object, why: str, fix: str = "Save it anew with explainer.save().") -> ProgramFileError:
+    """The error for a file that cannot be taken."""
+    return ProgramFileError(f"{Path(str(path)).name} is no usable program file: {why}. {fix}")
+
+
+def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a program file; whoever reads at the same time sees the old file or the new one, never a part.
+
+    Raises:
+        ProgramFileError: the document is too large for a header.
+        OutputFolderError: there is no such folder.
+    """
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    if len(text) > _LARGEST_DOCUMENT:
+        raise ProgramFileError(
+            f"The programs take {len(text) / 2**20:.0f} MiB as text, and a file holds {_LARGEST_DOCUMENT >> 20}: save fewer."
+        )
+    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {_FORMAT: str(FORMAT), _DOCUMENT: text, _CHECKSUM: _digest(text, kept)}
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputFolderError(f"{folder} is no folder: make it first.")
+    unfinished = folder / f".{path.name}.{secrets.token_hex(4)}"
+    try:
+        save_file(kept, unfinished, metadata)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a program file's document and tensors.
+
+    Raises:
+        ProgramFileError: the file is missing, truncated, no safetensors file, of another version, too large in its header, or
+            not what its checksum says.
+    """
+    if not path.is_file():
+        raise fail(path, "there is no such file" if not path.exists() else "it is no regular file", "Check the path.")
+    content = path.read_bytes()
+    metadata = _metadata(path, content)
+    if metadata.get(_FORMAT) != str(FORMAT):
+        found = metadata.get(_FORMAT)
+        what = "it was not written by frpc" if found is None else f"it has format {found[:20]!r}, this frpc reads {FORMAT}"
+        raise fail(path, what, "Save it anew with this version's explainer.save().")
+    text = metadata.get(_DOCUMENT, "")
+    if len(text) > _LARGEST_DOCUMENT:
+        raise fail(path, f"its program takes {len(text)} characters, more than {_LARGEST_DOCUMENT}")
+    try:
+        tensors = load_bytes(content)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise fail(path, f"its tensors cannot be read ({_short(error)})") from error
+    if _digest(text, tensors) != metadata.get(_CHECKSUM):
+        raise fail(path, "its contents are not what its checksum says, so it was damaged or changed")
+    document = _parsed(path, text)
+    if not isinstance(document, dict):
+        raise fail(path, "its program is no JSON object")
+    return document, tensors
+
+
+def _metadata(path: Path, content: bytes) -> dict[str, str]:
+    if len(content) < 8:
+        raise fail(path, f"it ends after {len(content)} bytes")
+    (size,) = struct.unpack("<Q", content[:8])
+    if size > _LARGEST_HEADER:
+        raise fail(path, f"it declares a header of {size} bytes, more than {_LARGEST_HEADER}")
+    if 8 + size > len(content):
+        raise fail(path, f"it ends after {len(content)} bytes, inside its header of {size}")
+    header = _parsed(path, content[8 : 8 + size])
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise fail(path, "its metadata are no strings")
+    return metadata
+
+
+def _parsed(path: Path, text: str | bytes) -> Any:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, and so is a number of 5000 digits
+        raise fail(path, f"its header is no JSON ({_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the document and of every tensor's name, type, shape and bytes, in the order of names."""
+    total = hashlib.sha256(f"{FORMAT}\n{len(text)}\n".encode())
+    total.update(text.encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"\n{name!r} {value.dtype} {list(value.shape)}\n".encode())
+        total.update(_bytes(value))
+    return total.hexdigest()
+
+
+def checksum(value: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in the order of its elements."""
+    return hashlib.sha256(_bytes(value.detach().cpu().contiguous())).hexdigest()
+
+
+def _bytes(value: Tensor) -> Any:
+    return value.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,279 @@
+"""One compiled program as JSON and back: calls of listed operators on results above them, nothing else.
+
+A file holds a program before it was lowered, so that any device can run it. A graph read from a file gets its operators from the
+closed list and every name checked, since torch.fx writes both into Python code. Reading builds the graph and runs none of it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from frpc.graph import fetch
+from frpc.programfile.operators import ARITHMETIC, DTYPES, OPERATORS, operator_named
+from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
+
+__all__ = ["MOST_NODES", "SYMBOLS", "read_program", "runnable", "write_program"]
+
+MOST_NODES = 200_000
+"""Nodes that the programs of one file may have together."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
+_TAKEN = {
+    *keyword.kwlist,
+    *dir(builtins),
+    *("self", "torch", "device", "inf", "nan", "NoneType", "math", "operator", "pytree", "fx_pytree", "fx", "typing"),
+}
+_KINDS = {"placeholder": "input", "get_attr": "constant", "output": "output"}
+
+
+def write_program(
+    program: fx.GraphModule, constants: Mapping[int, str], source: Callable[[fx.Node], str]
+) -> list[dict[str, Any]]:
+    """Writes a program's nodes as JSON.
+
+    Args:
+        program: a program before lowering.
+        constants: names of its tensors, by identity.
+        source: where a node comes from, for comments in printed code.
+
+    Raises:
+        FaultError: names every operator that the list does not have.
+    """
+    places: dict[fx.Node, int] = {}
+
+    def reference(value: Any) -> dict[str, Any] | None:
+        return {"node": places[value]} if isinstance(value, fx.Node) else None
+
+    _demand_listed(program)
+    written: list[dict[str, Any]] = []
+    for node in program.graph.nodes:
+        places[node] = len(written)
+        entry: dict[str, Any] = {"op": _KINDS.get(node.op) or _written_name(node.target), "name": node.name}
+        if node.op == "get_attr":
+            entry["constant"] = constants[id(fetch(program, str(node.target)))]
+        elif node.op != "placeholder":
+            entry["args"] = [write_value(a, reference) for a in node.args]
+        if node.kwargs:
+            entry["kwargs"] = {k: write_value(v, reference) for k, v in node.kwargs.items()}
+        entry |= {"phase": node.meta["phase"]} if "phase" in node.meta else {}
+        entry |= {"value": _written_value(node.meta.get("val"))} if node.op != "output" else {}
+        entry |= {"source": _line(source(node))} if node.op in ("call_function", "get_attr") else {}
+        written.append(entry)
+    return written
+
+
+def _written_value(value: Any) -> Any:
+    """Type and sizes of a result, of each where there are several; the batch and K are written as numbers that stand for them."""
+    if isinstance(value, list | tuple):
+        return [_written_value(v) for v in value]
+    if not isinstance(value, Tensor):
+        return None
+    name = next(name for name, dtype in DTYPES.items() if dtype is value.dtype)
+    return {"dtype": name, "sizes": [_size(n) for n in value.shape]}
+
+
+def _size(size: Any) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    symbols = sorted(size.node.expr.free_symbols, key=str)
+    return int(size.node.expr.subs(dict(zip(symbols, SYMBOLS, strict=False))))
+
+
+SYMBOLS = (10007, 10009)
+"""Primes that stand for the batch and for K in the sizes of results: passes compare sizes, and no other size is like them."""
+
+
+def _line(words: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in words)[:400]
+
+
+def _written_name(target: Any) -> str:
+    return next((name for name, function in ARITHMETIC.items() if function is target), str(target))
+
+
+def _demand_listed(program: fx.GraphModule) -> None:
+    calls = [n for n in program.graph.nodes if n.op not in _KINDS]
+    unknown = sorted({_written_name(n.target) for n in calls} - OPERATORS - set(ARITHMETIC))
+    if not unknown:
+        return
+    own = [name for name in unknown if not name.startswith("aten.")]
+    why = "registered outside PyTorch, and a file must run where they are not" if own else "not among the operators of a file"
+    raise FaultError(f"{', '.join(own or unknown)}: {why}")
+
+
+def read_program(raw: Any, constants: Collection[str], device: torch.device) -> fx.Graph:
+    """Builds a program's graph; its ``get_attr`` nodes name constants, :func:`runnable` gives it those.
+
+    Args:
+        raw: parsed JSON.
+        constants: names of constants.
+        device: where it is to run.
+
+    Raises:
+        FaultError: something in it is not on the list, or does not hang together.
+    """
+    return _Reader(constants, device).build(sequence(raw, MOST_NODES))
+
+
+def runnable(graph: fx.Graph, constants: Mapping[str, Tensor], device: torch.device) -> fx.GraphModule:
+    """Returns a copy of a graph that runs on a device, with example values as the compiler's passes take them."""
+    root, mode, copied = nn.Module(), FakeTensorMode(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        new = copies[node] = copied.node_copy(node, lambda n: copies[n])
+        new.args, new.kwargs = _on(new.args, device), _on(new.kwargs, device)
+        new.meta["val"] = _example(node.meta["value"], mode, device) if "value" in node.meta else None
+        if node.op == "get_attr":
+            new.target = str(node.meta["attribute"])
+            root.register_buffer(new.target, constants[str(node.target)])
+    return fx.GraphModule(root, copied, class_name="Program")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return fx.node.map_aggregate(value, lambda v: device if isinstance(v, torch.device) else v)
+
+
+def _example(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return tuple(_example(v, mode, device) for v in value)
+    if value is None:
+        return None
+    dtype, sizes = value
+    return FakeTensor(mode, torch.empty(sizes, dtype=dtype, device="meta"), device)
+
+
+class _Reader:
+    def __init__(self, constants: Collection[str], device: torch.device) -> None:
+        self.constants, self.device = constants, device
+        self.graph = fx.Graph()
+        self.nodes: list[fx.Node] = []
+        self.names: set[str] = set()
+
+    def build(self, raw: Any) -> fx.Graph:
+        for position, part in enumerate(raw):
+            try:
+                self._add(part, last=position == len(raw) - 1)
+            except FaultError as fault:
+                raise FaultError(f"node {position} holds {fault}") from None
+        if not self.nodes or self.nodes[-1].op != "output":
+            raise FaultError("a program without an output")
+        return self.graph
+
+    def _add(self, raw: Any, last: bool) -> None:
+        parts = record(raw, ("op", "name"), ("args", "kwargs", "constant", "phase", "source", "value"))
+        op, name = parts["op"], self._name(parts["name"])
+        if op == "input":
+            node = self._input(name)
+        elif op == "constant":
+            node = self._constant(parts.get("constant"), name)
+        elif op == "output":
+            node = self._output(parts, last)
+        else:
+            node = self._call(op, parts, name)
+        node.meta.update({key: text(parts[key], 400) for key in ("phase", "source") if key in parts})
+        if "value" in parts:
+            node.meta["value"] = _read_example(parts["value"])
+        self.nodes.append(node)
+
+    def _name(self, raw: Any) -> str:
+        if not isinstance(raw, str) or not _NAME.fullmatch(raw) or raw.startswith("__") or raw in self.names:
+            raise FaultError(f"the name {show(raw)}")
+        if raw in _TAKEN and raw != "output":
+            raise FaultError(f"the name {show(raw)}, which Python or torch.fx uses")
+        self.names.add(raw)
+        return raw
+
+    def _input(self, name: str) -> fx.Node:
+        if any(n.op not in ("placeholder",) for n in self.nodes):
+            raise FaultError("an input behind other nodes")
+        return self.graph.create_node("placeholder", name, name=name)
+
+    def _constant(self, constant: Any, name: str) -> fx.Node:
+        if not isinstance(constant, str) or constant not in self.constants:
+            raise FaultError(f"the constant {show(constant)}, which the file does not have")
+        node = self.graph.create_node("get_attr", constant, name=name)
+        attribute = name
+        while hasattr(fx.GraphModule, attribute):
+            attribute += "_"
+        node.meta["attribute"] = attribute
+        return node
+
+    def _output(self, parts: Mapping[str, Any], last: bool) -> fx.Node:
+        args = self._values(parts.get("args"))
+        results = args[0] if len(args) == 1 and isinstance(args[0], list) else []
+        if not last or len(results) < 2 or not all(isinstance(r, fx.Node) for r in results):
+            raise FaultError("an output that is no list of results, or not the last node")
+        return self.graph.output(tuple(results))
+
+    def _call(self, op: Any, parts: Mapping[str, Any], name: str) -> fx.Node:
+        if not isinstance(op, str) or (op not in OPERATORS and op not in ARITHMETIC):
+            raise FaultError(f"the operator {show(op)}, which no file may hold")
+        function = operator_named(op)
+        args = self._values(parts.get("args"))
+        given = record(parts.get("kwargs", {}), (), _keywords(function))
+        kwargs = {k: read_value(v, self._node, self.device) for k, v in given.items()}
+        self._check_arguments(op, function, args)
+        return self.graph.create_node("call_function", function, tuple(args), kwargs, name=name)
+
+    def _check_arguments(self, op: str, function: Any, args: list[Any]) -> None:
+        if function is operator.getitem:
+            if len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not int:
+                raise FaultError("operator.getitem of something else than a result and a position")
+        elif isinstance(function, OpOverload):
+            if len(args) > len(function._schema.arguments):
+                raise FaultError(f"{op} with {len(args)} arguments")
+            if op == "aten.convolution.default":
+                _check_convolution(args)
+        elif len(args) != 2:
+            raise FaultError(f"{op} with {len(args)} arguments")
+
+    def _values(self, raw: Any) -> list[Any]:
+        return [read_value(r, self._node, self.device) for r in sequence(raw)]
+
+    def _node(self, kind: str, place: Any) -> fx.Node:
+        if kind != "node" or type(place) is not int or not 0 <= place < len(self.nodes):
+            raise FaultError(f"a reference to {kind} {show(place)}, which is none above it")
+        return self.nodes[place]
+
+
+def _keywords(function: Any) -> list[str]:
+    return [a.name for a in function._schema.arguments] if isinstance(function, OpOverload) else []
+
+
+def _check_convolution(args: list[Any]) -> None:
+    """Refuses geometry that libraries for convolutions are not made for."""
+    stride, padding, dilation, transposed, output_padding, groups = args[3:] if len(args) == 9 else [None] * 6
+    for numbers, least in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0)):
+        if not isinstance(numbers, list) or not 1 <= len(numbers) <= 3:
+            raise FaultError(f"a convolution with {show(numbers)}")
+        for number in numbers:
+            integer(number, least, 2**20)
+    if not isinstance(transposed, bool):
+        raise FaultError(f"a convolution with {show(transposed)}")
+    integer(groups, 1, 2**31)
+
+
+def _read_example(raw: Any, depth: int = 0) -> Any:
+    """Reads type and sizes of a result, or of several."""
+    if raw is None:
+        return None
+    if isinstance(raw, list) and depth == 0:
+        return [_read_example(r, 1) for r in sequence(raw, 1000)]
+    parts = record(raw, ("dtype", "sizes"))
+    if not isinstance(parts["dtype"], str) or parts["dtype"] not in DTYPES:
+        raise FaultError(f"a result of type {show(parts['dtype'])}")
+    sizes = [integer(n, 0) for n in sequence(parts["sizes"], 64)]
+    if math.prod(n or 1 for n in sizes) > 2**56:
+        raise FaultError(f"a result of sizes {show(sizes)}")
+    return DTYPES[parts["dtype"]], sizes

@@ -1,0 +1,306 @@
+"""An explainer read from a file: it answers from programs, without the model's class and without the compiler."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from frpc import printing
+from frpc.capture import InputSpec
+from frpc.errors import InputError, OptionError, PickleRefusedError
+from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of, run
+from frpc.graph import describe
+from frpc.pipeline import lower_program
+from frpc.programfile.graphs import SYMBOLS, runnable
+from frpc.programfile.questions import Question
+from frpc.rules.ruleset import Box, check_boxes
+from frpc.targets import Target, check_inputs, make_seed
+from frpc.top import Top, as_top
+
+__all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs that programs take, and the output they explain.
+
+    Attributes:
+        inputs: what is expected of each input.
+        output: an output without samples.
+        shown: the output in words.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    output: Tensor
+    shown: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says beside its programs; bounds of inputs name constants."""
+
+    frpc: str
+    model: str
+    rules: str
+    bias: str
+    top: Top
+    names: tuple[str, ...]
+    boxes: tuple[tuple[float | str, float | str], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program as it was read.
+
+    Attributes:
+        graph: its calls; ``get_attr`` nodes name constants.
+        references: constants it takes beside the inputs, for each reference input that maps are averaged over.
+    """
+
+    graph: fx.Graph
+    references: tuple[tuple[str, ...], ...]
+
+
+Key = tuple[int, Question]  # which signature, and what is asked
+
+
+class LoadedExplainer(nn.Module):
+    """An explainer read from a file by :func:`frpc.load`; answers what it was saved with.
+
+    ``loaded(x, target=3)`` returns an :class:`~frpc.explanation.Explanation`, as :class:`frpc.Explainer` does.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        signatures: Sequence[Signature],
+        sources: Mapping[Key, Source],
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.header, self.signatures, self.sources = header, tuple(signatures), dict(sources)
+        self.constants = dict(constants)
+        self._ready: dict[Key, fx.GraphModule] = {}
+        self._predictors: dict[int, fx.GraphModule] = {}
+        self._turn = threading.Lock()
+
+    # ---- asking -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, *inputs: Tensor, target: Target | None = None, seed: Tensor | Top | str | None = None, **named: Tensor
+    ) -> Explanation:
+        """Explains one number of the output, or K of them, for each sample; see :meth:`frpc.Explainer.forward`.
+
+        Raises:
+            InputError: an input or target that does not fit, or a question that the file holds no program for.
+        """
+        inputs, results, columns = self._answered((), inputs, named, target, seed)
+        return explanation_of(results, columns, inputs)
+
+    def at(
+        self,
+        layers: str | Sequence[str],
+        *inputs: Tensor,
+        target: Target | None = None,
+        seed: Tensor | Top | str | None = None,
+        **named: Tensor,
+    ) -> LayerRelevance:
+        """Returns the relevance of inner layers, where the explainer was asked for just these before it was saved."""
+        names = (layers,) if isinstance(layers, str) else tuple(layers)
+        _, results, columns = self._answered(names, inputs, named, target, seed)
+        return layer_relevance_of(results, columns, names)
+
+    def predict(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Returns the model's output alone, ``[B, ...]``."""
+        inputs, which = self._given(inputs, named)
+        key = self._first(which)
+        predictor = self._predictors.get(which)
+        if predictor is None:
+            predictor = self._predictors[which] = _values_only(self._program(key))
+        unused = self.signatures[which].output  # in place of a seed
+        found: Tensor = predictor(*(x.detach() for x in inputs), unused, *self._references(key)[0])
+        return found
+
+    def _answered(
+        self,
+        layers: tuple[str, ...],
+        inputs: tuple[Tensor, ...],
+        named: Mapping[str, Tensor],
+        target: Target | None,
+        seed: Tensor | Top | str | None,
+    ) -> tuple[tuple[Tensor, ...], list[Tensor], bool]:
+        inputs, which = self._given(inputs, named)
+        tensor, top = (seed, self.header.top) if seed is None or isinstance(seed, Tensor) else (None, as_top(seed))
+        functional, columns = make_seed(target, tensor, self.signatures[which].output, int(inputs[0].shape[0]))
+        key = (which, Question(columns, layers, top))
+        if key not in self.sources:
+            held = "; ".join(str(question) for place, question in self.sources if place == which)
+            raise InputError(
+                f"The file holds no program for {key[1]} (it holds: {held}). Ask the explainer for that once, and save it "
+                "anew; columns=True saves the program for K targets."
+            )
+        check_boxes(inputs, self._boxes())
+        return inputs, run(self._program(key), inputs, functional, self._references(key)), columns
+
+    def _program(self, key: Key) -> fx.GraphModule:
+        """The program that answers a question, put into the form for this device when it is first wanted."""
+        found = self._ready.get(key)
+        if found is None:
+            with self._turn, torch.no_grad():
+                device = self.signatures[key[0]].output.device
+                found = self._ready.get(key) or lower_program(runnable(self.sources[key].graph, self.constants, device))[0]
+                self._ready[key] = found
+        return found
+
+    def _references(self, key: Key) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(tuple(self.constants[name] for name in names) for names in self.sources[key].references)
+
+    def _boxes(self) -> tuple[Box, ...]:
+        def bound(value: float | str) -> Tensor | float:
+            return self.constants[value] if isinstance(value, str) else value
+
+        return tuple((bound(low), bound(high)) for low, high in self.header.boxes)
+
+    def _given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], int]:
+        """Puts inputs into order and finds the programs that take them."""
+        known = self.header.names
+        if named:
+            if inputs or set(named) != set(known):
+                takes = ", ".join(known) or "its inputs by position"
+                raise InputError(f"Inputs {', '.join(named)} given by name; the explainer takes {takes}.")
+            inputs = tuple(named[name] for name in known)
+        shapes = [tuple(x.shape[1:]) if isinstance(x, Tensor) else () for x in inputs]
+        dtypes = [getattr(x, "dtype", None) for x in inputs]
+        fitting = (
+            position
+            for position, signature in enumerate(self.signatures)
+            if shapes == [s.shape for s in signature.inputs] and dtypes == [s.dtype for s in signature.inputs]
+        )
+        which = next(fitting, 0)
+        check_inputs(inputs, self.signatures[which].inputs)
+        return inputs, which
+
+    def _first(self, which: int) -> Key:
+        """The first program for inputs of a kind."""
+        return next(key for key in self.sources if key[0] == which)
+
+    # ---- looking ------------------------------------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        """Class name of the model."""
+        return self.header.model
+
+    @property
+    def bias_policy(self) -> str:
+        """Where constants go: ``uniform``, ``receptive_field`` or ``separate``."""
+        return self.header.bias
+
+    @property
+    def code(self) -> str:
+        """The first program as valid Python, with shape, origin and rule in comments."""
+        return "\n".join(_with_symbols(line) for line in printing.code(self.program, {}).splitlines()) + "\n"
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """The first program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
+        return self._program(self._first(0))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """What the file holds programs for, in words."""
+        return tuple(dict.fromkeys(str(question) for _, question in self.sources))
+
+    def __repr__(self) -> str:
+        first = self.signatures[0]
+        takes = ", ".join(describe(_example(spec)).replace("[0", "[B", 1) for spec in first.inputs)
+        return (
+            f"LoadedExplainer({self.model_name}: {takes} -> {first.shown})\n"
+            f"  rules {self.header.rules}, bias {self.header.bias}, saved by frpc {self.header.frpc}\n"
+            f"  {len(self.sources)} programs: {'; '.join(self.questions)}"
+        )
+
+    # ---- moving -------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoadedExplainer:
+        """Moves all tensors to another device; what programs share stays shared.
+
+        Raises:
+            OptionError: for another dtype, which programs do not take.
+        """
+        probe = fn(torch.empty(0, device=self.signatures[0].output.device))
+        if probe.dtype is not torch.float32:
+            raise OptionError(
+                f"A loaded explainer computes in the types it was compiled for, and cannot become {probe.dtype}: compile the "
+                "model in that type, and save it."
+            )
+        if probe.device != self.signatures[0].output.device:
+            moved: dict[int, tuple[Tensor, Tensor]] = {}
+            for value in self.constants.values():
+                moved.setdefault(id(value), (value, fn(value)))
+            self.constants = {name: moved[id(value)][1] for name, value in self.constants.items()}
+            self.signatures = tuple(_signature_on(s, fn(s.output)) for s in self.signatures)
+            self._ready, self._predictors = {}, {}
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PickleRefusedError(
+            "A loaded explainer is not pickled: opening a pickle runs code. Give the path of its file to the other process, and "
+            "let it call frpc.load(path)."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedExplainer:
+        copied = LoadedExplainer(self.header, self.signatures, self.sources, copy.deepcopy(self.constants, memo))
+        memo[id(self)] = copied
+        return copied
+
+
+def _signature_on(signature: Signature, output: Tensor) -> Signature:
+    return Signature(tuple(replace(s, device=output.device) for s in signature.inputs), output, signature.shown)
+
+
+def _with_symbols(line: str) -> str:
+    """Writes the numbers that stand for the batch and for K in a line's comment as B and K."""
+    code, mark, comment = line.partition("  # ")
+
+    def named(found: re.Match[str]) -> str:
+        number, names = int(found[0]), []
+        for name, prime in zip("BK", SYMBOLS, strict=True):
+            while number and number % prime == 0:
+                number //= prime
+                names.append(name)
+        return "*".join(([str(number)] if number != 1 else []) + names) if names else found[0]
+
+    return code + mark + re.sub(r"\d+", named, comment)
+
+
+def _example(spec: InputSpec) -> Tensor:
+    return torch.empty([0, *spec.shape], dtype=spec.dtype, device="meta")
+
+
+def _values_only(program: nn.Module) -> fx.GraphModule:
+    """The part of a program that the model's output needs."""
+    assert isinstance(program, fx.GraphModule)
+    results: Any = program.graph.output_node().args[0]
+    needed, stack = set(), [results[0]]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph, root = fx.Graph(), nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        if node in needed and node.op == "get_attr":
+            root.register_buffer(str(node.target), getattr(program, str(node.target)))
+    graph.output(copies[results[0]])
+    return fx.GraphModule(root, graph, class_name="Values")

@@ -1,0 +1,126 @@
+"""Saving: the compiled programs of an explainer, and the tensors they hold, as one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from frpc import printing
+from frpc.capture import InputSpec
+from frpc.errors import OptionError, ProgramFileError
+from frpc.graph import describe
+from frpc.lineage import Lineage
+from frpc.pipeline import Compiled
+from frpc.programfile.constants import check_calls, write_entries
+from frpc.programfile.container import write
+from frpc.programfile.gather import Gathered, gather
+from frpc.programfile.graphs import write_program
+from frpc.programfile.operators import DTYPES
+from frpc.programfile.questions import question_of, write_question, write_top
+from frpc.programfile.values import FaultError, write_value
+from frpc.programs import Programs, Signature
+from frpc.rules.ruleset import RuleSet
+
+__all__ = ["named_tensors", "save"]
+
+Saved = tuple[int, Compiled]  # which signature, and the program
+
+
+def save(programs: Programs, path: str | Path, columns: bool, weights: str) -> Path:
+    """Writes what an explainer has compiled; see :meth:`frpc.Explainer.save`."""
+    if weights not in ("stored", "reference"):
+        raise OptionError(f'weights={weights!r} is unknown; choose "stored" or "reference".')
+    programs.first_front()
+    if type(programs.choice.rules).check is not RuleSet.check:
+        raise ProgramFileError(f"{programs.choice.rules.name} checks inputs in its own way, which a file cannot hold.")
+    signatures = list(programs.fronts)
+    for signature in signatures:
+        for many in (False, True) if columns else (False,):
+            programs.compiled_for(signature, programs.asked(columns=many))
+    saved = [(signatures.index(s), found) for (s, query), found in programs.compiled.items() if question_of(query) is not None]
+    model = named_tensors(programs.model) if weights == "reference" else None
+    try:
+        gathered = gather(_tensors(programs, saved), lambda t: _lineage(programs, t), model)
+        check_calls(gathered.entries)
+        document = _document(programs, signatures, saved, gathered, weights)
+    except FaultError as fault:
+        raise ProgramFileError(f"{programs.model_name} cannot be saved: it holds {fault}.") from fault
+    target = Path(path)
+    write(target, document, gathered.stored)
+    return target
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers by the names in its ``state_dict``, tied ones under each of theirs."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _lineage(programs: Programs, value: Tensor) -> Lineage | None:
+    found = (front.ledger.lineage(value) for front in programs.fronts.values())
+    return next((lineage for lineage in found if lineage is not None), None)
+
+
+def _tensors(programs: Programs, saved: Sequence[Saved]) -> list[tuple[str, Tensor]]:
+    held = [pair for _, compiled in saved for pair in compiled.portable.named_buffers()]
+    held += [("reference", value) for _, compiled in saved for others in compiled.references for value in others]
+    return held + [("bound", value) for box in programs.choice.rules.boxes() for value in box if isinstance(value, Tensor)]
+
+
+def _document(
+    programs: Programs, signatures: Sequence[Signature], saved: Sequence[Saved], gathered: Gathered, weights: str
+) -> dict[str, Any]:
+    from frpc import __version__  # the package is complete when this runs
+
+    def constant(value: Any) -> dict[str, Any] | None:
+        return {"constant": gathered.names[id(value)]} if isinstance(value, Tensor) else None
+
+    return {
+        "frpc": __version__,
+        "model": programs.model_name,
+        "rules": programs.choice.rules.name,
+        "bias": programs.query.bias,
+        "top": write_top(programs.query.top),
+        "weights": weights,
+        "names": list(programs.names or ()),
+        "boxes": [[write_value(v, constant) for v in box] for box in programs.choice.rules.boxes()],
+        "constants": write_entries(gathered.entries),
+        "signatures": [_signature(programs, signature) for signature in signatures],
+        "programs": [_program(which, compiled, gathered) for which, compiled in saved],
+    }
+
+
+def _signature(programs: Programs, signature: Signature) -> dict[str, Any]:
+    front = programs.fronts[signature]
+    output = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+    sizes = [int(n) for n in output.shape[1:]]
+    return {
+        "inputs": [_input(spec) for spec in front.captured.inputs],
+        "output": {"shape": sizes, "dtype": _dtype(output.dtype), "text": describe(output)},
+        "device": front.captured.inputs[0].device.type,
+    }
+
+
+def _input(spec: InputSpec) -> dict[str, Any]:
+    return {"name": spec.name, "shape": list(spec.shape), "dtype": _dtype(spec.dtype), "batch": spec.batch}
+
+
+def _dtype(dtype: Any) -> str:
+    for name, known in DTYPES.items():
+        if known is dtype:
+            return name
+    raise FaultError(f"a tensor of {dtype}")
+
+
+def _program(which: int, compiled: Compiled, gathered: Gathered) -> dict[str, Any]:
+    rules = {n.name: a.rule.name for n, a in compiled.assignment.rules.items()}
+    question = question_of(compiled.plan.query)
+    assert question is not None
+    return {
+        "signature": which,
+        "question": write_question(question),
+        "references": [[gathered.names[id(value)] for value in others] for others in compiled.references],
+        "nodes": write_program(compiled.portable, gathered.names, lambda n: printing.source(n, rules)),
+    }
