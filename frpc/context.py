@@ -107,6 +107,6 @@ def _windows(assignment: Assignment, maps: Mapping[fx.Node, Affine], x: Tensor, 
     if x.dim() not in (3, 4):
         return None, "the input: it has no spatial axes"
     try:
-        return build_rows(assignment, maps, assignment.sources[0], x, layer)[0], None
+        return build_rows(assignment, maps, assignment.sources[0], x, layer), None
     except LocalityEndsError as ended:
         return None, str(ended)

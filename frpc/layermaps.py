@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frpc.bias import BiasPolicy
 from frpc.errors import MemoryLimitError, TargetError
-from frpc.windows.rows import Grid
+from frpc.windows.producer import Grid
 
 __all__ = ["Block", "LayerMaps", "human_bytes"]
 
@@ -58,7 +58,7 @@ class LayerMaps:
         name: module path of the layer.
         values: the neurons' values, ``[B, C, H, W]`` or ``[B, C]``.
         bias: the constants' share of every neuron, like values.
-        window: :class:`~frpc.windows.rows.Grid` along rows and columns; jump 0 means the window is the whole input.
+        window: :class:`~frpc.windows.Grid` along rows and columns; jump 0 means the window is the whole input.
         cells: the input's spatial size ``(H0, W0)``.
         plan: which strategy answers, and what the others would cost; prints.
 

@@ -18,8 +18,8 @@ from frpc.graph import first_result
 from frpc.layermaps import LayerMaps, human_bytes
 from frpc.plan import total_cost
 from frpc.propagate import push
-from frpc.windows import Grid, Rows, stream
-from frpc.windows.build import producers, working_elements
+from frpc.windows import Grid, Rows, lighten, stream
+from frpc.windows.run import producers, working_elements
 
 __all__ = ["LAYER_STRATEGIES", "Candidate", "LayerPlan", "layer_maps"]
 
@@ -131,7 +131,8 @@ def layer_maps(
             'Maps of whole layers know bias="uniform" and "separate"; use explainer.neurons() for "receptive_field".'
         )
     context = layer_context(assignment, layer, inputs)
-    values, bias, rows, ended = context.values, context.bias, context.rows, context.ended
+    values, bias, ended = context.values, context.bias, context.ended
+    rows = None if context.rows is None else lighten(context.rows)
     plan = _choose(context, name, rows, ended, strategy)
     produce, window = _producer(context, plan.strategy, rows, pulled)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frpc.errors import ShapeError
 from frpc.panels import SMALL, TITLE, Array, draw_bar, draw_map, draw_picture, picture_array, pixel_map, robust_limit, signed
-from frpc.windows.rows import Grids
+from frpc.windows.producer import Grids
 
 __all__ = ["Box", "Portrait", "depth_sheet", "neuron_sheet", "window_box"]
 

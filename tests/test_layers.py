@@ -19,6 +19,7 @@ from frpc.errors import LayerNameError, MemoryLimitError, OptionError, TargetErr
 from frpc.windows import Grid, Rows
 from frpc.windows.rows import PointRows
 from frpc.windows.taps import ConvRows
+from nets import BasicBlock
 from reference import relevance_maps
 from strategies import cases
 
@@ -311,6 +312,21 @@ def test_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) ->
         assert "windows end at" in str(ended)  # noqa: PT017
         return
     assert relative(windows.dense(), whole) <= 1e-10
+
+
+@pytest.mark.parametrize("large", [1, 256])
+def test_some_columns_of_a_residual_network(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortcut needs fewer columns of a value than the convolutions beside it."""
+    monkeypatch.setattr("frpc.windows.shut._LARGE", large)
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), BasicBlock(6, 6, 1), BasicBlock(6, 8, 2)).double().eval()
+    x = randn(2, 2, 14, 14)
+    explainer = frpc.compile(module, (x,), bias="separate")
+    for layer, size in (("1", 14), ("2", 7)):
+        whole = explainer.layer(layer, x, strategy="windows").local
+        for span in ((0, 2), (3, 6), (size - 1, size)):
+            bands = [band for _, band in explainer.layer(layer, x, strategy="windows")._produce((0, size), span)]
+            assert relative(torch.cat(bands, 2), whole[:, :, :, slice(*span)]) <= 1e-12
 
 
 def test_the_output_layer_is_the_thesis_recursion() -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from frpc.layermaps import LayerMaps
     from frpc.neuron_pictures import Portrait
     from frpc.outputs import OutputFolder
-    from frpc.windows.rows import Grids
+    from frpc.windows.producer import Grids
 
 __all__ = ["neurons"]
 

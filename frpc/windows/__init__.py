@@ -1,6 +1,9 @@
-"""Forward carry in receptive-field windows; see :mod:`frpc.windows.rows`."""
+"""Forward carry in receptive-field windows; see :mod:`frpc.windows.producer`."""
 
-from frpc.windows.build import LocalityEndsError, build_rows, stream
-from frpc.windows.rows import Grid, Rows
+from frpc.windows.build import LocalityEndsError, build_rows
+from frpc.windows.producer import Grid
+from frpc.windows.rows import Rows
+from frpc.windows.run import stream
+from frpc.windows.shut import lighten
 
-__all__ = ["Grid", "LocalityEndsError", "Rows", "build_rows", "stream"]
+__all__ = ["Grid", "LocalityEndsError", "Rows", "build_rows", "lighten", "stream"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,23 +29,12 @@ from frpc.maps import (
     Total,
 )
 from frpc.plan import feeding
-from frpc.windows.rows import (
-    ChannelRows,
-    ConcatRows,
-    FramedRows,
-    PointRows,
-    Rows,
-    SettledRows,
-    SourceRows,
-    Span,
-    SumRows,
-    clipped,
-)
+from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 
 aten = torch.ops.aten
 
-__all__ = ["LocalityEndsError", "build_rows", "producers", "stream", "working_elements"]
+__all__ = ["LocalityEndsError", "build_rows"]
 
 
 class LocalityEndsError(Exception):
@@ -61,10 +50,8 @@ class LocalityEndsError(Exception):
         self.node, self.why = node, why
 
 
-def build_rows(
-    assignment: Assignment, maps: Mapping[fx.Node, Affine], source: fx.Node, x: Tensor, layer: fx.Node
-) -> tuple[Rows, list[Rows]]:
-    """Builds the producers of a layer's windows.
+def build_rows(assignment: Assignment, maps: Mapping[fx.Node, Affine], source: fx.Node, x: Tensor, layer: fx.Node) -> Rows:
+    """Builds the producers of a layer's windows and returns the layer's own.
 
     Args:
         assignment: rules of the graph.
@@ -72,9 +59,6 @@ def build_rows(
         source: the input's node.
         x: its value, ``[B, C, H, W]``, or ``[B, C, L]`` taken as one row.
         layer: the node asked for.
-
-    Returns:
-        the layer's producer, and all producers in the order they compute.
 
     Raises:
         LocalityEndsError: at the first operator that windows do not survive.
@@ -85,23 +69,7 @@ def build_rows(
     for node in assignment.graph_module.graph.nodes:
         if node in below and node not in builder.made:
             builder.add(node)
-    return builder.made[layer], producers(builder.made[layer])
-
-
-def producers(layer: Rows) -> list[Rows]:
-    """Returns all producers behind a layer, operands before what is computed from them."""
-    order: list[Rows] = []
-    seen: set[int] = set()
-    stack: list[tuple[Rows, bool]] = [(layer, False)]
-    while stack:
-        rows, finished = stack.pop()
-        if finished:
-            order.append(rows)
-        elif id(rows) not in seen:
-            seen.add(id(rows))
-            stack.append((rows, True))
-            stack.extend((operand, False) for operand in rows.operands)
-    return order
+    return builder.made[layer]
 
 
 class _Builder:
@@ -260,55 +228,3 @@ _BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], .
     (Shuffle, _shuffle),
     (LinearOp, _same_cells),
 )
-
-
-def spans_of(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> dict[int, tuple[Span, Span]]:
-    """Returns which rows and columns of every producer a run needs, from the layer back, clipped at the border."""
-    needs: dict[int, tuple[Span, Span]] = {id(layer): (wanted, span)}
-    for rows in reversed(order):
-        if id(rows) not in needs:
-            continue
-        mine = needs[id(rows)]
-        mine = needs[id(rows)] = (clipped(mine[0], rows.size[1]), clipped(mine[1], rows.size[2]))
-        for operand in rows.operands:
-            theirs = (rows.needs_rows(mine[0]), rows.needs_columns(mine[1]))
-            other = needs.get(id(operand), theirs)
-            needs[id(operand)] = (_hull(theirs[0], other[0]), _hull(theirs[1], other[1]))
-    return needs
-
-
-def begin(layer: Rows, order: Sequence[Rows], wanted: Span, span: Span) -> None:
-    """Tells every producer which rows and columns this run needs, and who will read them."""
-    needs = spans_of(layer, order, wanted, span)
-    readers: dict[int, list[Rows]] = {}
-    for rows in order:
-        for operand in rows.operands if id(rows) in needs else ():
-            readers.setdefault(id(operand), []).append(rows)
-    for rows in order:
-        if id(rows) in needs:
-            rows.begin(*needs[id(rows)], readers.get(id(rows), []))
-
-
-def _hull(one: Span, other: Span) -> Span:
-    return min(one[0], other[0]), max(one[1], other[1])
-
-
-def working_elements(layer: Rows, order: Sequence[Rows], span: Span) -> float:
-    """Returns how many elements of one sample a run for these columns holds at one time.
-
-    An activation that is the only reader of a value scales it where it lies, so that the two count once.
-    """
-    spans = spans_of(layer, order, (0, layer.size[1]), span)
-    in_place = {id(rows.operands[0]) for rows in order if isinstance(rows, PointRows) and rows.operands[0].uses == 1}
-    return sum(rows.kept(spans[id(rows)][1]) for rows in order if id(rows) not in in_place)
-
-
-def stream(layer: Rows, order: Sequence[Rows], span: Span, rows: Span) -> Iterator[tuple[int, Tensor]]:
-    """Yields ``(first, [B, C, h, w, Rh, Rw])``: the rows ``[*rows)`` and columns ``[*span)`` in bands, each computed once."""
-    begin(layer, order, rows, span)
-    first = rows[0]
-    while first < rows[1]:
-        last = min(first + layer.height, rows[1])
-        yield first, layer.band(first, last)
-        first = last
-        layer.release(first)

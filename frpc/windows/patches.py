@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frpc.windows.build import producers
+from frpc.windows.producer import Producer
 from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, SumRows
+from frpc.windows.run import producers
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, TapRows, WinnerRows
 
 __all__ = ["Patch", "cone_flops", "pull_patch"]
@@ -59,7 +60,7 @@ def pull_patch(layer: Rows, seeds: Tensor, row: int, column: int) -> Patch:
     raise AssertionError("every producer goes back to the source")
 
 
-def _pull(rows: Rows, patch: Patch) -> list[Patch]:
+def _pull(rows: Producer, patch: Patch) -> list[Patch]:
     """Returns the patch of each operand."""
     v = patch.relevance
     if isinstance(rows, SettledRows):
@@ -149,7 +150,7 @@ def cone_flops(layer: Rows, row: int, column: int) -> float:
     return total
 
 
-def _needed(rows: Rows, operand: Rows, span: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def _needed(rows: Producer, operand: Producer, span: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     top, bottom, left, right = span
     low, high = rows.needs_rows((top, bottom))
     first, last = rows.needs_columns((left, right))

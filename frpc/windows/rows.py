@@ -1,13 +1,8 @@
 """Forward carry in receptive-field windows: every neuron's map at about the price of one forward pass.
 
-The local part of a neuron's map lives in its receptive field. Position ``i`` of a layer keeps a window of ``side`` input cells
-whose corner is ``i * jump + offset``; jump, offset and side are known before anything runs (method: windows). A convolution
-moves the windows of each kernel tap to a shifted place, multiplied over channels; max pooling selects windows and shifts them;
-an activation multiplies by its coefficient; sums and concatenations align windows and unite them.
-
-Layers are produced in bands of rows. Every operator computes a band on demand, from bands of its operands, and keeps it only
-until no later row needs it: a layer far larger than memory streams through, and nothing is computed twice. Small layers are one
-band; of large ones a band is a row.
+A convolution moves the windows of each kernel tap to a shifted place, multiplied over channels; max pooling selects windows and
+shifts them; an activation multiplies by its coefficient; sums and concatenations align windows and unite them. Small layers are
+one band of rows; of large ones a band is a row.
 
 Shapes: a band is ``[B, C, h, w, Rh, Rw]``: the windows of ``w`` neighbouring positions of ``h`` neighbouring rows.
 """
@@ -15,87 +10,30 @@ Shapes: a band is ``[B, C, h, w, Rh, Rw]``: the windows of ``w`` neighbouring po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ChannelRows",
-    "ConcatRows",
-    "FramedRows",
-    "Grid",
-    "Grids",
-    "PointRows",
-    "Rows",
-    "SettledRows",
-    "SourceRows",
-    "Span",
-    "SumRows",
-    "clipped",
-]
+from frpc.windows.producer import Grid, Grids, Producer
 
-
-@dataclass(frozen=True)
-class Grid:
-    """Windows along one axis: position ``i`` sees the cells ``[i * jump + offset, i * jump + offset + side)``."""
-
-    jump: int
-    offset: int
-    side: int
-
-    def taps(self, kernel: int, stride: int, padding: int, dilation: int) -> Grid:
-        """The windows after a sliding kernel: ``s' = s t, o' = o - p s, r' = r + (k - 1) d s``."""
-        reach = (kernel - 1) * dilation * self.jump
-        return Grid(self.jump * stride, self.offset - padding * self.jump, self.side + reach)
-
-    def unite(self, other: Grid) -> Grid:
-        """The smallest windows that hold both."""
-        low = min(self.offset, other.offset)
-        high = max(self.offset + self.side, other.offset + other.side)
-        return Grid(self.jump, low, high - low)
-
-
-Grids = tuple[Grid, Grid]
-Span = tuple[int, int]
-
-
-def clipped(span: Span, size: int) -> Span:
-    """The span inside the border; where nothing of it is, the position next to it."""
-    return min(max(0, span[0]), size - 1), max(1, min(size, span[1]))
-
+__all__ = ["ChannelRows", "ConcatRows", "FramedRows", "PointRows", "Rows", "SettledRows", "SourceRows", "SumRows"]
 
 _BAND = 1 << 22  # elements of a band of several rows: 16 MB of float32
 
 
-class Rows:
-    """Produces the windows of one value, a band of rows at a time.
+class Rows(Producer):
+    """Windows that lie side by side, those of every channel and position alike.
 
-    Attributes:
-        operands: what it is computed from.
-        grids: windows along rows and columns.
-        size: channels, rows and columns of the value, ``(C, H, W)``.
-        like: the input, for its batch, its type and its device.
-        batch: samples.
-        height: rows of a band.
-        uses: how many others compute from it.
-        wanted, span: the rows and the columns asked for in this run.
+    Args:
+        like: the input; by default that of the operands.
     """
 
-    def __init__(self, operands: Sequence[Rows], grids: Grids, size: tuple[int, int, int], like: Tensor | None = None) -> None:
-        self.operands, self.grids, self.size = tuple(operands), grids, size
-        self.like: Tensor = operands[0].like if like is None else like
-        self.batch = int(self.like.shape[0])
+    def __init__(
+        self, operands: Sequence[Producer], grids: Grids, size: tuple[int, int, int], like: Tensor | None = None
+    ) -> None:
+        super().__init__((), grids, size, operands[0].like if like is None else like)
         self.height = int(max(1, min(size[1], _BAND // max(1.0, self.batch * self.row_elements()))))
-        self.uses = 0
-        self._readers: dict[int, int] = {}  # of a run: the lowest row that each still needs
-        self.wanted: Span = (0, size[1])
-        self.span: Span = (0, size[2])
-        self._kept: dict[int, Tensor] = {}
-        for operand in operands:
-            operand.uses += 1
-            needed = self.needs_rows((0, self.height))
-            operand.lookback = max(operand.lookback, float(needed[1] - needed[0]))
+        self._attach(operands)
 
     def band(self, first: int, last: int) -> Tensor:
         """Returns the rows ``[first, last)``, ``[B, C, h, w, Rh, Rw]``; they must not be changed."""
@@ -103,39 +41,19 @@ class Rows:
         while first < last:
             start = self.band_start(first)
             stop = min(start + self.height, self.wanted[1])
-            found = self._kept.get(start)
-            if found is None:
-                found = self._kept[start] = self.compute(start, stop)
-                for operand in self.operands:  # the next band begins at ``stop``
-                    operand.passed(self, self.needs_rows((stop, stop + 1))[0])
-            parts.append(found[:, :, first - start : min(last, stop) - start])
+            parts.append(self.made(first)[:, :, first - start : min(last, stop) - start])
             first = stop
         return parts[0] if len(parts) == 1 else _joined(parts)
 
-    def band_start(self, row: int) -> int:
-        """Returns the first row of the band that holds a row."""
-        return row - (row - self.wanted[0]) % self.height
+    def above(self, reader: Producer, first: int, last: int) -> Tensor:
+        """Returns the rows ``[first, last)`` in the columns of a reader, where another one may need more of them."""
+        low, high = (column - self.span[0] for column in reader.span)
+        return self.band(first, last)[:, :, :, low:high]
 
-    def taken(self, first: int, last: int) -> Tensor:
-        """Returns the rows ``[first, last)`` to a user who may change them."""
-        found = self.band(first, last)
+    def taken(self, reader: Producer, first: int, last: int) -> Tensor:
+        """Returns the same to a reader that changes it."""
+        found = self.above(reader, first, last)
         return found.clone() if self.uses > 1 else found
-
-    def release(self, below: int) -> None:
-        """Forgets the bands that end at row ``below`` or before."""
-        for start in [start for start in self._kept if min(start + self.height, self.wanted[1]) <= below]:
-            del self._kept[start]
-
-    def begin(self, wanted: Span, span: Span, readers: Sequence[Rows]) -> None:
-        """Starts a run for these rows and columns, which ``readers`` will ask for from the first row to the last."""
-        self.wanted, self.span = wanted, span
-        self._readers = {id(reader): wanted[0] for reader in readers}
-        self._kept.clear()
-
-    def passed(self, reader: Rows, low: int) -> None:
-        """Forgets what no reader needs any more, now that one of them needs nothing below row ``low``."""
-        self._readers[id(reader)] = low
-        self.release(min(self._readers.values()))
 
     def compute(self, first: int, last: int) -> Tensor:
         """Computes the rows ``[first, last)`` from rows of the operands."""
@@ -157,41 +75,6 @@ class Rows:
         """Says whether so many rows are few enough to lie side by side in one piece."""
         return rows * self.row_elements() * self.batch <= _BAND
 
-    def needs_rows(self, rows: Span) -> Span:
-        """Which rows of the operands these rows need, possibly beyond the border."""
-        return rows
-
-    def needs_columns(self, span: Span) -> Span:
-        """Which columns of the operands these columns need, possibly beyond the border."""
-        return span
-
-    def flops(self) -> float:
-        """Floating-point operations for the whole value of one sample."""
-        return self.row_elements() * self.size[1]
-
-    def moved(self) -> float:
-        """Elements read and written for the whole value of one sample."""
-        return 2.0 * self.row_elements() * self.size[1]
-
-    def calls(self) -> float:
-        """Operator calls for the whole value."""
-        return 2.0 * self.bands()
-
-    def bands(self) -> float:
-        """How many bands the whole value is computed in."""
-        return float(-(-self.size[1] // self.height))
-
-    def row_elements(self) -> float:
-        """Elements of one full row of one sample."""
-        return float(self.size[0] * self.size[2] * self.grids[0].side * self.grids[1].side)
-
-    def kept(self, span: Span) -> float:
-        """Elements of one sample held at one time, in these columns: the rows its readers look back on."""
-        share = (span[1] - span[0]) / self.size[2]
-        return share * self.row_elements() * min(float(self.size[1]), self.lookback + self.height - 1)
-
-    lookback = 1.0
-
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Bands one above the other, in the order they lie in memory."""
@@ -206,8 +89,8 @@ class SourceRows(Rows):
         super().__init__((), (point, point), (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), x)
         self.x = x
 
-    def taken(self, first: int, last: int) -> Tensor:
-        return self.band(first, last).clone()  # the input itself must not be changed
+    def taken(self, reader: Producer, first: int, last: int) -> Tensor:
+        return self.above(reader, first, last).clone()  # the input itself must not be changed
 
     def compute(self, first: int, last: int) -> Tensor:
         return self.x[:, :, first:last, self.span[0] : self.span[1], None, None]
@@ -222,7 +105,7 @@ class PointRows(Rows):
 
     def compute(self, first: int, last: int) -> Tensor:
         g = self.coefficient
-        windows = self.operands[0].taken(first, last)
+        windows = self.operands[0].taken(self, first, last)
         if g is None:
             return windows
         if isinstance(g, Tensor):
@@ -230,6 +113,9 @@ class PointRows(Rows):
             g = g if g.shape[-1] == 1 else g[..., self.span[0] : self.span[1]]
             g = g[..., None, None]
         return windows.mul_(g)
+
+    def in_place(self) -> bool:
+        return bool(self.operands[0].uses == 1)
 
 
 class SettledRows(Rows):
@@ -245,7 +131,7 @@ class SettledRows(Rows):
         self.axis = axis
 
     def compute(self, first: int, last: int) -> Tensor:
-        source = self.operands[0].band(first, last)
+        source = self.operands[0].above(self, first, last)
         out = self.blank(last - first)
         if self.axis == 0:
             for i in range(first, last):
@@ -271,7 +157,7 @@ class SumRows(Rows):
         super().__init__(operands, _united(operands), operands[0].size)
 
     def compute(self, first: int, last: int) -> Tensor:
-        bands = [operand.band(first, last) for operand in self.operands]
+        bands = [operand.above(self, first, last) for operand in self.operands]
         out = self.blank(last - first, zeros=self.operands[0].grids != self.grids)
         _window_of(out, self.operands[0].grids, self.grids).copy_(bands[0])
         for operand, band in zip(self.operands[1:], bands[1:], strict=True):
@@ -287,7 +173,7 @@ class ConcatRows(Rows):
         self.starts = list(starts)
 
     def compute(self, first: int, last: int) -> Tensor:
-        bands = [operand.band(first, last) for operand in self.operands]
+        bands = [operand.above(self, first, last) for operand in self.operands]
         out = self.blank(last - first)
         for operand, band, start in zip(self.operands, bands, self.starts, strict=True):
             _window_of(out[:, start : start + operand.size[0]], operand.grids, self.grids).copy_(band)
@@ -302,7 +188,7 @@ class ChannelRows(Rows):
         self.channels = channels
 
     def compute(self, first: int, last: int) -> Tensor:
-        return self.operands[0].band(first, last).index_select(1, self.channels)
+        return self.operands[0].above(self, first, last).index_select(1, self.channels)
 
 
 def _united(operands: Sequence[Rows]) -> Grids:
@@ -326,7 +212,7 @@ class FramedRows(Rows):
         self.start = start
 
     def compute(self, first: int, last: int) -> Tensor:
-        inner = self.operands[0].band(first, last)
+        inner = self.operands[0].above(self, first, last)
         out = self.blank(last - first)
         out[:, self.start : self.start + inner.shape[1]].copy_(inner)
         return out

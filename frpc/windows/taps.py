@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from frpc.maps import Conv, LinearPool, Select, Window
-from frpc.windows.rows import Rows, Span, clipped
+from frpc.windows.producer import Span, clipped
+from frpc.windows.rows import Rows
 
-__all__ = ["ConvRows", "CutRows", "MeanRows", "TapRows", "WinnerRows"]
+__all__ = ["ConvRows", "CutRows", "MeanRows", "Scratch", "TapRows", "WinnerRows", "needs"]
 
 _CHUNK = 1 << 20  # elements gathered for one product: 4 MB of float32
 _LINES = 512  # but at least so many lines of it, or packing the weights would cost more than the product
@@ -48,10 +49,10 @@ class TapRows(Rows):
         super().__init__((operand,), grids, size)
 
     def needs_rows(self, rows: Span) -> Span:
-        return _needs(self.geometry[0], rows)
+        return needs(self.geometry[0], rows)
 
     def needs_columns(self, span: Span) -> Span:
-        return _needs(self.geometry[1], span)
+        return needs(self.geometry[1], span)
 
     def strips(self, first: int, last: int) -> Iterator[tuple[slice, list[Reach]]]:
         """Yields own rows, counted from ``first``, with the taps along rows that reach into the operand from them.
@@ -66,6 +67,8 @@ class TapRows(Rows):
             yield slice(0, last - first), [Reach(tap, source) for tap in self.taps(0, (first, last), (low, high))]
             return
         for i in range(first, last):
+            for row in range(*clipped(self.needs_rows((i, i + 1)), operand.size[1])):
+                operand.made(row)  # one after another, or a dilated kernel would ask for a row after its turn
             reached = self.taps(0, (i, i + 1), (low, high))
             bands = [operand.band(low + tap.theirs.start, low + tap.theirs.start + 1) for tap in reached]
             here = [Reach(tap._replace(theirs=slice(0, 1)), band) for tap, band in zip(reached, bands, strict=True)]
@@ -107,7 +110,7 @@ class Reach(NamedTuple):
     source: Tensor
 
 
-def _needs(line: Line, span: Span) -> Span:
+def needs(line: Line, span: Span) -> Span:
     k, t, p, d = line
     return span[0] * t - p, (span[1] - 1) * t - p + (k - 1) * d + 1
 
@@ -156,7 +159,7 @@ class ConvRows(TapRows):
         if self.weight.shape[3] == self.weight.shape[4] == 1:
             return self._depthwise(first, last)
         out = self.blank(last - first, zeros=False)
-        scratch = _Scratch(out)
+        scratch = Scratch(out)
         for rows, reached in self.strips(first, last):
             down = {reach.tap.tap: reach for reach in reached}
             for top in self._pieces(0):
@@ -181,7 +184,7 @@ class ConvRows(TapRows):
         inner = self.operands[0].grids[axis]
         return pieces(k, d * inner.jump, inner.side, self.grids[axis].side)
 
-    def _product(self, out: Tensor, down: list[Reach], top: int, left: Piece, scratch: _Scratch) -> None:
+    def _product(self, out: Tensor, down: list[Reach], top: int, left: Piece, scratch: Scratch) -> None:
         """Writes the cells that the taps ``down`` and ``[left.first, left.last)`` reach.
 
         Shapes: out ``[B, h, w, height, width, C']``, the cells from ``(top, left.low)`` on.
@@ -235,7 +238,7 @@ class ConvRows(TapRows):
         return 2.0 * self.taps_each() * self.size[0] * self.size[1] * self.size[2] * window
 
 
-class _Scratch:
+class Scratch:
     """Memory used again from one product to the next."""
 
     def __init__(self, like: Tensor) -> None:
