@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation", "LayerRelevance", "explanation_of", "layer_relevance_of", "run"]
+__all__ = ["Explanation", "LayerRelevance", "explanation_of", "layer_relevance_of"]
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,6 @@ class LayerRelevance(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-
-def run(
-    program: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor],
-    functional: Tensor,
-    references: Sequence[tuple[Tensor, ...]],
-) -> list[Tensor]:
-    """Runs a program; maps are averaged over reference inputs where there are several."""
-    results = [program(*(x.detach() for x in inputs), functional, *others) for others in references]
-    if len(results) == 1:
-        return list(results[0])
-    output, *_ = results[0]
-    return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
 
 
 def explanation_of(results: Sequence[Tensor], columns: bool, inputs: Sequence[Tensor]) -> Explanation:

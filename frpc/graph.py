@@ -25,6 +25,7 @@ __all__ = [
     "batch_of",
     "batches_of",
     "describe",
+    "empty_like",
     "fetch",
     "first_result",
     "origin_of",
@@ -126,6 +127,11 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
 def first_result(value: Any) -> Any:
     """Returns a value, or the first of the values of an operator with several: the one that carries relevance."""
     return value[0] if isinstance(value, tuple | list) else value
+
+
+def empty_like(example: torch.Tensor) -> torch.Tensor:
+    """A real tensor without samples, of an example's other sizes."""
+    return torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
 
 
 def describe(value: Any) -> str:

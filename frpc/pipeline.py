@@ -24,6 +24,7 @@ from frpc.decompose import spell_out
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError
 from frpc.folding import fold_batch_norm
+from frpc.graph import empty_like
 from frpc.lineage import Ledger
 from frpc.mixing import mixing
 from frpc.plan import Plan, Query, make_plan
@@ -66,6 +67,7 @@ class Stage:
 class Front:
     """What all queries about one model share: its graph, captured and in canonical form before folding.
 
+    ``output`` is an output of its without samples.
     ``mixing`` says how the model fails to treat samples apart, if it does; ``ledger`` knows how the tensors that passes made
     came about.
     """
@@ -75,6 +77,7 @@ class Front:
     stages: tuple[Stage, ...]
     mixing: str | None
     ledger: Ledger
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, 
     captured = capture(model, inputs, output, names)
     taken = Stage("capture", time.perf_counter() - start, (), captured.graph_module)
     canonical, canonized, ledger = _canonical(captured)
-    return Front(captured, canonical, (taken, canonized), mixing(captured, inputs), ledger)
+    return Front(captured, canonical, (taken, canonized), mixing(captured, inputs), ledger, _output(canonical))
 
 
 def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:
@@ -139,6 +142,10 @@ def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:
     ledger.name(captured.graph_module)
     passes = _named(canonicalize.PASSES, _run(canonicalize.PASSES, canonical, ledger))
     return canonical, Stage("canonicalize", time.perf_counter() - start, passes, canonical), ledger
+
+
+def _output(canonical: fx.GraphModule) -> Tensor:
+    return empty_like(canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
 
 
 def renewed(shared: Front, model: nn.Module) -> Front:
@@ -151,7 +158,7 @@ def renewed(shared: Front, model: nn.Module) -> Front:
     captured = dataclasses.replace(shared.captured, graph_module=copy_graph(old, tensors_of(old, model)))
     canonical, canonized, ledger = _canonical(captured)
     taken = Stage("capture", 0.0, (), captured.graph_module)
-    return Front(captured, canonical, (taken, canonized), shared.mixing, ledger)
+    return Front(captured, canonical, (taken, canonized), shared.mixing, ledger, shared.output)
 
 
 def duplicated(shared: Front, programs: Sequence[Compiled], memo: dict[int, Any]) -> tuple[Front, list[Compiled]]:

@@ -15,10 +15,10 @@ from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.capture import argument_order, snapshot
 from frpc.errors import InputError, LayerNameError, nearest
-from frpc.explanation import run
-from frpc.graph import first_result
+from frpc.graph import empty_like, first_result
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
+from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 
 __all__ = ["Programs", "Signature", "empty_like", "layer_example", "layer_names"]
@@ -122,12 +122,13 @@ class Programs:
     def run(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> list[Tensor]:
         """Runs a program; maps are averaged over reference inputs where there are several."""
         self.choice.rules.check(inputs)
-        return run(compiled.program, inputs, functional, compiled.references)
+        query, fixed = compiled.plan.query, self.first_front().captured.inputs[0].batch is not None
+        form = Form(len(inputs), query.columns, len(query.layers), fixed)
+        return run(compiled.program, inputs, functional, compiled.references, form)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""
-        example = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
-        return make_seed(target, seed, empty_like(example), int(inputs[0].shape[0]))
+        return make_seed(target, seed, front.output, int(inputs[0].shape[0]))
 
     def check_layers(self, front: Front, names: Sequence[str]) -> None:
         """Refuses names of no layer.
@@ -199,11 +200,6 @@ class Programs:
 
 def _signature(inputs: Sequence[Tensor]) -> Signature:
     return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
-
-
-def empty_like(example: Tensor) -> Tensor:
-    """A real tensor without samples, of an example's other sizes."""
-    return torch.empty([0, *(int(s) for s in example.shape[1:])], dtype=example.dtype, device=example.device)
 
 
 def layer_example(front: Front, layer: str) -> Tensor:

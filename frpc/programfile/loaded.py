@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 from frpc import printing
 from frpc.capture import InputSpec
 from frpc.errors import InputError, OptionError, PickleRefusedError
-from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of, run
+from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.graph import describe
 from frpc.pipeline import lower_program
 from frpc.programfile.graphs import SYMBOLS, runnable
 from frpc.programfile.questions import Question
 from frpc.rules.ruleset import Box, check_boxes
+from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Top, as_top
 
@@ -147,7 +148,9 @@ class LoadedExplainer(nn.Module):
                 "anew; columns=True saves the program for K targets."
             )
         check_boxes(inputs, self._boxes())
-        return inputs, run(self._program(key), inputs, functional, self._references(key)), columns
+        fixed = self.signatures[which].inputs[0].batch is not None
+        form = Form(len(inputs), columns, len(layers), fixed)
+        return inputs, run(self._program(key), inputs, functional, self._references(key), form), columns
 
     def _program(self, key: Key) -> fx.GraphModule:
         """The program that answers a question, put into the form for this device when it is first wanted."""

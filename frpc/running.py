@@ -1,0 +1,101 @@
+"""Running a program: over several references, and under ``torch.func.vmap``, where the mapped dimension joins the batch.
+
+Programs treat samples apart, so a call mapped over N slices is one call on N times as many samples. That is faster than mapping
+every operator, and needs no batching rule for any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Form", "run"]
+
+Program = Callable[..., Sequence[Tensor]]
+_transforms = torch._C._functorch
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where samples lie in what a program takes and gives.
+
+    Attributes:
+        inputs: how many inputs it takes before the seed.
+        columns: K leads in the seed and in relevances.
+        layers: how many layers it gives relevances of, followed by their values; 0 for one about its sources.
+        fixed: it takes one batch size only.
+    """
+
+    inputs: int
+    columns: bool
+    layers: int = 0
+    fixed: bool = False
+
+    def seed_axis(self) -> int:
+        return int(self.columns)
+
+    def result_axes(self, count: int) -> list[int]:
+        """The samples' dimension in each of ``count`` results."""
+        relevances = self.layers or count - 1
+        return [0, *[int(self.columns)] * relevances, *[0] * (count - 1 - relevances)]
+
+
+def run(
+    program: Program, inputs: Sequence[Tensor], functional: Tensor, references: Sequence[tuple[Tensor, ...]], form: Form
+) -> list[Tensor]:
+    """Runs a program; maps are averaged over reference inputs where there are several."""
+    given = [*(x.detach() for x in inputs), functional]
+    results = [_call(program, form, [*given, *others]) for others in references]
+    if len(results) == 1:
+        return list(results[0])
+    output, *_ = results[0]
+    return [output, *(sum(parts[1:], parts[0]) / len(parts) for parts in list(zip(*results, strict=True))[1:])]
+
+
+def _call(program: Program, form: Form, tensors: list[Tensor]) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling() or not any(_transforms.is_batchedtensor(t) for t in tensors):
+        return program(*tensors)
+    results: Sequence[Tensor] = _Mapped.apply(program, form, *tensors)
+    return results
+
+
+class _Mapped(torch.autograd.Function):
+    """A program, with what ``torch.func.vmap`` makes of it; it has no derivative."""
+
+    @staticmethod
+    def forward(program: Program, form: Form, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(program(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, program: Program, form: Form, *tensors: Tensor) -> tuple[Any, Any]:
+        count, mapped = info.batch_size, in_dims[2:]
+        axes = [0] * form.inputs + [form.seed_axis()] + [None] * (len(tensors) - form.inputs - 1)
+        if form.fixed:
+            slices = [_call(program, form, _slice(tensors, mapped, n)) for n in range(count)]
+            results = [torch.stack(parts) for parts in zip(*slices, strict=True)]
+            return tuple(results), (0,) * len(results)
+        folded = [_fold(t, d, a, count) for t, d, a in zip(tensors, mapped, axes, strict=True)]
+        found = _call(program, form, folded)
+        where = form.result_axes(len(found))
+        unfolded = tuple(r.unflatten(a, (count, -1)).movedim(a, 0) for r, a in zip(found, where, strict=True))
+        return unfolded, (0,) * len(unfolded)
+
+
+def _slice(tensors: Sequence[Tensor], mapped: Sequence[int | None], n: int) -> list[Tensor]:
+    return [t if d is None else t.select(d, n) for t, d in zip(tensors, mapped, strict=True)]
+
+
+def _fold(tensor: Tensor, mapped: int | None, axis: int | None, count: int) -> Tensor:
+    """Joins the mapped dimension with the samples': ``[N, ..., B, ...] -> [..., N B, ...]``."""
+    if axis is None:
+        return tensor
+    whole = tensor.unsqueeze(0).expand(count, *tensor.shape) if mapped is None else tensor.movedim(mapped, 0)
+    return whole.movedim(0, axis).flatten(axis, axis + 1)
