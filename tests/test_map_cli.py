@@ -141,12 +141,13 @@ def command(given: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments(tmp_path: Path):
-    """SqueezeNet on sixty pictures, one of them broken: every sample once, and the bits of an undisturbed run."""
+    """SqueezeNet on forty pictures, one of them broken: every sample once, and the bits of an undisturbed run."""
     torch.manual_seed(0)
     save_file(pretrained.build_model("squeezenet1_1").state_dict(), tmp_path / "w.safetensors")
-    data, context = photos(tmp_path / "data", 60, broken=17), processes("frpc.cli.map")
-    options = ("--threads", 1, "--batch-size", 2, "--shard-size", 3, "--png")
+    data, context = photos(tmp_path / "data", 40, broken=17), processes("frpc.cli.map")
+    options = ("--threads", 1, "--batch-size", 2, "--shard-size", 2)
 
     def start(out: Path) -> Any:
         process = context.Process(target=command, args=(arguments(tmp_path / "w.safetensors", data, out, *options),))
@@ -160,4 +161,4 @@ def test_killed_at_twenty_random_moments(tmp_path: Path):
     expected = contents(tmp_path / "whole")
     for out in outs:
         assert contents(out) == expected
-        assert [entry["index"] for entry, _ in jobs.read_results(out)] == list(range(60))
+        assert [entry["index"] for entry, _ in jobs.read_results(out)] == list(range(40))
