@@ -20,7 +20,7 @@ from frpc.programfile import LoadedExplainer, load
 from frpc.references import data_mean
 
 if TYPE_CHECKING:
-    from frpc import baselines, cam, captum, heatmap, perturb, repeat, text
+    from frpc import baselines, cam, captum, export, heatmap, perturb, repeat, text
     from frpc.maximise import feature
     from frpc.scales import multiscale
 
@@ -45,6 +45,7 @@ __all__ = [
     "data_mean",
     "errors",
     "examine",
+    "export",
     "feature",
     "heatmap",
     "load",
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("baselines", "cam", "captum", "heatmap", "perturb", "repeat", "text")
+_MODULES = ("baselines", "cam", "captum", "export", "heatmap", "perturb", "repeat", "text")
 _FUNCTIONS = {"feature": "maximise", "multiscale": "scales"}
 
 

@@ -10,6 +10,7 @@ from frpc.cli.demo import demo
 from frpc.cli.doctor import doctor
 from frpc.cli.explain import explain
 from frpc.cli.explain_text import explain_text
+from frpc.cli.export import export
 from frpc.cli.inspect import compile_model, examine
 from frpc.cli.map import map_data
 from frpc.cli.neurons import neurons
@@ -32,6 +33,7 @@ app.command()(neurons)
 app.command("map")(map_data)
 app.command()(examine)
 app.command("compile")(compile_model)
+app.command()(export)
 app.command()(doctor)
 
 

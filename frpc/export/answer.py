@@ -1,0 +1,210 @@
+"""An explainer's answer to one question as one module of tensors in, tensors out: targets become seeds inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+import frpc
+from frpc.errors import OptionError
+from frpc.explainer import Explainer
+from frpc.export.layer import LayerAnswer
+from frpc.export.question import Input, Question, Signature, described, examples
+from frpc.graph import describe
+from frpc.pipeline import Compiled, Front, copy_graph
+from frpc.plan import layer_node
+
+__all__ = ["Answer", "Exportable", "Rewrite", "exportable"]
+
+Rewrite = Callable[[fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What is handed to an exporter.
+
+    Attributes:
+        module: tensors in, tensors out.
+        example: what it takes, two samples (or as many as are fixed).
+        signature: what it takes and gives.
+    """
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    signature: Signature
+
+
+class Answer(nn.Module):
+    """Takes the inputs and a target (or seed), and gives what the explainer gives.
+
+    Shapes: ``target [B]`` or ``[B, K]``, ``seed [B, *O]``; relevance like the input, ``[B, ...]`` or ``[B, K, ...]``; bias
+    ``[B]`` or ``[B, K]``.
+    """
+
+    def __init__(self, compiled: Compiled, program: fx.GraphModule, question: Question, output: Tensor) -> None:
+        super().__init__()
+        self.program, self.question = program, question
+        self.classes, self.dtype = _classes(question, output), output.dtype
+        self.counts = [len(given) for given in compiled.references]
+        for which, given in enumerate(compiled.references):
+            for position, value in enumerate(given):
+                self.register_buffer(f"reference_{which}_{position}", value)
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        *inputs, asked = given
+        output, *found = self._run(inputs, self._seed(asked))
+        if self.question.grad_cam:
+            multiplier, activation = found  # [*K, B, C, h, w], [B, C, h, w]
+            weights = multiplier.mean((-2, -1), keepdim=True)
+            return output, self._in_front((weights * activation).sum(-3).relu())
+        wanted = found[: len(self.question.at)] if self.question.at else found  # behind relevances of layers come their values
+        return output, *map(self._in_front, wanted)
+
+    def _seed(self, asked: Tensor) -> Tensor:
+        if self.question.targets == "seed":
+            return asked
+        index = asked.t().unsqueeze(-1) if self.question.columns else asked.unsqueeze(-1)  # [K, B, 1] or [B, 1]
+        seed = torch.zeros([*index.shape[:-1], self.classes], dtype=self.dtype, device=index.device)
+        return seed.scatter(-1, index, 1.0)  # refuses an index out of range, which a comparison would let pass
+
+    def _run(self, inputs: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
+        """Runs the program; maps are averaged over reference inputs where there are several."""
+        results = []
+        for which, count in enumerate(self.counts):
+            others = [getattr(self, f"reference_{which}_{position}") for position in range(count)]
+            results.append(list(self.program(*inputs, seed, *others)))
+        if len(results) == 1:
+            return results[0]
+        parts = list(zip(*results, strict=True))[1:]
+        return [results[0][0], *(sum(part[1:], part[0]) / len(part) for part in parts)]
+
+    def _in_front(self, relevance: Tensor) -> Tensor:
+        return relevance.movedim(0, 1) if self.question.columns else relevance
+
+
+def _classes(question: Question, output: Tensor) -> int:
+    """How many numbers of the output a target chooses from; 0 where a seed says what is explained.
+
+    Raises:
+        OptionError: if the output is not ``[B, C]``.
+    """
+    if question.targets == "seed":
+        return 0
+    if output.dim() != 2:
+        raise OptionError(
+            f'The output is {describe(output)}: one class index does not choose a number of it. Export with targets="seed"; '
+            "explainer.seed_for(x, target=...) makes seeds."
+        )
+    return int(output.shape[1])
+
+
+def exportable(
+    explainer: Explainer, question: Question, inputs: Sequence[Tensor] | None, rewrites: Sequence[Rewrite] = ()
+) -> Exportable:
+    """Returns the module that answers a question, with an example of what it takes and a description.
+
+    Args:
+        explainer: compiled, or with ``inputs`` to compile it for.
+        question: what is asked.
+        inputs: an example, batch first; drawn at random if left out.
+        rewrites: passes over the program's graph before it is traced; each keeps the function.
+
+    Raises:
+        InputError: if nothing is compiled and no example given; or an input of integers has no example.
+        OptionError: for targets of an output that is not ``[B, C]``, or class activation maps without gradients.
+        LayerNameError: for a layer that does not exist.
+    """
+    programs = explainer.programs
+    front = programs.first_front() if inputs is None else programs.front(inputs)
+    takes = _inputs(front, inputs)
+    fixed = front.captured.inputs[0].batch
+    if question.layer:
+        fixed = fixed or (1 if inputs is None else len(inputs[0]))
+    example = _example(front, takes, fixed or 2)
+    device = front.captured.inputs[0].device.type
+    about = (frpc.__version__, explainer.model_name, explainer.rules.name, explainer.bias_policy, device, question, fixed, takes)
+    if question.layer:
+        return _every_neuron(explainer, front, example, about)
+    return _one_number(explainer, front, example, about, rewrites)
+
+
+About = tuple[str, str, str, str, str, Question, int | None, tuple[Input, ...]]
+
+
+def _every_neuron(explainer: Explainer, front: Front, example: list[Tensor], about: About) -> Exportable:
+    programs, name = explainer.programs, about[5].layer
+    programs.check_layers(front, (name,))
+    assignment = programs.assignment(front, example, programs.asked(of=name))
+    node = layer_node(assignment, name)
+    assert node is not None, "the layer's name is known"
+    module = LayerAnswer(assignment, name, node)
+    signature = Signature(*about, 0, ("values", "windows", "bias"), module.window(*example))
+    return Exportable(_by_name(module, signature.names), tuple(example), signature)
+
+
+def _one_number(
+    explainer: Explainer, front: Front, example: list[Tensor], about: About, rewrites: Sequence[Rewrite]
+) -> Exportable:
+    programs, question = explainer.programs, about[5]
+    if question.grad_cam and explainer.rules.account.gives != "multiplier":
+        raise OptionError(
+            f"{explainer.rules.name} gives relevance, and class activation maps weigh channels by gradients. Compile the model "
+            "with rule=frpc.rules.Gradient(times_input=False)."
+        )
+    layers = (question.grad_cam,) if question.grad_cam else question.at
+    programs.check_layers(front, layers)
+    compiled = programs.program(front, example, programs.asked(columns=question.columns, layers=layers))
+    program = _functional(compiled)
+    for rewrite in rewrites:
+        rewrite(program)
+    program.recompile()
+    output = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+    module = Answer(compiled, program, question, output)
+    signature = Signature(*about, module.classes, _outputs(compiled, question))
+    asked = _asked(question, output, len(example[0]))
+    return Exportable(_by_name(module, signature.names), (*example, asked), signature)
+
+
+def _functional(compiled: Compiled) -> fx.GraphModule:
+    """The program before lowering, which overwrites tensors and orders memory for PyTorch's own kernels."""
+    stage = next(stage for stage in compiled.stages if stage.name == "optimize")
+    return copy_graph(stage.program)
+
+
+def _inputs(front: Front, given: Sequence[Tensor] | None) -> tuple[Input, ...]:
+    specs = front.captured.inputs
+    values: Sequence[Tensor | None] = [None] * len(specs) if given is None else given
+    return tuple(described(s.name, x, s.shape, s.dtype) for s, x in zip(specs, values, strict=True))
+
+
+def _example(front: Front, takes: Sequence[Input], batch: int) -> list[Tensor]:
+    drawn = examples(takes, batch, torch.Generator().manual_seed(0))
+    return [x.to(s.device) for x, s in zip(drawn, front.captured.inputs, strict=True)]
+
+
+def _asked(question: Question, output: Tensor, batch: int) -> Tensor:
+    """An example of the last input; K is 3, since torch.export takes a size of 1 for a constant."""
+    if question.targets == "seed":
+        return torch.ones([batch, *(int(n) for n in output.shape[1:])], dtype=output.dtype, device=output.device)
+    size = [batch, 3] if question.columns else [batch]
+    return torch.zeros(size, dtype=torch.int64, device=output.device)
+
+
+def _outputs(compiled: Compiled, question: Question) -> tuple[str, ...]:
+    """Names of the results, in order."""
+    if question.grad_cam:
+        return "output", "map"
+    if question.at:
+        return "output", *(f"relevance_{name}" for name in question.at)
+    sources = [node.name for node in compiled.plan.wanted]
+    return "output", *(["relevance"] if len(sources) == 1 else [f"relevance_{name}" for name in sources]), "bias"
+
+
+def _by_name(module: nn.Module, names: Sequence[str]) -> fx.GraphModule:
+    """Gives a module's inputs the names that files show."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("answer", tuple(graph.placeholder(name) for name in names)))
+    return fx.GraphModule({"answer": module}, graph, class_name="Exported")
