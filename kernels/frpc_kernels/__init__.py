@@ -1,7 +1,29 @@
 """Hand-written Triton kernels for frpc's hot operations on CUDA devices; frpc runs everywhere without them.
 
-One file a kernel: the formula, the kernel, its launcher as a ``torch.library`` operator, a slow reference beside it, and
-``supports()``, which gives a reason where it declines. There are no kernels in this version; :data:`KERNELS` lists them.
+One file a kernel: the formula, the kernel, its launcher as a ``torch.library`` operator of the namespace :data:`NAMESPACE`, a
+slow reference beside it, and ``supports()``, which gives a reason where it declines. Importing this package imports no Triton;
+importing one of its parts does.
 """
 
-KERNELS: tuple[str, ...] = ()
+from importlib.util import find_spec
+
+__all__ = ["KERNELS", "NAMESPACE", "why_missing"]
+
+NAMESPACE = "frpc_kernels"
+KERNELS: tuple[str, ...] = (
+    "gate",
+    "conv_relevance",
+    "conv_transposed_gate",
+    "window_conv",
+    "pool_select",
+    "pool_windows",
+    "norm_gate",
+)
+"""The files that hold kernels."""
+
+
+def why_missing() -> str | None:
+    """Says why the kernels cannot be had in this environment, or None where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's CUDA builds for Linux, or with pip install triton"
+    return None
