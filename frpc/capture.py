@@ -35,7 +35,7 @@ from frpc.errors import (
     nearest,
 )
 from frpc.graph import Origin, set_layers
-from frpc.values import all_hold
+from frpc.values import all_hold, whole
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
 
@@ -132,6 +132,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None
         NonFiniteError: if an example holds NaN or Inf.
     """
     _check_examples(inputs)
+    inputs = [x.detach() for x in inputs]
     pair = tuple(_pair(x) for x in inputs)
     reason = None
     try:
@@ -165,6 +166,7 @@ def check_finite(x: Tensor, name: str | int) -> None:
     """
     if not x.is_floating_point() or all_hold(torch.isfinite(x), f"Input {name!r} holds NaN or Inf."):
         return
+    x = whole(x)
     bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).sum(1)
     worst = ", ".join(str(i) for i in torch.nonzero(bad).flatten()[:5].tolist())
     raise NonFiniteError(

@@ -91,6 +91,7 @@ class Programs:
         signature = _signature(inputs)
         found = self.fronts.get(signature)
         if found is None:
+            _refuse_inside_torch_compile()
             with _TRACING:
                 found = self.fronts.get(signature) or pipeline.front(self.model, inputs, self.choice.output, self._names or ())
                 self.fronts[signature] = found
@@ -106,6 +107,7 @@ class Programs:
         return self.compiled.get((signature, query)) or self._compile(signature, self.fronts[signature], query)
 
     def _compile(self, signature: Signature, front: Front, query: Query) -> Compiled:
+        _refuse_inside_torch_compile()
         with _TRACING:
             found = self.compiled.get((signature, query)) or pipeline.compile_query(front, self.choice, query)
             self.compiled[signature, query] = found
@@ -196,6 +198,11 @@ class Programs:
         if not self.fronts:
             raise InputError("Nothing is captured yet: call the explainer once, or give frpc.compile() example inputs.")
         return next(iter(self.fronts.values()))
+
+
+def _refuse_inside_torch_compile() -> None:
+    if torch.compiler.is_compiling():
+        raise InputError("This question is not compiled yet: call the explainer once before torch.compile traces it.")
 
 
 def _signature(inputs: Sequence[Tensor]) -> Signature:

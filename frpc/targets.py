@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frpc.capture import InputSpec, check_finite
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
-from frpc.values import all_hold
+from frpc.values import all_hold, whole
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 
@@ -127,7 +127,7 @@ def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int
         raise TargetError(f"target has shape {list(target.shape)}; give [B] or [B, K] with B = {batch}.")
     fits = (target >= 0) & (target < sizes[0])
     if not all_hold(fits, f"A target is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."):
-        low, high = int(target.min()), int(target.max())
+        low, high = int(whole(target).min()), int(whole(target).max())
         raise TargetError(
             f"Target {low if low < 0 else high} is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."
         )

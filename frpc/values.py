@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["all_hold"]
+__all__ = ["all_hold", "whole"]
 
 _transforms = torch._C._functorch
 
@@ -23,6 +23,11 @@ def all_hold(conditions: Tensor, message: str) -> bool:
     if torch.compiler.is_compiling():
         torch._assert_async(conditions.all(), message)
         return True
-    while _transforms.is_functorch_wrapped_tensor(conditions):
-        conditions = _transforms.get_unwrapped(conditions)
-    return bool(conditions.all())
+    return bool(whole(conditions).all())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of all samples that a transform shows one of; any other tensor as it is."""
+    while _transforms.is_functorch_wrapped_tensor(tensor):
+        tensor = _transforms.get_unwrapped(tensor)
+    return tensor

@@ -18,7 +18,7 @@ from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
 from frpc.errors import InputError, OptionError
 from frpc.references import Reference
-from frpc.values import all_hold
+from frpc.values import all_hold, whole
 
 __all__ = ["FRP", "Account", "Box", "RuleSet", "Site", "check_boxes"]
 
@@ -115,7 +115,7 @@ def check_boxes(inputs: Sequence[Tensor], boxes: Sequence[Box]) -> None:
             inside = (low - x <= 1e-6) & (x - high <= 1e-6)
             if all_hold(inside, "The z-box rule is for inputs between low and high; this one goes outside."):
                 continue
-            under, above = float((low - x).max()), float((x - high).max())
+            under, above = float(whole(low - x).max()), float(whole(x - high).max())
             where = f"{under:.3g} below low" if under >= above else f"{above:.3g} above high"
             raise InputError(
                 f"The z-box rule is for inputs between low and high; this one goes {where}. Give the bounds of your "
