@@ -197,16 +197,15 @@ def killed_until_done(start: Callable[[Path], Any], folder: Path, kills: int, lo
     while True:
         process = start(outs[-1])
         process.join(None if done >= kills else chance.uniform(0, longest))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
+        process.kill()  # does nothing to one that has ended
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             done += 1
-        else:
-            assert process.exitcode in (0, 3), process.exitcode
-            if done >= kills:
-                return outs
-            outs.append(folder / str(len(outs)))
+            continue
+        assert process.exitcode in (0, 3), process.exitcode
+        if done >= kills:
+            return outs
+        outs.append(folder / str(len(outs)))
 
 
 def processes(module: str) -> Any:
