@@ -105,6 +105,21 @@ def coverage(
     raise typer.Exit(run(suite, only, again, misses, jobs, limit, memory_gb, peers))
 
 
+@app.command()
+def export(
+    nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50",
+    side: Annotated[int, typer.Option(min=32, help="Image side.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds.")] = 15,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """Explaining in ONNX Runtime: its price in ONNX Runtime's own forward passes of the same model."""
+    from bench.export import run
+
+    raise typer.Exit(run(_words(nets), side, batch, threads, rounds, json))
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 

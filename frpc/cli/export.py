@@ -37,6 +37,7 @@ class Asked(StrEnum):
     one = "one"
     several = "several"
     seed = "seed"
+    top = "top"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def export(
     to: Annotated[Target, typer.Option(help="onnx (ONNX Runtime and others), aoti (AOTInductor), or torch (torch.export).")],
     out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 of the other two.")],
     targets: Annotated[
-        Asked, typer.Option(help="The file takes one class a sample, several, or a seed: weights of the output's numbers.")
+        Asked,
+        typer.Option(
+            help="The file takes one class a sample, several, a seed (weights of the output), or explains the top class."
+        ),
     ] = Asked.one,
     method: Annotated[
         str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, ..., or grad-cam; docs/methods.md.")

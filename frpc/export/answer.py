@@ -19,6 +19,7 @@ from frpc.plan import layer_node
 
 __all__ = ["Answer", "Exportable", "Rewrite", "exportable"]
 
+aten = torch.ops.aten
 Rewrite = Callable[[fx.GraphModule], None]
 
 
@@ -51,11 +52,14 @@ class Answer(nn.Module):
         self.counts = [len(given) for given in compiled.references]
         for which, given in enumerate(compiled.references):
             for position, value in enumerate(given):
-                self.register_buffer(f"reference_{which}_{position}", value)
+                self.register_buffer(f"reference_{which}_{position}", _whole(value))
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        *inputs, asked = given
-        output, *found = self._run(inputs, self._seed(asked))
+        if self.question.targets == "top":
+            output, *found = self._run(given)
+        else:
+            *inputs, asked = given
+            output, *found = self._run([*inputs, self._seed(asked)])
         if self.question.grad_cam:
             multiplier, activation = found  # [*K, B, C, h, w], [B, C, h, w]
             weights = multiplier.mean((-2, -1), keepdim=True)
@@ -70,12 +74,12 @@ class Answer(nn.Module):
         seed = torch.zeros([*index.shape[:-1], self.classes], dtype=self.dtype, device=index.device)
         return seed.scatter(-1, index, 1.0)  # refuses an index out of range, which a comparison would let pass
 
-    def _run(self, inputs: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
+    def _run(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Runs the program; maps are averaged over reference inputs where there are several."""
         results = []
         for which, count in enumerate(self.counts):
             others = [getattr(self, f"reference_{which}_{position}") for position in range(count)]
-            results.append(list(self.program(*inputs, seed, *others)))
+            results.append(list(self.program(*given, *others)))
         if len(results) == 1:
             return results[0]
         parts = list(zip(*results, strict=True))[1:]
@@ -163,15 +167,48 @@ def _one_number(
     program.recompile()
     output = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
     module = Answer(compiled, program, question, output)
+    if question.targets == "top":
+        _seed_by_output(program, module.classes)
     signature = Signature(*about, module.classes, _outputs(compiled, question))
     asked = _asked(question, output, len(example[0]))
-    return Exportable(_by_name(module, signature.names), (*example, asked), signature)
+    return Exportable(_by_name(module, signature.names), (*example, *asked), signature)
+
+
+def _seed_by_output(program: fx.GraphModule, classes: int) -> None:
+    """``seed -> (argmax output == arange)``: relevance starts at the largest output, which the program has computed by then."""
+    (seed,) = program.graph.find_nodes(op="placeholder", target="seed")
+    output = program.graph.output_node().args[0][0]  # type: ignore[index]
+    assert isinstance(output, fx.Node)
+    example = output.meta["val"]
+    program.register_buffer("class_numbers", torch.arange(classes, device=example.device))
+    with program.graph.inserting_after(output):
+        numbers = program.graph.get_attr("class_numbers")
+    with program.graph.inserting_after(numbers):
+        largest = program.graph.call_function(aten.argmax.default, (output, 1, True))
+    with program.graph.inserting_after(largest):
+        chosen = program.graph.call_function(aten.eq.Tensor, (largest, numbers))
+    with program.graph.inserting_after(chosen):
+        start = program.graph.call_function(aten._to_copy.default, (chosen,), {"dtype": example.dtype})
+    start.meta = dict(seed.meta)
+    seed.replace_all_uses_with(start)
+    program.graph.erase_node(seed)
+    program.graph.lint()
+    program.recompile()
 
 
 def _functional(compiled: Compiled) -> fx.GraphModule:
     """The program before lowering, which overwrites tensors and orders memory for PyTorch's own kernels."""
     stage = next(stage for stage in compiled.stages if stage.name == "optimize")
-    return copy_graph(stage.program)
+    program = copy_graph(stage.program)
+    for name, value in list(program.named_buffers()):
+        program.register_buffer(name, _whole(value))
+    return program
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor that is a part of another, or a view of it, as one of its own: files store what lies in memory."""
+    whole = value.is_contiguous() and value.numel() * value.element_size() == value.untyped_storage().nbytes()
+    return value if whole else value.clone(memory_format=torch.contiguous_format)
 
 
 def _inputs(front: Front, given: Sequence[Tensor] | None) -> tuple[Input, ...]:
@@ -185,12 +222,14 @@ def _example(front: Front, takes: Sequence[Input], batch: int) -> list[Tensor]:
     return [x.to(s.device) for x, s in zip(drawn, front.captured.inputs, strict=True)]
 
 
-def _asked(question: Question, output: Tensor, batch: int) -> Tensor:
-    """An example of the last input; K is 3, since torch.export takes a size of 1 for a constant."""
+def _asked(question: Question, output: Tensor, batch: int) -> list[Tensor]:
+    """An example of the last input, if there is one; K is 3, since torch.export takes a size of 1 for a constant."""
+    if question.targets == "top":
+        return []
     if question.targets == "seed":
-        return torch.ones([batch, *(int(n) for n in output.shape[1:])], dtype=output.dtype, device=output.device)
+        return [torch.ones([batch, *(int(n) for n in output.shape[1:])], dtype=output.dtype, device=output.device)]
     size = [batch, 3] if question.columns else [batch]
-    return torch.zeros(size, dtype=torch.int64, device=output.device)
+    return [torch.zeros(size, dtype=torch.int64, device=output.device)]
 
 
 def _outputs(compiled: Compiled, question: Question) -> tuple[str, ...]:

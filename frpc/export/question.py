@@ -14,8 +14,8 @@ from frpc.errors import InputError, OptionError
 
 __all__ = ["TARGETS", "Input", "Question", "Signature", "Targets", "described", "examples"]
 
-Targets = Literal["one", "several", "seed"]
-TARGETS: tuple[Targets, ...] = ("one", "several", "seed")
+Targets = Literal["one", "several", "seed", "top"]
+TARGETS: tuple[Targets, ...] = ("one", "several", "seed", "top")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Question:
     """What an exported program is asked.
 
     Attributes:
-        targets: ``one`` class index a sample, ``[B]``; ``several``, ``[B, K]``; or a ``seed``, a linear functional of the output,
-            ``[B, *O]``.
+        targets: ``one`` class index a sample, ``[B]``; ``several``, ``[B, K]``; a ``seed``, a linear functional of the output,
+            ``[B, *O]``; or ``top``: the class of the largest output, found by the program itself.
         at: module paths whose relevance is wanted instead of the input's.
         grad_cam: module path of the layer whose class activation map is wanted instead.
         layer: module path of the layer of which every neuron is explained; takes no target.
@@ -98,8 +98,8 @@ class Signature:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of everything it takes."""
-        last = () if self.question.layer else ("seed",) if self.question.targets == "seed" else ("target",)
-        return (*(i.name for i in self.inputs), *last)
+        asked = {"one": ("target",), "several": ("target",), "seed": ("seed",), "top": ()}[self.question.targets]
+        return (*(i.name for i in self.inputs), *(() if self.question.layer else asked))
 
     @property
     def free(self) -> dict[str, dict[int, str]]:

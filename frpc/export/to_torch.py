@@ -36,7 +36,8 @@ def torch_export(
         explainer: a compiled explainer.
         path: the file to write.
         inputs: an example whose range :func:`~frpc.export.verify` draws from; needed for inputs of integers.
-        targets: ``one`` a sample, ``[B]``; ``several``, ``[B, K]``; or a ``seed``, ``[B, *O]``.
+        targets: ``one`` a sample, ``[B]``; ``several``, ``[B, K]``; a ``seed``, ``[B, *O]``; or nothing: ``top`` explains the
+            predicted class, which is found on the way.
         at: layers whose relevance is wanted instead of the input's.
         grad_cam: layer whose class activation map is wanted instead.
         layer: layer of which every neuron is explained, at the example's size.

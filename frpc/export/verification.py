@@ -197,7 +197,7 @@ class _Asker:
         inputs = [x.to(self.signature.device) for x in drawn]
         asked = self._asked(inputs)
         expected = self._explained(inputs, asked)
-        found = self.run(*inputs, *asked.values())
+        found = self.run(*inputs, *(() if self.signature.question.targets == "top" else asked.values()))
         errors = self._relative(found, expected)
         far = ~(errors <= bound).all(0)
         jump = self._jump(inputs, asked, expected) if bool(far.any()) else torch.zeros_like(errors[0])
@@ -213,6 +213,8 @@ class _Asker:
         if asked.targets == "seed":
             output = self.explainer.predict(*inputs)
             return {"seed": torch.randn(output.shape, generator=self.chance, dtype=torch.float64).to(output)}
+        if asked.targets == "top":
+            return {"target": self.explainer.predict(*inputs).argmax(1)}
         size = [batch, self.targets] if asked.columns else [batch]
         return {"target": torch.randint(signature.classes, size, generator=self.chance).to(signature.device)}
 
