@@ -1,8 +1,8 @@
 """What every Triton kernel must give, at odd sizes, strides and memory orders: used in the interpreter and on a GPU.
 
-``TRITON_INTERPRET=1 python tests/kernel_cases.py [KERNEL ...] [--all]`` runs them in this process and prints one JSON line for
-each comparison: what was compared, the error against float64, and the bound, twice the error of plain PyTorch in the same type
-and 1e-6.
+``TRITON_INTERPRET=1 python tests/kernel_cases.py [KERNEL ...] [--all] [--device=cuda]`` runs them in this process and prints
+one JSON line for each comparison: what was compared, the error against float64, and the bound, twice the error of plain PyTorch
+in the same type and 1e-6.
 """
 
 from __future__ import annotations
@@ -175,28 +175,30 @@ def conv_transposed_gate(s: Setting) -> Iterator[Finding]:
             v = reordered(s.randn(b * k, o, *sizes), order)
             weight = reordered(s.randn(o, c // g, *kernel, seed=1) / (o * kernel[0]), order)
             x = reordered(s.randn(b, c, h, w, seed=2), order)
-            bits = relu_gate(x)[1]
+            bits, skip = relu_gate(x)[1], reordered(s.randn(b * k, c, h, w, seed=3), order)
             geometry = ([t, t], [p, p], rest, [d, d], g)
             bare = torch.ops.aten.convolution(v, weight, None, [t, t], [p, p], [d, d], True, rest, g)
-            for extra in s.some([(bits, x), (bits, None), (None, x), (None, None)], 4 if case is CONVS[0] else 1):
+            combinations = [(skip, bits, x), (skip, bits, None), (None, bits, None), (None, None, x), (None, None, None)]
+            for extra in s.some(combinations, 5 if case is CONVS[0] else 1):
                 reference = file.conv_transposed_gate_reference(v, weight, *extra, *geometry)
-                plain = bare if extra[0] is None else bare * (x > 0).repeat(k, 1, 1, 1)
-                plain = plain if extra[1] is None else plain * x.repeat(k, 1, 1, 1)
+                plain = bare if extra[0] is None else bare + skip
+                plain = plain if extra[1] is None else plain * (x > 0).repeat(k, 1, 1, 1)
+                plain = plain if extra[2] is None else plain * x.repeat(k, 1, 1, 1)
                 result = file.conv_transposed_gate(v, weight, *extra, *geometry, "tf32x3")
                 yield close(f"{case} {order} {[e is not None for e in extra]}", result, reference, plain)
 
-            def launch(v=v, weight=weight, bits=bits, x=x, result=result, geometry=geometry):
+            def launch(v=v, weight=weight, skip=skip, bits=bits, x=x, result=result, geometry=geometry):
                 out = torch.empty_like(result)
                 steps = (geometry[0], geometry[1], geometry[3], geometry[4])
-                return file.plan_conv_transposed_gate(v, weight, bits, x, out, *steps, "tf32x3"), out
+                return file.plan_conv_transposed_gate(v, weight, skip, bits, x, out, *steps, "tf32x3"), out
 
-            reference = file.conv_transposed_gate_reference(v, weight, bits, x, *geometry)
-            plain = bare * (x.relu()).repeat(k, 1, 1, 1)
+            reference = file.conv_transposed_gate_reference(v, weight, skip, bits, x, *geometry)
+            plain = (bare + skip) * (x.relu()).repeat(k, 1, 1, 1)
             for tiling, found in tilings(launch, s) if case is CONVS[0] or s.thorough else ():
                 yield close(f"{case} {order} {tiling}", found, reference, plain)
     if s.opcheck:
-        opcheck(file.conv_transposed_gate, (v, weight, bits, None, *geometry, "tf32x3"))
-        opcheck(file.conv_transposed_gate, (v, weight, None, x, *geometry, "tf32x3"))
+        opcheck(file.conv_transposed_gate, (v, weight, skip, bits, None, *geometry, "tf32x3"))
+        opcheck(file.conv_transposed_gate, (v, weight, None, None, x, *geometry, "tf32x3"))
 
 
 def window_conv(s: Setting) -> Iterator[Finding]:
@@ -348,9 +350,10 @@ CASES: dict[str, Callable[[Setting], Iterator[Finding]]] = {
 
 def main(arguments: list[str]) -> None:
     thorough = "--all" in arguments
+    device = "cuda" if "--device=cuda" in arguments else "cpu"
     for name in [a for a in arguments if not a.startswith("--")] or list(CASES):
         for dtype in (torch.float32, torch.float16):
-            setting = Setting(dtype, thorough=thorough, opcheck=dtype == torch.float32)
+            setting = Setting(dtype, device, thorough, opcheck=dtype == torch.float32)
             for finding in CASES[name](setting):
                 line = {"kernel": name, "dtype": str(dtype), **asdict(finding)}
                 print(json.dumps(line), flush=True)

@@ -44,13 +44,13 @@ def convolution(dtype: torch.dtype, precision: str = "tf32") -> Launch:
 def transposed(dtype: torch.dtype, precision: str = "tf32") -> Launch:
     x, weight, g = image(dtype, 4, 64, 28, 28), image(dtype, 128, 64, 3, 3), image(dtype, 4, 128, 28, 28)
     bits = image(torch.int32, 4, 2, 28, 28)
-    return conv_transposed_gate.plan_conv_transposed_gate(g, weight, bits, x, x, *ONE, 1, precision)
+    return conv_transposed_gate.plan_conv_transposed_gate(g, weight, x, bits, x, x, *ONE, 1, precision)
 
 
 def strided(dtype: torch.dtype, precision: str = "tf32") -> Launch:
     x, weight, g = image(dtype, 4, 64, 28, 28), image(dtype, 128, 64, 3, 3), image(dtype, 4, 128, 14, 14)
     bits = image(torch.int32, 4, 2, 28, 28)
-    return conv_transposed_gate.plan_conv_transposed_gate(g, weight, bits, None, x, [2, 2], [1, 1], [1, 1], 1, precision)
+    return conv_transposed_gate.plan_conv_transposed_gate(g, weight, x, bits, None, x, [2, 2], [1, 1], [1, 1], 1, precision)
 
 
 def windows(dtype: torch.dtype, precision: str = "tf32") -> Launch:
@@ -129,7 +129,7 @@ def source(launch: Launch, config: Any) -> ASTSource:
 
 
 def check(launch: Launch, config: Any, chip: int, tmp_path: Path, product: bool) -> None:
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.maxnreg}
     built = triton.compile(source(launch, config), target=GPUTarget("cuda", chip, 32), options=options)
     where = f"{launch.kernel.__name__}, {config}, sm_{chip}"
     assert built.metadata.shared <= SHARED[chip], f"{where}: {built.metadata.shared} bytes of shared memory"

@@ -1,11 +1,12 @@
 """Transposed convolution of relevance with what follows it in the same pass: the gate of the activation below, or the input.
 
-``G'[n] = conv_transposed(G[n], K) * [bit] * f[n mod B]``: a step of the transposed pass from layer to layer reads the ReLU's
-bits (:mod:`frpc_kernels.gate`), the last one multiplies by the input ``f = x``. Positions of one residue modulo the stride meet
+``G'[n] = (conv_transposed(G[n], K) + D[n]) * [bit] * f[n mod B]``: a step of the transposed pass from layer to layer adds what
+comes down a residual connection, reads the ReLU's bits (:mod:`frpc_kernels.gate`), and multiplies by a coefficient; the last one
+multiplies by the input ``f = x``. Positions of one residue modulo the stride meet
 the same taps, so they share a program and no product is spent on taps that fall between positions.
 
 Shapes: G ``[K B, O, H', W']``, columns before samples; K ``[O, C/G, kh, kw]``; bits ``[B, ceil(C / 32), H, W]``; f
-``[B, C, H, W]``; the result ``[K B, C, H, W]`` is channels-last whatever the operands are.
+``[B, C, H, W]``; D ``[K B, C, H, W]``; the result, of the same size, is channels-last whatever the operands are.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ __all__ = [
     "supports",
 ]
 
+_REGISTERS = 168  # else ptxas spills a few bytes to fit one more block on a processor
 CONFIGS = (
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32}, num_warps=4, num_stages=3),  # down to three colours
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=4),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=4, maxnreg=_REGISTERS),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
 )
@@ -55,12 +57,12 @@ def _first_tap(phase, K: tl.constexpr, T: tl.constexpr, P: tl.constexpr, D: tl.c
 
 @triton.jit
 def conv_transposed_gate_kernel(
-    g, weight, bits, factor, out,
+    g, weight, addend, bits, factor, out,
     M, C, O, H, W, HI, WI, HP, WP, samples,
-    g_n, g_c, g_h, g_w, w_o, w_c, w_a, w_b, m_b, m_c, m_h, m_w, f_b, f_c, f_h, f_w, o_n, o_c, o_h, o_w,
+    g_n, g_c, g_h, g_w, w_o, w_c, w_a, w_b, d_n, d_c, d_h, d_w, m_b, m_c, m_h, m_w, f_b, f_c, f_h, f_w, o_n, o_c, o_h, o_w,
     KH: tl.constexpr, KW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    HAS_BITS: tl.constexpr, HAS_FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ADDEND: tl.constexpr, HAS_BITS: tl.constexpr, HAS_FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(C, BLOCK_N)
@@ -99,6 +101,9 @@ def conv_transposed_gate_kernel(
     channel = group * C + c
     inside = present[:, None] & (c < C)[None, :]
     b64 = (n % samples).to(tl.int64)
+    if HAS_ADDEND:
+        at = addend + (n.to(tl.int64) * d_n + h * d_h + w * d_w)[:, None] + (channel * d_c)[None, :]
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BITS:
         at = bits + (b64 * m_b + h * m_h + w * m_w)[:, None] + ((channel // 32) * m_c)[None, :]
         packed = tl.load(at, mask=inside, other=0)
@@ -117,9 +122,9 @@ _TUNED = {
 }
 
 
-def supports(g: Tensor, weight: Tensor, factor: Tensor | None, groups: int) -> str | None:
+def supports(g: Tensor, weight: Tensor, addend: Tensor | None, factor: Tensor | None, groups: int) -> str | None:
     """Says why the kernel declines, or None where it takes the operands."""
-    reason = cannot_compute(g, weight, factor, rank=(4,))
+    reason = cannot_compute(g, weight, addend, factor, rank=(4,))
     if reason is None and groups > 1 and min(int(weight.shape[1]), int(weight.shape[0]) // groups) < _NARROW:
         reason = f"{groups} groups of {int(weight.shape[1])} channels: most of a matrix product would be padding"
     return reason
@@ -128,6 +133,7 @@ def supports(g: Tensor, weight: Tensor, factor: Tensor | None, groups: int) -> s
 def plan_conv_transposed_gate(
     g: Tensor,
     weight: Tensor,
+    addend: Tensor | None,
     bits: Tensor | None,
     factor: Tensor | None,
     out: Tensor,
@@ -143,23 +149,30 @@ def plan_conv_transposed_gate(
     hp, wp = cdiv(height, stride[0]), cdiv(width, stride[1])
     mask = torch.empty([1, 1, 1, 1], dtype=torch.int32, device=g.device) if bits is None else bits
     times = g if factor is None else factor
+    more = g if addend is None else addend
     samples = {int(x.shape[0]) for x in (bits, factor) if x is not None}
     if len(samples) > 1:
         raise ValueError(
             f"bits and factor are of {' and '.join(map(str, sorted(samples)))} samples; both belong to the same ones"
         )
-    arguments: dict[str, Any] = {"g": g, "weight": weight, "bits": mask, "factor": times, "out": out}
+    arguments: dict[str, Any] = {"g": g, "weight": weight, "addend": more, "bits": mask, "factor": times, "out": out}
     arguments |= {"M": count * hp * wp, "C": channels, "O": outputs, "H": height, "W": width}
     arguments |= {"HI": g.shape[2], "WI": g.shape[3], "HP": hp, "WP": wp, "samples": samples.pop() if samples else count}
     arguments |= dict(zip(("g_n", "g_c", "g_h", "g_w"), g.stride(), strict=True))
     arguments |= dict(zip(("w_o", "w_c", "w_a", "w_b"), weight.stride(), strict=True))
+    arguments |= dict(zip(("d_n", "d_c", "d_h", "d_w"), more.stride(), strict=True))
     arguments |= dict(zip(("m_b", "m_c", "m_h", "m_w"), mask.stride(), strict=True))
     arguments |= dict(zip(("f_b", "f_c", "f_h", "f_w"), times.stride(), strict=True))
     arguments |= dict(zip(("o_n", "o_c", "o_h", "o_w"), out.stride(), strict=True))
     arguments |= {"KH": weight.shape[2], "KW": weight.shape[3], "TH": stride[0], "TW": stride[1]}
     arguments |= {"PH": padding[0], "PW": padding[1], "DH": dilation[0], "DW": dilation[1]}
     arguments |= {f"STEP_{axis}": t // math.gcd(t, d) for axis, t, d in zip("HW", stride, dilation, strict=True)}
-    arguments |= {"HAS_BITS": bits is not None, "HAS_FACTOR": factor is not None, "PRECISION": precision}
+    arguments |= {
+        "HAS_ADDEND": addend is not None,
+        "HAS_BITS": bits is not None,
+        "HAS_FACTOR": factor is not None,
+        "PRECISION": precision,
+    }
 
     def grid(meta: Any) -> tuple[int, ...]:
         return cdiv(count * hp * wp, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), stride[0] * stride[1], groups
@@ -173,6 +186,7 @@ def plan_conv_transposed_gate(
 def conv_transposed_gate(
     g: Tensor,
     weight: Tensor,
+    addend: Tensor | None,
     bits: Tensor | None,
     factor: Tensor | None,
     stride: list[int],
@@ -182,7 +196,7 @@ def conv_transposed_gate(
     groups: int,
     precision: str,
 ) -> Tensor:
-    """``conv_transposed(G, K) * [bit] * f``. One launch.
+    """``(conv_transposed(G, K) + D) * [bit] * f``. One launch.
 
     Args:
         precision: of products in float32: ``tf32x3``, about as exact as float32, or ``tf32``.
@@ -191,7 +205,7 @@ def conv_transposed_gate(
         raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     out = _result(g, weight, stride, padding, output_padding, dilation, groups)
     if out.numel():
-        plan_conv_transposed_gate(g, weight, bits, factor, out, stride, padding, dilation, groups, precision).run()
+        plan_conv_transposed_gate(g, weight, addend, bits, factor, out, stride, padding, dilation, groups, precision).run()
     return out
 
 
@@ -216,6 +230,7 @@ def _result(
 def _(
     g: Tensor,
     weight: Tensor,
+    addend: Tensor | None,
     bits: Tensor | None,
     factor: Tensor | None,
     stride: list[int],
@@ -231,6 +246,7 @@ def _(
 def conv_transposed_gate_reference(
     g: Tensor,
     weight: Tensor,
+    addend: Tensor | None,
     bits: Tensor | None,
     factor: Tensor | None,
     stride: list[int],
@@ -255,6 +271,7 @@ def conv_transposed_gate_reference(
                     places = frame[:, :, row, left : left + (g.shape[3] - 1) * stride[1] + 1 : stride[1]]
                     places += part[:, :, i, : places.shape[-1]]
     out = frame[:, :, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+    out = out if addend is None else out + addend.double()
     if bits is not None:
         out = torch.where(unpack(bits, channels).repeat(count // int(bits.shape[0]), 1, 1, 1), out, 0.0)
     return out if factor is None else out * factor.double().repeat(count // int(factor.shape[0]), 1, 1, 1)

@@ -1,0 +1,182 @@
+"""What the kernels replace: patterns of ATen operators in an optimized program, found from one node of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+
+from frpc.graph import RESHAPES
+
+__all__ = [
+    "gate_readers",
+    "is_convolution",
+    "is_sample_of",
+    "made_by",
+    "normal_cdfs",
+    "operands",
+    "pool_arguments",
+    "pulls_of",
+    "readers_of",
+    "reshape_sizes",
+    "scales_of",
+    "scatters",
+    "sigmoids",
+    "split_sum",
+]
+
+aten = torch.ops.aten
+
+
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """What an operator takes, by position."""
+    return node.args
+
+
+def reshape_sizes(view: fx.Node) -> Any:
+    """What ``reshape`` takes to do what a view does."""
+    if view.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+        return operands(view)[1]
+    return [int(n) for n in view.meta["val"].shape]
+
+
+def made_by(v: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The operator behind v, or None where others read it too, and the views between them, the first one first."""
+    views: list[fx.Node] = []
+    if not isinstance(v, fx.Node):
+        return None, views
+    while v.target in RESHAPES and len(v.users) == 1:
+        views.insert(0, v)
+        v = operands(v)[0]
+    return (v, views) if len(v.users) == 1 else (None, [])
+
+
+def split_sum(v: fx.Node | None) -> list[tuple[fx.Node, fx.Node]]:
+    """Both ways to see a sum of two values of the same size: ``(one, the other)``; none for other nodes."""
+    if v is None or v.target not in (aten.add.Tensor, aten.add_.Tensor) or v.kwargs or len(operands(v)) != 2:
+        return []
+    a, b = operands(v)
+    alike = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
+    alike = alike and isinstance(b.meta["val"], torch.Tensor) and a.meta["val"].shape == b.meta["val"].shape
+    return [(a, b), (b, a)] if alike else []
+
+
+def is_convolution(node: fx.Node | None, *, transposed: bool) -> TypeGuard[fx.Node]:
+    """Says whether a node is a convolution of this kind."""
+    return node is not None and node.target is aten.convolution.default and bool(operands(node)[6]) is transposed
+
+
+def is_sample_of(base: fx.Node | None, factor: Any) -> bool:
+    """Says whether ``factor`` is ``[B, C, H, W]`` where ``base`` is ``[K B, C, H, W]``."""
+    if base is None or not isinstance(factor, fx.Node):
+        return False
+    mine, other = base.meta["val"], factor.meta.get("val")
+    return isinstance(other, torch.Tensor) and other.dim() == mine.dim() == 4 and other.shape[1:] == mine.shape[1:]
+
+
+def pool_arguments(pool: fx.Node) -> tuple[Any, ...]:
+    """``(x, kernel, stride, padding, dilation, ceil_mode)`` of max pooling, with what was left out."""
+    x, kernel, stride, padding, dilation, ceil = (*operands(pool), None, None, None, None)[:6]
+    kernel = _pair(kernel)
+    return x, kernel, _pair(stride) or kernel, _pair(padding) or [0, 0], _pair(dilation) or [1, 1], bool(ceil)
+
+
+def _pair(value: Any) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value or [])
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a value, through views and repetition."""
+    for user in node.users:
+        if user.target in RESHAPES or user.target is aten.expand.default:
+            yield from readers_of(user)
+        else:
+            yield user
+
+
+def scatters(node: fx.Node, pool: fx.Node) -> bool:
+    """``zeros.scatter_add(-1, winners, v.flatten(-2))`` with v like the pooled value, or columns of it."""
+    if node.target is not aten.scatter_add.default or operands(node)[1] != -1:
+        return False
+    zeros, _, _, flattened = operands(node)
+    v = operands(flattened)[0] if isinstance(flattened, fx.Node) and flattened.target in RESHAPES else None
+    if not isinstance(v, fx.Node) or "zeros" not in str(getattr(zeros, "target", "")):
+        return False
+    value, pooled = v.meta["val"], pool.meta["val"][0]
+    return value.dim() in (4, 5) and value.shape[-3:] == pooled.shape[-3:]
+
+
+def gate_readers(relu: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What is gated by a ReLU, ``(multiply, operand)``."""
+    shape = relu.meta["val"].shape[1:]
+    for user in relu.users:
+        if user.target is aten.threshold_backward.default and operands(user)[1] is relu and operands(user)[2] == 0:
+            yield user, operands(user)[0]
+        elif user.target is aten.gt.Scalar and operands(user)[1] == 0:
+            for product in user.users:
+                v = operands(product)[0] if operands(product)[1] is user else operands(product)[1]
+                value = v.meta.get("val") if isinstance(v, fx.Node) and product.target is aten.mul.Tensor else None
+                if isinstance(value, torch.Tensor) and value.dtype != torch.bool and value.shape[-len(shape) :] == shape:
+                    yield product, v
+
+
+def sigmoids(z: fx.Node) -> Iterator[fx.Node]:
+    yield from (user for user in z.users if user.target is aten.sigmoid.default)
+
+
+def normal_cdfs(z: fx.Node) -> Iterator[fx.Node]:
+    """``0.5 * (1 + erf(z * sqrt 1/2))``."""
+    for scaled in z.users:
+        if scaled.target is aten.mul.Scalar and abs(float(operands(scaled)[1]) - 0.5**0.5) < 1e-12:
+            yield from _follow(scaled, (aten.erf.default, None), (aten.add.Scalar, 1), (aten.mul.Scalar, 0.5))
+
+
+def _follow(node: fx.Node, *steps: tuple[Any, Any]) -> Iterator[fx.Node]:
+    """Ends of chains of operators from a node, each with the number it takes."""
+    if not steps:
+        yield node
+        return
+    (target, number), *rest = steps
+    for user in node.users:
+        if user.target is target and (number is None or operands(user)[1] == number):
+            yield from _follow(user, *rest)
+
+
+def scales_of(x: fx.Node, eps: float) -> Iterator[fx.Node]:
+    """``1 / sqrt(var(x) + eps)`` over the last dimension."""
+    for reader in readers_of(x):
+        if reader.target is not aten.var.correction or reader.kwargs.get("correction") != 0 or not reader.kwargs.get("keepdim"):
+            continue
+        value, axes = operands(reader)[:2]
+        if axes in ([-1], [value.meta["val"].dim() - 1]):
+            yield from _follow(reader, (aten.add.Tensor, eps), (aten.rsqrt.default, None))
+
+
+def pulls_of(scale: fx.Node, gamma: fx.Node | None) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """``u - mean(u)`` with ``u = v (scale gamma)``: ``(difference, v)``."""
+    coefficients = (
+        [scale] if gamma is None else [m for m in readers_of(scale) if m.target is aten.mul.Tensor and gamma in operands(m)]
+    )
+    for coefficient in coefficients:
+        for product in readers_of(coefficient):
+            if product.target is not aten.mul.Tensor:
+                continue
+            v = next((a for a in operands(product) if isinstance(a, fx.Node) and coefficient not in _behind(a)), None)
+            for centred in readers_of(product):
+                if v is not None and centred.target is aten.sub.Tensor and _is_mean(operands(centred)[1], operands(centred)[0]):
+                    yield centred, v
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """A value and what it is a view of."""
+    yield node
+    while node.target in RESHAPES:
+        node = operands(node)[0]
+        yield node
+
+
+def _is_mean(node: Any, of: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.mean.dim and operands(node) == (of, [-1], True)
