@@ -267,18 +267,20 @@ def _named(traced: fx.GraphModule, constants: Mapping[str, Any], inputs: Sequenc
     return fx.GraphModule(root, graph, class_name="Program")
 
 
-def only_aten(graph_module: fx.GraphModule, model: fx.GraphModule) -> list[str]:
+def only_aten(graph_module: fx.GraphModule, model: fx.GraphModule, beside: Sequence[OpOverload] = ()) -> list[str]:
     """Returns the calls that are no ATen operators, none of the model's own and no arithmetic on sizes; empty for every program.
 
     Args:
         graph_module: an emitted program.
         model: the captured graph, in which operators registered with ``torch.library`` stay whole.
+        beside: other operators that it may hold: those lowering puts in.
     """
     own = {n.target for n in model.graph.nodes if isinstance(n.target, OpOverload)}
     arithmetic = (operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod)
+    known = (*arithmetic, *own, *beside)
     return [
         str(n.target)
         for n in graph_module.graph.nodes
         if n.op in ("call_module", "call_method")
-        or (n.op == "call_function" and n.target not in (*arithmetic, *own) and getattr(n.target, "namespace", "") != "aten")
+        or (n.op == "call_function" and n.target not in known and getattr(n.target, "namespace", "") != "aten")
     ]

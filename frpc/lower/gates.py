@@ -1,0 +1,58 @@
+"""Gates of ReLUs as bytes: one byte an element is kept for the way back in place of the activation's four."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from frpc.lower.refusal import Refusal
+
+__all__ = ["byte_gates"]
+
+aten = torch.ops.aten
+RELUS = (aten.relu.default, aten.relu_.default)
+
+
+def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``threshold_backward(v, r, 0), v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``.
+
+    The bytes are made right behind the ReLU, while r is in the cache, and r may go as soon as the next layer has read it. The
+    result of a ReLU is above 0 just where it is not 0, which is what a cast to bool asks; unsigned bytes multiply in one pass.
+
+    Exact when: v is finite; 0 times an infinite v is NaN.
+    """
+    graph = graph_module.graph
+    masks: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.threshold_backward.default and _is_rectified(node.args[1]) and node.args[2] == 0:
+            gated, rectified = node.args[0], node.args[1]
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mul.Tensor, (gated, _mask(graph, rectified, masks)))
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
+        elif node.target is aten.gt.Scalar and _is_rectified(node.args[0]) and node.args[1] == 0:
+            for user in list(node.users):
+                if user.target is aten.mul.Tensor and user.args[0] is not node:
+                    user.args = (user.args[0], _mask(graph, node.args[0], masks))
+    graph.eliminate_dead_code()
+    return []
+
+
+def _is_rectified(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target in RELUS
+
+
+def _mask(graph: fx.Graph, rectified: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The bytes of a ReLU's result, made once."""
+    if rectified not in known:
+        with graph.inserting_after(rectified):
+            holds = graph.call_function(aten._to_copy.default, (rectified,), {"dtype": torch.bool})
+        with graph.inserting_after(holds):
+            known[rectified] = graph.call_function(aten.view.dtype, (holds, torch.uint8))
+        value = rectified.meta.get("val")
+        for made, dtype in ((holds, torch.bool), (known[rectified], torch.uint8)):
+            made.meta = {**rectified.meta, "val": None if value is None else value.to(dtype), "phase": "rule"}
+    return known[rectified]

@@ -1,0 +1,151 @@
+"""Memory: when values are made, which are overwritten, and what may be a view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from frpc.lower.refusal import Refusal
+
+__all__ = ["early_coefficients", "free_views", "reuse_memory"]
+
+aten = torch.ops.aten
+
+
+def free_views(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``view(x) -> reshape(x)``: in channels-last order a view may need a copy, and reshape makes it where it does."""
+    for node in graph_module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    return []
+
+
+def early_coefficients(graph_module: fx.GraphModule) -> list[Refusal]:
+    """Moves what rules compute from values alone to where the last of those values is made.
+
+    Values are then in the cache, and one coefficient for each layer is kept for the way back in place of all it is made of.
+    """
+    graph = graph_module.graph
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    late = set(graph.find_nodes(op="placeholder")[-1:])  # the seed: the way back starts there
+    for node in list(graph.nodes):
+        sources = node.all_input_nodes
+        if node in late or any(s in late for s in sources):
+            late.add(node)
+        elif node.op == "call_function" and node.meta.get("phase") == "rule" and sources:
+            last = max(sources, key=lambda n: order[n])
+            if last.op == "call_function" and last.next is not node:
+                last.append(node)
+                order = {n: position for position, n in enumerate(graph.nodes)}
+    return []
+
+
+_IN_PLACE: dict[Any, Any] = {
+    aten.relu.default: aten.relu_.default,
+    aten.abs.default: aten.abs_.default,
+    aten.neg.default: aten.neg_.default,
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.tanh.default: aten.tanh_.default,
+}
+_COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
+_WHOLE_VIEWS = (  # every element of what they look at, once
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+
+
+def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``f(x) -> f_(x)`` where x is memory that nobody reads later: no new memory is touched, which costs more than the work."""
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    memory = Memory(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        if node.target is aten.threshold_backward.default and not node.kwargs:
+            if memory.ends_at(node.args[0], node, order):
+                node.target, node.kwargs = aten.threshold_backward.grad_input, {"grad_input": node.args[0]}
+                memory.merge(node, node.args[0])
+            continue
+        if node.target not in _IN_PLACE or node.kwargs:
+            continue
+        if not memory.ends_at(node.args[0], node, order):
+            if node.target not in _COMMUTE or not memory.ends_at(node.args[1], node, order):
+                continue
+            node.args = (node.args[1], node.args[0])
+        node.target = _IN_PLACE[node.target]
+        memory.merge(node, node.args[0])
+    return []
+
+
+class Memory:
+    """Which values share memory, and which of them own it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._owner: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._sharing: dict[fx.Node, set[fx.Node]] = {}
+        for node in graph.nodes:
+            shared = [x for x in node.all_input_nodes if not _is_fresh(node)]
+            owners = frozenset(o for x in shared for o in self._owner[x]) or frozenset([node])
+            self._owner[node] = owners
+            for owner in owners:
+                self._sharing.setdefault(owner, set()).add(node)
+
+    def merge(self, node: fx.Node, into: fx.Node) -> None:
+        """Notes that a result is written where another value was."""
+        (own,) = self._owner[node]
+        (owner,) = self._owner[into]
+        if own is not owner:
+            moved = self._sharing.pop(own)
+            self._sharing[owner] |= moved
+            for member in moved:
+                self._owner[member] = self._owner[member] - {own} | {owner}
+
+    def ends_at(self, x: Any, reader: fx.Node, order: dict[fx.Node, int]) -> bool:
+        """Says whether x is memory of the program's own, whole, that ``reader`` reads once and last, and its result fits in."""
+        if not isinstance(x, fx.Node) or list(reader.args).count(x) != 1 or not _fits(x, reader):
+            return False
+        if not _writable(x) or len(self._owner[x]) != 1:
+            return False
+        (owner,) = self._owner[x]
+        if owner.op != "call_function" or any(y in self._sharing[owner] for y in reader.all_input_nodes if y is not x):
+            return False
+        users = {user for member in self._sharing[owner] for user in member.users}
+        return all(order[user] <= order[reader] for user in users)
+
+
+def _writable(x: fx.Node) -> bool:
+    """Says whether no two elements of x are one: fresh memory, seen through whole views."""
+    while x.target in _WHOLE_VIEWS and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x.op == "call_function" and (_is_fresh(x) or x.target in _IN_PLACE.values())
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Says whether a call's result is memory of its own, by the operator's signature."""
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn"):
+        return node.op != "call_function"
+    if op in _WHOLE_VIEWS:
+        return False  # _unsafe_view shares memory and does not say so
+    if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd) and not op.is_view:
+        return False  # made of other operators: it may return what it was given
+    return all(result.alias_info is None for result in op._schema.returns)
+
+
+def _fits(x: fx.Node, reader: fx.Node) -> bool:
+    here, there = x.meta.get("val"), reader.meta.get("val")
+    if not isinstance(here, Tensor) or not isinstance(there, Tensor) or here.dtype != there.dtype:
+        return False
+    return here.dim() == there.dim() and all(str(a) == str(b) for a, b in zip(here.shape, there.shape, strict=True))
