@@ -26,6 +26,7 @@ METHODS = {
     "frp": frpc.rules.FRP,
     "lrp-epsilon": frpc.rules.LRP,
     "epsilon-plus": frpc.rules.EpsilonPlus,
+    "attn-lrp": frpc.rules.AttnLRP,
     "lid": frpc.rules.LID,
     "grad-cam": lambda: frpc.rules.Gradient(times_input=False),
 }
@@ -87,7 +88,15 @@ def explainer_of(net: str, method: str) -> tuple[Explainer, tuple[Tensor, ...]]:
     return explainer, tuple(example.values()) if isinstance(example, dict) else example
 
 
-CELLS = [(net, method) for net in (*SIZES, *OTHERS) for method in METHODS if method != "grad-cam" or net in CAMS]
+ATTENTION = ("vit", "bert")  # LRP shares out through weights, and has no rule for products of values; AttnLRP has one
+CELLS = [
+    (net, method)
+    for net in (*SIZES, *OTHERS)
+    for method in METHODS
+    if (method != "grad-cam" or net in CAMS)
+    and not (net in ATTENTION and method in ("lrp-epsilon", "epsilon-plus"))
+    and (method != "attn-lrp" or net in ATTENTION)
+]
 
 
 def check(report: Report, method: str) -> None:

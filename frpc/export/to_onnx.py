@@ -59,12 +59,15 @@ def onnx(
 
 
 def _translated(program: ExportedProgram, signature: Signature) -> Any:
-    """Translates a traced program; that of a layer is long, and is left for the runtime to simplify."""
+    """Translates a traced program.
+
+    The exporter's own rewriting takes longer than all else for long programs, and runtimes simplify what they load anyway.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecated calls
         try:
             made = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, verbose=False, optimize=not signature.question.layer,
+                program, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                 input_names=list(signature.names), output_names=list(signature.outputs), dynamic_shapes=signature.free,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
