@@ -10,7 +10,7 @@ from torch import fx
 from frpc.assign import Assignment
 from frpc.graph import describe, origin_of
 
-__all__ = ["code", "columns", "comment", "rule_table", "source"]
+__all__ = ["code", "columns", "comment", "place", "rule_name", "rule_table"]
 
 _ASSIGNMENT = re.compile(r"^(\s+)(\w+)(?:: [^=]+)? = (.*)$")
 
@@ -49,23 +49,23 @@ _SECTIONS = {
 
 def comment(node: fx.Node, rules: Mapping[str, str]) -> str:
     """Says what a node gives, where it comes from and by which rule."""
-    return " | ".join([describe(node.meta.get("val")), *filter(None, [source(node, rules)])])
+    rule = rule_name(node, rules) if node.meta.get("phase") != "value" else ""
+    parts = [describe(node.meta.get("val")), place(node), f"rule {rule}" if rule else ""]
+    return " | ".join(part for part in parts if part)
 
 
-def source(node: fx.Node, rules: Mapping[str, str]) -> str:
-    """Says where a node comes from and by which rule; programs read from a file bring that text with them."""
-    if "source" in node.meta:
-        return str(node.meta["source"])
+def place(node: fx.Node) -> str:
+    """Says where a node comes from; programs read from a file bring the text with them."""
+    if "place" in node.meta:
+        return str(node.meta["place"])
     origin = origin_of(node)
-    parts = []
-    if node.op == "get_attr" and "constant" in node.meta:
-        parts.append(str(node.meta["constant"]))
-    if origin.file:
-        parts.append(f"{origin.module} {origin.where}".strip())
-    rule = rules.get(node.meta.get("of", ""))
-    if rule and node.meta.get("phase") != "value":
-        parts.append(f"rule {rule}")
-    return " | ".join(parts)
+    parts = [str(node.meta["constant"])] if node.op == "get_attr" and "constant" in node.meta else []
+    return " | ".join([*parts, f"{origin.module} {origin.where}".strip()] if origin.file else parts)
+
+
+def rule_name(node: fx.Node, rules: Mapping[str, str]) -> str:
+    """The name of the rule that a node works for, or of whose operand; nothing where there is none."""
+    return str(node.meta["rule"]) if "rule" in node.meta else rules.get(node.meta.get("of", ""), "")
 
 
 def rule_table(assignment: Assignment) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frpc.programfile.container import checksum
-from frpc.programfile.operators import DTYPES, MOVEMENT, OPERATORS, aten_operator
+from frpc.programfile.operators import COMPUTING, DTYPES, MOVEMENT, aten_operator
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 
 __all__ = ["Entry", "Ref", "called", "check_calls", "computed", "originals", "read_entries", "write_entries"]
@@ -143,9 +143,7 @@ def _read_entry(raw: Any, known: Mapping[str, Entry], device: torch.device, own_
 
 def _allowed(op: str, own_weights: bool) -> bool:
     """Says whether constants may be computed by an operator: by movement, from a model's tensors also in other ways."""
-    if own_weights or op in MOVEMENT:
-        return op in MOVEMENT
-    return op in OPERATORS and not aten_operator(op)._schema.is_mutable
+    return op in (MOVEMENT if own_weights else COMPUTING)
 
 
 def check_calls(entries: Sequence[Entry]) -> None:

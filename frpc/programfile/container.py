@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +49,7 @@ def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
         raise ProgramFileError(
             f"The programs take {len(text) / 2**20:.0f} MiB as text, and a file holds {_LARGEST_DOCUMENT >> 20}: save fewer."
         )
-    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    kept = _apart({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     metadata = {_FORMAT: str(FORMAT), _DOCUMENT: text, _CHECKSUM: _digest(text, kept)}
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -63,6 +62,16 @@ def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
         unfinished.unlink(missing_ok=True)
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors that share memory with another: safetensors takes none that do."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return found
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a program file's document and tensors.
 
@@ -72,19 +81,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     if not path.is_file():
         raise fail(path, "there is no such file" if not path.exists() else "it is no regular file", "Check the path.")
-    content = path.read_bytes()
-    metadata = _metadata(path, content)
-    if metadata.get(_FORMAT) != str(FORMAT):
-        found = metadata.get(_FORMAT)
-        what = "it was not written by frpc" if found is None else f"it has format {found[:20]!r}, this frpc reads {FORMAT}"
-        raise fail(path, what, "Save it anew with this version's explainer.save().")
-    text = metadata.get(_DOCUMENT, "")
-    if len(text) > _LARGEST_DOCUMENT:
-        raise fail(path, f"its program takes {len(text)} characters, more than {_LARGEST_DOCUMENT}")
+    _check_size(path)
     try:
-        tensors = load_bytes(content)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
-        raise fail(path, f"its tensors cannot be read ({_short(error)})") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            text = _text(path, metadata)
+            # A copy: not mapped to a file that may change, and where libraries like their operands to begin.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError, AttributeError) as error:
+        raise fail(path, f"it cannot be read ({_short(error)})") from error
     if _digest(text, tensors) != metadata.get(_CHECKSUM):
         raise fail(path, "its contents are not what its checksum says, so it was damaged or changed")
     document = _parsed(path, text)
@@ -93,29 +98,38 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
-def _metadata(path: Path, content: bytes) -> dict[str, str]:
-    if len(content) < 8:
-        raise fail(path, f"it ends after {len(content)} bytes")
-    (size,) = struct.unpack("<Q", content[:8])
+def _check_size(path: Path) -> None:
+    """Refuses a file that ends in its header, or has too large a one, before anything is taken into memory."""
+    with path.open("rb") as file:
+        start, length = file.read(8), path.stat().st_size
+    if len(start) < 8:
+        raise fail(path, f"it ends after {len(start)} bytes")
+    (size,) = struct.unpack("<Q", start)
     if size > _LARGEST_HEADER:
         raise fail(path, f"it declares a header of {size} bytes, more than {_LARGEST_HEADER}")
-    if 8 + size > len(content):
-        raise fail(path, f"it ends after {len(content)} bytes, inside its header of {size}")
-    header = _parsed(path, content[8 : 8 + size])
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise fail(path, "its metadata are no strings")
-    return metadata
+    if 8 + size > length:
+        raise fail(path, f"it ends after {length} bytes, inside its header of {size}")
 
 
-def _parsed(path: Path, text: str | bytes) -> Any:
+def _text(path: Path, metadata: Mapping[str, str]) -> str:
+    found = metadata.get(_FORMAT)
+    if found != str(FORMAT):
+        what = "it was not written by frpc" if found is None else f"it has format {found[:20]!r}, this frpc reads {FORMAT}"
+        raise fail(path, what, "Save it anew with this version's explainer.save().")
+    text = metadata.get(_DOCUMENT, "")
+    if len(text) > _LARGEST_DOCUMENT:
+        raise fail(path, f"its program takes {len(text)} characters, more than {_LARGEST_DOCUMENT}")
+    return text
+
+
+def _parsed(path: Path, text: str) -> Any:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no JSON number")
 
     try:
         return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, and so is a number of 5000 digits
-        raise fail(path, f"its header is no JSON ({_short(error)})") from error
+    except (ValueError, RecursionError) as error:  # a ValueError, too: a number of 5000 digits
+        raise fail(path, f"its program is no JSON ({_short(error)})") from error
 
 
 def _short(error: Exception) -> str:

@@ -12,12 +12,12 @@ from torch import Tensor
 from frpc.lineage import Derived, Lineage, Literal, Original
 from frpc.programfile.constants import Entry, Ref, called, computed, originals
 from frpc.programfile.container import checksum
-from frpc.programfile.operators import DTYPES, MOVEMENT, OPERATORS
+from frpc.programfile.operators import COMPUTING, DTYPES, MOVEMENT
 from frpc.programfile.values import FaultError
 
 __all__ = ["Gathered", "gather"]
 
-_LAID_OUT = "aten.clone.default"
+_LAID_OUT, _TURNED = "aten.clone.default", "aten.permute.default"
 
 
 class Gathered:
@@ -126,14 +126,22 @@ class _Gathering:
             value = self.model[lineage.name]
             return self._enter(hint, value, model=lineage.name, sha256=checksum(value))
         value = lineage.value if isinstance(lineage, Literal) else self.values[self.number(_bare(lineage))]
-        name = self._enter(hint, value.detach().contiguous())
+        return self._store(value.detach(), hint)
+
+    def _store(self, value: Tensor, hint: str) -> str:
+        """Stores a tensor; one that lies in memory in another order of dimensions comes back in that order."""
+        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+        turned = not value.is_contiguous() and value.permute(order).is_contiguous()
+        name = self._enter(f"{hint}_turned" if turned else hint, value.permute(order) if turned else value.contiguous())
         self.found.stored[name] = self.examples[name]
-        return name
+        if not turned:
+            return name
+        return self._derive(_TURNED, [Ref(name), [order.index(d) for d in range(value.dim())]], {}, None, hint)
 
     def _computable(self, lineage: Derived) -> bool:
         """Says whether a value is computed when a file is read: with weights outside, from them; else from what is moved."""
         if self.model is not None:
-            return str(lineage.op) in OPERATORS and all(self._reachable(a) for a in _flat((lineage.args, lineage.kwargs)))
+            return str(lineage.op) in COMPUTING and all(self._reachable(a) for a in _flat((lineage.args, lineage.kwargs)))
         return str(lineage.op) in MOVEMENT and self._reachable(lineage.args[0])
 
     def _reachable(self, lineage: Lineage) -> bool:

@@ -11,7 +11,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from frpc import printing
 from frpc.graph import fetch
 from frpc.programfile.operators import ARITHMETIC, DTYPES, OPERATORS, operator_named
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
@@ -37,15 +38,13 @@ _TAKEN = {
 _KINDS = {"placeholder": "input", "get_attr": "constant", "output": "output"}
 
 
-def write_program(
-    program: fx.GraphModule, constants: Mapping[int, str], source: Callable[[fx.Node], str]
-) -> list[dict[str, Any]]:
+def write_program(program: fx.GraphModule, constants: Mapping[int, str], rules: Mapping[str, str]) -> list[dict[str, Any]]:
     """Writes a program's nodes as JSON.
 
     Args:
         program: a program before lowering.
         constants: names of its tensors, by identity.
-        source: where a node comes from, for comments in printed code.
+        rules: names of rules by node, for comments in printed code.
 
     Raises:
         FaultError: names every operator that the list does not have.
@@ -68,7 +67,8 @@ def write_program(
             entry["kwargs"] = {k: write_value(v, reference) for k, v in node.kwargs.items()}
         entry |= {"phase": node.meta["phase"]} if "phase" in node.meta else {}
         entry |= {"value": _written_value(node.meta.get("val"))} if node.op != "output" else {}
-        entry |= {"source": _line(source(node))} if node.op in ("call_function", "get_attr") else {}
+        for key, words in (("place", printing.place(node)), ("rule", printing.rule_name(node, rules))):
+            entry |= {key: _line(words)} if words and node.op in ("call_function", "get_attr") else {}
         written.append(entry)
     return written
 
@@ -171,7 +171,7 @@ class _Reader:
         return self.graph
 
     def _add(self, raw: Any, last: bool) -> None:
-        parts = record(raw, ("op", "name"), ("args", "kwargs", "constant", "phase", "source", "value"))
+        parts = record(raw, ("op", "name"), ("args", "kwargs", "constant", "phase", "place", "rule", "value"))
         op, name = parts["op"], self._name(parts["name"])
         if op == "input":
             node = self._input(name)
@@ -181,7 +181,7 @@ class _Reader:
             node = self._output(parts, last)
         else:
             node = self._call(op, parts, name)
-        node.meta.update({key: text(parts[key], 400) for key in ("phase", "source") if key in parts})
+        node.meta.update({key: text(parts[key], 400) for key in ("phase", "place", "rule") if key in parts})
         if "value" in parts:
             node.meta["value"] = _read_example(parts["value"])
         self.nodes.append(node)

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 __all__ = [
     "ARITHMETIC",
+    "COMPUTING",
     "DTYPES",
     "LAYOUTS",
     "MEMORY_FORMATS",
@@ -69,7 +70,7 @@ _upsample_bilinear2d_aa_backward.default _upsample_nearest_exact1d.default _upsa
 _upsample_nearest_exact2d.default _upsample_nearest_exact2d_backward.default _upsample_nearest_exact3d.default
 _upsample_nearest_exact3d_backward.default adaptive_max_pool2d.default adaptive_max_pool2d_backward.default
 adaptive_max_pool3d.default adaptive_max_pool3d_backward.default avg_pool2d.default avg_pool2d_backward.default
-avg_pool3d.default avg_pool3d_backward.default embedding.default fractional_max_pool2d.default grid_sampler_2d.default
+avg_pool3d.default avg_pool3d_backward.default embedding.default grid_sampler_2d.default
 grid_sampler_2d_backward.default grid_sampler_3d.default grid_sampler_3d_backward.default max_pool2d_with_indices.default
 max_pool2d_with_indices_backward.default max_pool3d_with_indices.default max_pool3d_with_indices_backward.default
 max_unpool2d.default max_unpool3d.default native_group_norm.default native_layer_norm.default upsample_bicubic2d.default
@@ -116,6 +117,14 @@ _GROUPS = (
 
 MOVEMENT: frozenset[str] = frozenset(f"aten.{name}" for name in _MOVEMENT.split())
 """Operators that only move the elements of one tensor: the ones by which a file's own tensors are laid out for a program."""
+
+COMPUTING: frozenset[str] = frozenset(
+    f"aten.{name}"
+    for group in (_ONE_TENSOR, _SEVERAL_TENSORS, _PRODUCTS, _REDUCTIONS, _MOVEMENT, _PLACES)
+    for name in group.split()
+    if not name.startswith("convolution.")
+)
+"""Operators by which constants are computed from the weights of a model when a file is read."""
 
 ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     f"operator.{function.__name__}": function

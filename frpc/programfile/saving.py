@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from frpc import printing
 from frpc.capture import InputSpec
 from frpc.errors import OptionError, ProgramFileError
 from frpc.graph import describe
@@ -122,5 +121,5 @@ def _program(which: int, compiled: Compiled, gathered: Gathered) -> dict[str, An
         "signature": which,
         "question": write_question(question),
         "references": [[gathered.names[id(value)] for value in others] for others in compiled.references],
-        "nodes": write_program(compiled.portable, gathered.names, lambda n: printing.source(n, rules)),
+        "nodes": write_program(compiled.portable, gathered.names, rules),
     }

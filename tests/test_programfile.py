@@ -1,0 +1,562 @@
+"""Explainers in files: what is loaded answers what was saved, bit by bit; what is no such file is refused, and runs nothing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import frpc
+from families import net as family_net
+from frpc.errors import InputError, OptionError, OutputFolderError, ProgramFileError, ShapeError
+from frpc.programfile import container
+from frpc.programfile.operators import ARITHMETIC, COMPUTING, OPERATORS, aten_operator
+
+K = torch.tensor([[1, 2, 0], [3, 0, 1]])
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Convolutions of both strides, batch norm, a residual, a pool, a constant of its own, for `[B, 3, 8, 8]`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+            self.down = nn.Conv2d(6, 6, 3, stride=2, padding=1)
+            self.pool = nn.MaxPool2d(2)
+            self.head = nn.Linear(24, 4)
+            for name, value in self.named_buffers():
+                if value.is_floating_point():
+                    value.uniform_(0.5, 2.0) if "var" in name else value.normal_()
+        self.register_buffer("tilt", torch.linspace(-1, 1, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.down(x) + x[:, :, ::2, ::2])
+        return self.head(self.pool(x).flatten(1)) + self.tilt
+
+
+@cache
+def net() -> Net:
+    return Net().double().eval()
+
+
+X = randn(2, 3, 8, 8)
+
+
+@cache
+def explainer() -> frpc.Explainer:
+    return frpc.compile(net(), (X,))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return explainer().save(tmp_path_factory.mktemp("files") / "net.frpc")
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Path) -> frpc.LoadedExplainer:
+    return frpc.load(saved)
+
+
+def same(one: frpc.Explanation, other: frpc.Explanation) -> bool:
+    """Equal bit by bit, and of the same shapes."""
+    pairs = [(one.output, other.output), (one.bias, other.bias)]
+    several = isinstance(one.relevance, tuple)
+    pairs += list(zip(one.relevance, other.relevance, strict=True)) if several else [(one.relevance, other.relevance)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# ---- what is loaded answers what was saved ----------------------------------------------------------------------
+
+
+def test_answers_one_target_and_several(loaded: frpc.LoadedExplainer) -> None:
+    for asked in ({"target": 1}, {"target": K[:, 0]}, {"target": K}, {"seed": randn(2, 4, seed=1)}, {"seed": randn(2, 3, 4)}):
+        assert same(loaded(X, **asked), explainer()(X, **asked))
+    x = randn(5, 3, 8, 8, seed=2)
+    assert same(loaded(x, target=3), explainer()(x, target=3))
+    assert torch.equal(loaded.predict(x), explainer()(x, target=0).output)
+    found = loaded(X, target=1)
+    assert isinstance(found, frpc.Explanation) and found.inputs[0] is X
+    total = found.relevance.sum((1, 2, 3))
+    assert ((total - found.output[:, 1]).abs() <= 1e-12 * found.relevance.abs().sum((1, 2, 3))).all()
+
+
+def test_says_what_it_is(loaded: frpc.LoadedExplainer) -> None:
+    assert repr(loaded) == (
+        f"LoadedExplainer(Net: f64[B, 3, 8, 8] -> f64[B, 4])\n  rules FRP, bias uniform, saved by frpc {frpc.__version__}\n"
+        "  2 programs: input for one target; input for K targets"
+    )
+    assert loaded.model_name == "Net" and loaded.bias_policy == "uniform"
+    ast.parse(loaded.code)
+    assert "relevance, from the output back" in loaded.code and "f64[B, 3, 8, 8]" in loaded.code
+
+
+def test_the_code_is_that_of_the_explainer(loaded: frpc.LoadedExplainer) -> None:
+    """Line by line the same operators on the same operands, with the same comments; attributes may have other names."""
+
+    def calls(code: str) -> list[str]:
+        return [line.replace(" = None", "") for line in code.splitlines() if "torch.ops" in line and "sym_size" not in line]
+
+    assert calls(loaded.code) == calls(explainer().code) != []
+
+
+RULES: dict[str, Callable[[], dict[str, Any]]] = {
+    "LRP": lambda: {"rule": frpc.rules.LRP(epsilon=1e-3)},
+    "EpsilonPlus": lambda: {"rule": frpc.rules.EpsilonPlus()},
+    "gradient": lambda: {"rule": frpc.rules.Gradient(times_input=False)},
+    "receptive field": lambda: {"bias": "receptive_field"},
+    "separate": lambda: {"bias": "separate"},
+    "probability": lambda: {"rule": frpc.rules.LRP(), "seed": "probability"},
+    "sig-lid-ig": lambda: {"method": "sig-lid-ig"},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_methods_and_policies(name: str, tmp_path: Path) -> None:
+    model, x = family_net("max pool")
+    asked = frpc.compile(model, (x,), **RULES[name]())
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    for target in (1, torch.tensor([[0, 2]]).expand(len(x), 2)):
+        assert same(found(x, target=target), asked(x, target=target))
+
+
+def test_several_reference_inputs_are_part_of_the_file(tmp_path: Path) -> None:
+    references = randn(3, 3, 8, 8, seed=4)
+    rule = frpc.rules.LID(reference=references)
+    asked = frpc.compile(net(), (X,), rule=rule)
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    assert same(found(X, target=K), asked(X, target=K))
+    assert torch.equal(found.predict(X), asked(X, target=0).output)
+
+
+def test_bounds_of_inputs_are_part_of_the_file(tmp_path: Path) -> None:
+    low, high = torch.tensor([-1.0, -2.0, -3.0]).reshape(3, 1, 1), 4.0
+    x = X.clamp(-1, 1)
+    asked = frpc.compile(net(), (x,), rule=frpc.rules.ZBox(low=low, high=high))
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    assert same(found(x, target=1), asked(x, target=1))
+    with pytest.raises(InputError, match="this one goes 1 above high"):
+        found(x + 4, target=1)
+
+
+def test_layers_and_tops_that_were_asked_before(tmp_path: Path) -> None:
+    asked = frpc.compile(net(), (X,), rule=frpc.rules.LRP())
+    asked.at(["stem", "down"], X, target=K)
+    asked(X, target=1, seed="contrastive")
+    found = frpc.load(asked.save(tmp_path / "m.frpc", columns=False))
+    one, other = found.at(["stem", "down"], X, target=K), asked.at(["stem", "down"], X, target=K)
+    for name in other:
+        assert torch.equal(one[name], other[name]) and torch.equal(one.activations[name], other.activations[name])
+    assert same(found(X, target=1, seed="contrastive"), asked(X, target=1, seed="contrastive"))
+    held = "input for one target; layers stem, down for K targets; input for one target, from contrastive"
+    with pytest.raises(InputError) as error:
+        found(X, target=K)
+    assert str(error.value) == (
+        f"The file holds no program for input for K targets (it holds: {'; '.join(found.questions)}). Ask the explainer for that "
+        "once, and save it anew; columns=True saves the program for K targets."
+    )
+    assert sorted(found.questions) == sorted(held.split("; "))
+
+
+class Tokens(nn.Module):
+    """Takes integers and a mask by name, gives a structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids) * mask.unsqueeze(-1)
+        return {"logits": self.head(torch.tanh(x).sum(1))}
+
+
+def test_inputs_by_name_and_integers(tmp_path: Path) -> None:
+    ids, mask = torch.tensor([[1, 2, 3], [4, 5, 10]]), torch.ones(2, 3, dtype=torch.float64)
+    asked = frpc.compile(Tokens().double(), {"ids": ids, "mask": mask})
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    assert same(found(mask=mask, ids=ids, target=2), asked(ids=ids, mask=mask, target=2))
+    assert same(found(ids, mask, target=2), asked(ids, mask, target=2))
+    with pytest.raises(InputError, match="Inputs ids given by name; the explainer takes ids, mask"):
+        found(ids=ids, target=1)
+
+
+def test_every_kind_of_input_that_was_compiled(tmp_path: Path) -> None:
+    """An explainer compiled at its calls holds programs for each image size; the file too."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    asked = frpc.compile(model)
+    small, large = randn(2, 3, 6, 6), randn(2, 3, 9, 7)
+    expected = [asked(small, target=1), asked(large, target=K[:, 1:])]
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    assert same(found(small, target=1), expected[0]) and same(found(large, target=K[:, 1:]), expected[1])
+    with pytest.raises(ShapeError, match=r"has shape \[2, 3, 5, 5\]; the program takes input.* \[B, 3, 6, 6\] torch\.float64"):
+        found(randn(2, 3, 5, 5), target=0)
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([(x.reshape(2, -1, 4)[0] ** 2).sum(0), (x.reshape(2, -1, 4)[1] ** 2).sum(0)])
+
+    asked = frpc.compile(Halves(), (randn(2, 3, 4),))
+    found = frpc.load(asked.save(tmp_path / "m.frpc"))
+    assert same(found(randn(2, 3, 4), target=1), asked(randn(2, 3, 4), target=1))
+    with pytest.raises(ShapeError, match="a batch of 3; this model was captured with its batch fixed at 2"):
+        found(randn(3, 3, 4), target=1)
+
+
+# ---- the file ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_stored_once(tmp_path: Path) -> None:
+    """Both programs, forward and backward forms of every kernel: still no more than the model's own weights take."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 64, 16),
+        ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    asked = frpc.compile(model, (x,))
+    path = asked.save(tmp_path / "m.frpc")
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    assert path.stat().st_size < 1.1 * weights
+    found = frpc.load(path)
+    assert same(found(x, target=K[:1]), asked(x, target=K[:1]))
+    kept = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in found.constants.values()}
+    assert sum(kept.values()) < 1.1 * weights
+
+
+def test_is_a_safetensors_file_with_plain_json(saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+        document = json.loads(metadata["frpc.program"])
+    assert metadata["frpc.format"] == "1" and document["model"] == "Net"
+    ops = {node["op"] for program in document["programs"] for node in program["nodes"]}
+    assert ops <= OPERATORS | set(ARITHMETIC) | {"input", "constant", "output"}
+
+
+def test_saving_over_a_file_that_is_open_elsewhere(tmp_path: Path) -> None:
+    """The old file stays whole for whoever reads it; nothing but the new file is left in the folder."""
+    path = explainer().save(tmp_path / "m.frpc")
+    old = frpc.load(path)
+    other = frpc.compile(Net(seed=7).double(), (X,))
+    other.save(path, columns=False)
+    assert same(old(X, target=1), explainer()(X, target=1))
+    assert same(frpc.load(path)(X, target=1), other(X, target=1))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.frpc"]
+
+
+# ---- weights outside --------------------------------------------------------------------------------------------
+
+
+def test_weights_by_reference(tmp_path: Path) -> None:
+    """Folded norms are computed again from the serving model's tensors, and the results are the same bits."""
+    path = explainer().save(tmp_path / "m.frpc", weights="reference")
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["tilt"] or all(file.get_tensor(k).numel() <= 4 for k in file.keys())  # noqa: SIM118
+    for given in ({"model": net()}, {"model": net().train()}, {"state_dict": net().state_dict()}):
+        assert same(frpc.load(path, **given)(X, target=K), explainer()(X, target=K))
+    net().eval()
+    found = frpc.load(path, model=net())
+    shared = {value.untyped_storage().data_ptr() for value in found.constants.values()}
+    assert net().head.weight.untyped_storage().data_ptr() in shared, "weights that are taken as they are take no memory twice"
+
+
+def test_weights_by_reference_are_checked(tmp_path: Path) -> None:
+    path = explainer().save(tmp_path / "m.frpc", weights="reference")
+    state = net().state_dict()
+    with pytest.raises(ProgramFileError, match=r"it holds no weights, only what they are: give model= or state_dict="):
+        frpc.load(path)
+    with pytest.raises(
+        ProgramFileError, match=r"'head\.weight' of the model is not the one that was compiled: its values differ"
+    ):
+        frpc.load(path, state_dict={**state, "head.weight": state["head.weight"] * 1.0001})
+    with pytest.raises(ProgramFileError, match=r"no tensor 'head\.bias' in the model"):
+        frpc.load(path, state_dict={k: v for k, v in state.items() if k != "head.bias"})
+    with pytest.raises(ProgramFileError, match=r"'head\.bias' of the model is \[4\] torch\.float32, and the programs take"):
+        frpc.load(path, state_dict={**state, "head.bias": state["head.bias"].float()})
+    with pytest.raises(ProgramFileError, match="it holds its own weights: load it without model="):
+        frpc.load(explainer().save(tmp_path / "own.frpc"), model=net())
+    with pytest.raises(OptionError, match='weights=\'outside\' is unknown; choose "stored" or "reference"'):
+        explainer().save(path, weights="outside")
+
+
+@pytest.mark.parametrize("name", ["residual", "strided", "batch norm", "signed"])
+@pytest.mark.parametrize("rule", ["FRP", "ZPlus"])
+def test_constants_follow_from_the_models_weights(name: str, rule: str, tmp_path: Path) -> None:
+    """Nothing but numbers that come from nowhere else is stored: scales and parts of weights are computed from the model's."""
+    model, x = family_net(name)
+    asked = frpc.compile(model, (x,), rule=getattr(frpc.rules, rule)())
+    path = asked.save(tmp_path / "m.frpc", weights="reference")
+    assert same(frpc.load(path, model=model)(x, target=1), asked(x, target=1))
+    with safe_open(path, "pt") as file:
+        stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert stored <= 16
+
+
+# ---- what cannot be saved ---------------------------------------------------------------------------------------
+
+
+def test_operators_of_ones_own_are_named(tmp_path: Path) -> None:
+    library = torch.library.Library("frpc_file_test", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    library.impl("twice", lambda x: x * 2, "Meta")
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.frpc_file_test.twice(x).sum(-1, keepdim=True)
+
+    asked = frpc.compile(Own(), (randn(2, 3),), rule=frpc.rules.FRP(overrides={torch.ops.frpc_file_test.twice.default: _twice}))
+    with pytest.raises(ProgramFileError) as error:
+        asked.save(tmp_path / "m.frpc")
+    assert str(error.value) == (
+        "Own cannot be saved: it holds frpc_file_test.twice.default: registered outside PyTorch, and a file must run where they "
+        "are not."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def _twice(call: frpc.Call, x: Tensor) -> frpc.Affine:
+    from frpc.maps import Scale
+
+    return frpc.Affine({"x": Scale(torch.full_like(x, 2), x.shape)})
+
+
+def test_nothing_compiled_and_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Nothing is captured yet: call the explainer once"):
+        frpc.compile(net()).save(tmp_path / "m.frpc")
+    with pytest.raises(OutputFolderError, match="is no folder: make it first"):
+        explainer().save(tmp_path / "missing" / "m.frpc")
+
+
+# ---- the closed list --------------------------------------------------------------------------------------------
+
+
+def test_the_list_names_operators_of_pytorch_that_overwrite_nothing() -> None:
+    for name in sorted(OPERATORS):
+        schema = aten_operator(name)._schema
+        assert not schema.is_mutable, name
+        assert str(aten_operator(name)) == name
+    assert COMPUTING < OPERATORS
+    dangerous = ("from_file", "set_", "resize", "record_stream", "empty", "rand", "_cuda", "backward_hook", "print", "save")
+    assert not [name for name in OPERATORS for word in dangerous if word in name.split(".")[1]]
+    with pytest.raises(KeyError):
+        aten_operator("aten.from_file.default")
+
+
+@pytest.mark.slow
+def test_programs_for_every_operator_hold_operators_of_the_list(tmp_path: Path) -> None:
+    """Every operator's case, by every rule set that takes it: what is compiled can be saved."""
+    import cases
+
+    unknown: dict[str, set[str]] = {}
+    for case in cases.CASES:
+        try:
+            inputs = tuple(randn(*shape) for shape in case.shapes)
+            asked = frpc.compile(case.module(), inputs)
+        except frpc.FrpcError:
+            continue
+        program = asked.programs.first().portable
+        used = {str(n.target) for n in program.graph.nodes if n.op == "call_function" and hasattr(n.target, "_schema")}
+        if used - OPERATORS:
+            unknown[str(case)] = used - OPERATORS
+    assert not unknown
+
+
+# ---- another process --------------------------------------------------------------------------------------------
+
+SERVE = """
+import sys, torch, frpc
+from safetensors.torch import load_file, save_file
+given = load_file(sys.argv[2])
+loaded = frpc.load(sys.argv[1])
+one, many = loaded(given["x"], target=1), loaded(given["x"], target=given["k"])
+save_file({"output": one.output, "one": one.relevance, "many": many.relevance}, sys.argv[3])
+print(loaded.model_name, type(loaded).__name__, "torchvision" in sys.modules)
+"""
+
+
+def test_loads_in_a_process_that_knows_nothing_of_the_model(saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({"x": X, "k": K}, tmp_path / "given.safetensors")
+    command = [sys.executable, "-c", SERVE, str(saved), str(tmp_path / "given.safetensors"), str(tmp_path / "found.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["Net", "LoadedExplainer"]
+    found = load_file(tmp_path / "found.safetensors")
+    assert torch.equal(found["output"], explainer()(X, target=1).output)
+    assert torch.equal(found["one"], explainer()(X, target=1).relevance)
+    assert torch.equal(found["many"], explainer()(X, target=K).relevance)
+
+
+# ---- files that are refused -------------------------------------------------------------------------------------
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None], target: Path) -> Path:
+    """The file with its document changed, and a checksum that fits again."""
+    document, tensors = container.read(path)
+    change(document)
+    container.write(target, document, tensors)
+    return target
+
+
+def first(document: dict[str, Any], op: str) -> dict[str, Any]:
+    return next(node for program in document["programs"] for node in program["nodes"] if node["op"] == op)
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "unknown operator": (
+        lambda d: first(d, "aten.relu.default").update(op="aten.from_file.default"),
+        r"holds the operator 'aten\.from_file\.default', which no file may hold",
+    ),
+    "python function": (
+        lambda d: first(d, "aten.relu.default").update(op="os.system"),
+        r"the operator 'os\.system', which no file may hold",
+    ),
+    "name that is code": (
+        lambda d: first(d, "aten.relu.default").update(name="x = __import__('os')"),
+        r"the name \"x = __import__\('os'\)\"",
+    ),
+    "keyword for a name": (lambda d: first(d, "aten.relu.default").update(name="import"), "the name 'import', which Python"),
+    "foreign keyword argument": (
+        lambda d: first(d, "aten.relu.default").update(kwargs={"out=print()": 1}),
+        "an object with 'out=print\\(\\)', which this version does not know",
+    ),
+    "string argument": (
+        lambda d: first(d, "aten.relu.default").update(args=[{"node": 0}, "exec('1')"]),
+        "which no operator takes",
+    ),
+    "reference to later": (
+        lambda d: first(d, "aten.relu.default").update(args=[{"node": 99999}]),
+        "a reference to node 99999, which is none above it",
+    ),
+    "deep lists": (
+        lambda d: first(d, "aten.relu.default").update(args=[[[[[[[1]]]]]]]),
+        "lists in more than 4 lists",
+    ),
+    "large integer": (lambda d: first(d, "aten.relu.default").update(args=[2**80]), "where an integer from"),
+    "comment of two lines": (
+        lambda d: first(d, "aten.relu.default").update(place="a\nimport os"),
+        "where one line of text of at most 400 characters belongs",
+    ),
+    "missing constant": (
+        lambda d: first(d, "constant").update(constant="nothing"),
+        "the constant 'nothing', which the file does not have",
+    ),
+    "constant of another shape": (lambda d: d["constants"][0].update(shape=[3, 3]), r"and the programs take \[3, 3\]"),
+    "constant of another type": (lambda d: d["constants"][0].update(dtype="float32"), "and the programs take .* torch.float32"),
+    "huge constant": (
+        lambda d: d["constants"].append(
+            {"name": "big", "dtype": "float32", "shape": [2**40], "op": "aten.repeat.default",
+             "args": [{"constant": d["constants"][0]["name"]}, [2**40]], "kwargs": {}, "item": None}
+        ),
+        r"computed by 'aten\.repeat\.default', which is not among the operators that may do so",
+    ),
+    "constant that grows": (
+        lambda d: d["constants"].append(
+            {"name": "big", "dtype": "float64", "shape": [2**40], "op": "aten.clone.default",
+             "args": [{"constant": d["constants"][0]["name"]}], "kwargs": {}, "item": None}
+        ),
+        "constants of .* bytes computed from",
+    ),
+    "stride 0": (
+        lambda d: first(d, "aten.convolution.default")["args"].__setitem__(3, [0, 0]),
+        "0 where an integer from 1 to",
+    ),
+    "no output": (lambda d: d["programs"][0]["nodes"].pop(), "a program without an output"),
+    "one input more": (
+        lambda d: d["programs"][0]["nodes"].insert(0, {"op": "input", "name": "more"}), "a program of 3 inputs|none above"),
+    "no programs": (lambda d: d.update(programs=[]), "no program for inputs 0"),
+    "another key": (lambda d: d.update(hook="x"), "an object with 'hook', which this version does not know"),
+    "no constants": (lambda d: d.pop("constants"), "an object without 'constants'"),
+    "unknown device": (lambda d: d["signatures"][0].update(device="tpu"), "the device 'tpu'"),
+    "start of ones own": (lambda d: d["top"].update(name="mine"), "the start of relevance 'mine'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_refuses_what_it_does_not_know(name: str, saved: Path, tmp_path: Path) -> None:
+    """Also where the checksum fits: it guards against accidents, not against people."""
+    change, message = CHANGES[name]
+    path = rewritten(saved, change, tmp_path / "m.frpc")
+    with pytest.raises(ProgramFileError, match=message) as error:
+        frpc.load(path)
+    assert str(error.value).startswith("m.frpc is no usable program file: it holds ")
+    assert str(error.value).endswith("Save it anew with explainer.save().")
+
+
+def test_refuses_damaged_files(saved: Path, tmp_path: Path) -> None:
+    content, path = saved.read_bytes(), tmp_path / "m.frpc"
+    (size,) = struct.unpack("<Q", content[:8])
+
+    def refused(data: bytes, message: str) -> None:
+        path.write_bytes(data)
+        with pytest.raises(ProgramFileError, match=message):
+            frpc.load(path)
+
+    refused(b"", "it ends after 0 bytes")
+    refused(content[: 8 + size // 2], f"it ends after {8 + size // 2} bytes, inside its header of {size}")
+    refused(content[:-1], "it cannot be read")
+    refused(content + b"0", "it cannot be read")
+    refused(struct.pack("<Q", 2**40) + content[8:], "it declares a header of 1099511627776 bytes, more than 33554432")
+    flipped = bytearray(content)
+    flipped[-3] ^= 1
+    refused(bytes(flipped), "its contents are not what its checksum says, so it was damaged or changed")
+    refused(content.replace(b'\\"Net\\"', b'\\"Nut\\"', 1), "its contents are not what its checksum says")
+    refused(content.replace(b'"frpc.format":"1"', b'"frpc.format":"7"', 1), "it has format '7', this frpc reads 1")
+    refused(b"PK\x03\x04" + bytes(64), "it declares a header of")
+    text = b'{"__metadata__":{},"x":' + b"[" * 100_000
+    refused(struct.pack("<Q", len(text)) + text, "it cannot be read")
+    text = b'{"__metadata__":{"a":' + b"9" * 10_000 + b"}}"
+    refused(struct.pack("<Q", len(text)) + text, "it cannot be read")
+    with pytest.raises(ProgramFileError, match="there is no such file"):
+        frpc.load(tmp_path / "missing.frpc")
+    with pytest.raises(ProgramFileError, match="it is no regular file"):
+        frpc.load(tmp_path)
+
+
+def test_refuses_other_safetensors_files(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": X}, tmp_path / "weights.safetensors")
+    with pytest.raises(ProgramFileError) as error:
+        frpc.load(tmp_path / "weights.safetensors")
+    assert str(error.value) == (
+        "weights.safetensors is no usable program file: it was not written by frpc. Save it anew with this version's "
+        "explainer.save()."
+    )
+
+
+def test_refuses_inputs_that_do_not_fit(loaded: frpc.LoadedExplainer) -> None:
+    with pytest.raises(ShapeError, match=r"has shape \[2, 3, 9, 8\]; the program takes .* \[B, 3, 8, 8\] torch\.float64"):
+        loaded(randn(2, 3, 9, 8), target=1)
+    with pytest.raises(InputError, match=r"is torch\.float32; the program takes torch\.float64"):
+        loaded(X.float(), target=1)
+    with pytest.raises(InputError, match="Target 4 is out of range"):
+        loaded(X, target=4)
+    with pytest.raises(InputError, match="NaN or Inf"):
+        loaded(X * torch.nan, target=1)
+    with pytest.raises(InputError, match="by name; the explainer takes its inputs by position"):
+        loaded(x=X, target=1)
