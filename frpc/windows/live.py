@@ -173,9 +173,7 @@ class LiveConv(LiveRows):
 
     def compute(self, first: int, last: int) -> Line:
         operand = self.operands[0]
-        lines = {
-            i: operand.line(i) for i in range(*clipped(self.needs_rows((first, last)), operand.size[1]))
-        }
+        lines = {i: operand.line(i) for i in range(*clipped(self.needs_rows((first, last)), operand.size[1]))}
         scratch = Scratch(self.like)
         return [[self._cell(lines, b, first, j, scratch) for j in range(*self.span)] for b in range(self.batch)]
 
