@@ -120,6 +120,21 @@ def export(
     raise typer.Exit(run(_words(nets), side, batch, threads, rounds, json))
 
 
+@app.command()
+def serving(
+    weights: Annotated[Path, typer.Option(help="A safetensors file.")],
+    net: Annotated[str, typer.Option(help="The torchvision classifier it is for.")] = "squeezenet1_0",
+    rates: Annotated[str, typer.Option(help="Requests a second, with commas.")] = "2,4,8",
+    seconds: Annotated[float, typer.Option(help="Length of each measurement.")] = 60.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the service.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """The serving examples under load: how long answers take."""
+    from bench.serving import run
+
+    raise typer.Exit(run(net, weights, [float(rate) for rate in _words(rates)], seconds, threads, json))
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 

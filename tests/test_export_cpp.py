@@ -27,9 +27,9 @@ def compiled(folder: Path) -> Path:
         pytest.skip("no C++ compiler (g++, clang++) is installed")
     headers = [f"-I{path}" for path in include_paths()]
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    names = ["-ltorch", "-ltorch_cpu", "-lc10"]
+    names = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]  # all of it: the package is linked against libtorch
     if torch.version.cuda is not None:
-        names += ["-Wl,--no-as-needed", "-ltorch_cuda", "-lc10_cuda"]
+        names += ["-ltorch_cuda", "-lc10_cuda"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     program = folder / "explain"
     command = [compiler, "-std=c++20", "-O1", abi, *headers, str(SOURCE), "-o", str(program), *libraries, *names]

@@ -200,8 +200,7 @@ class _Asker:
         found = self.run(*inputs, *(() if self.signature.question.targets == "top" else asked.values()))
         errors = self._relative(found, expected)
         far = ~(errors <= bound).all(0)
-        jump = self._jump(inputs, asked, expected) if bool(far.any()) else torch.zeros_like(errors[0])
-        edge = far & (errors <= 2 * jump).all(0)
+        edge = self._edges(inputs, asked, expected, errors, far)
         return _Found(errors, edge, far & ~edge, self._conservation(found, asked))
 
     def _asked(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -242,16 +241,19 @@ class _Asker:
             rows.append(error / (scale if name == "bias" else size).clamp(min=torch.finfo(torch.float64).tiny))
         return torch.stack(rows)
 
-    def _jump(self, inputs: Sequence[Tensor], asked: dict[str, Tensor], expected: Sequence[Tensor]) -> Tensor:
-        """How far the explainer's own results move when its input moves by a few roundings, ``[B]``."""
-        furthest = torch.zeros(len(expected[0]), dtype=torch.float64)
-        if not any(x.is_floating_point() for x in inputs):
-            return furthest
-        for size in _ROUNDINGS:
-            for _ in range(_TRIES):
-                moved = self._explained([self._moved(x, size) for x in inputs], asked)
-                furthest = torch.maximum(furthest, self._relative(moved, expected).amax(0))
-        return furthest
+    def _edges(
+        self, inputs: Sequence[Tensor], asked: dict[str, Tensor], expected: Sequence[Tensor], errors: Tensor, far: Tensor
+    ) -> Tensor:
+        """Which samples that are far off lie on an edge: the explainer's own results move at least half as far."""
+        furthest = torch.zeros_like(errors[0])
+        sizes = _ROUNDINGS * _TRIES if any(x.is_floating_point() for x in inputs) else ()
+        for roundings in sizes:
+            edge = far & (errors <= 2 * furthest).all(0)
+            if bool((edge == far).all()):
+                break
+            moved = self._explained([self._moved(x, roundings) for x in inputs], asked)
+            furthest = torch.maximum(furthest, self._relative(moved, expected).amax(0))
+        return far & (errors <= 2 * furthest).all(0)
 
     def _moved(self, x: Tensor, roundings: int) -> Tensor:
         if not x.is_floating_point():
