@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 
 from frpc import jobs, pretrained
 from frpc.cli import app
-from test_jobs import contents, killed_until_done, processes
+from test_jobs import contents, killed_until_done, processes, seconds_of
 
 
 class Tiny(nn.Module):
@@ -154,10 +153,8 @@ def test_killed_at_twenty_random_moments(tmp_path: Path):
         process.start()
         return process
 
-    begun = time.perf_counter()
     start(tmp_path / "whole").join()
-    longest = time.perf_counter() - begun
-    outs = killed_until_done(start, tmp_path / "killed", 20, longest)
+    outs = killed_until_done(start, tmp_path / "killed", 20, seconds_of(tmp_path / "whole"))
     expected = contents(tmp_path / "whole")
     for out in outs:
         assert contents(out) == expected

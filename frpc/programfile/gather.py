@@ -130,7 +130,7 @@ class _Gathering:
 
     def _store(self, value: Tensor, hint: str) -> str:
         """Stores a tensor; one that lies in memory in another order of dimensions comes back in that order."""
-        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+        order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])
         turned = not value.is_contiguous() and value.permute(order).is_contiguous()
         name = self._enter(f"{hint}_turned" if turned else hint, value.permute(order) if turned else value.contiguous())
         self.found.stored[name] = self.examples[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,11 @@ def _tensors(programs: Programs, saved: Sequence[Saved]) -> list[tuple[str, Tens
 def _document(
     programs: Programs, signatures: Sequence[Signature], saved: Sequence[Saved], gathered: Gathered, weights: str
 ) -> dict[str, Any]:
-    from frpc import __version__  # the package is complete when this runs
-
     def constant(value: Any) -> dict[str, Any] | None:
         return {"constant": gathered.names[id(value)]} if isinstance(value, Tensor) else None
 
     return {
-        "frpc": __version__,
+        "frpc": version("frpc"),
         "model": programs.model_name,
         "rules": programs.choice.rules.name,
         "bias": programs.query.bias,
