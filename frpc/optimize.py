@@ -20,6 +20,7 @@ __all__ = [
     "fold_constants",
     "merge_common",
     "merge_scales",
+    "overwrite_nothing",
     "remove_dead",
 ]
 
@@ -35,6 +36,30 @@ _VIEWS = {
     aten.expand.default,
     aten.reshape.default,
 }
+
+
+def overwrite_nothing(graph_module: fx.GraphModule) -> bool:
+    """``f_(x) -> f(x)``, and what read x afterwards reads the result: what is one value may then be computed once."""
+    changed, order = False, {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    for node in list(graph_module.graph.nodes):
+        plain = _without_writing(node.target)
+        if plain is None or any(isinstance(u.target, OpOverload) and u.target.is_view for u in node.args[0].users):
+            continue
+        for user in list(node.args[0].users):
+            if order[user] > order[node]:
+                user.replace_input_with(node.args[0], node)
+        node.target = plain
+        changed = True
+    return changed
+
+
+def _without_writing(op: Any) -> OpOverload | None:
+    """The operator that gives what another writes into its first operand, if there is one."""
+    if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._schema.name.endswith("_"):
+        return None
+    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    found: OpOverload | None = getattr(packet, op._overloadname, None)
+    return found
 
 
 def remove_dead(graph_module: fx.GraphModule) -> bool:
@@ -183,6 +208,7 @@ def drop_unread(graph_module: fx.GraphModule) -> bool:
 
 
 PASSES: tuple[Pass, ...] = (
+    overwrite_nothing,
     remove_dead,
     merge_common,
     merge_scales,
@@ -192,4 +218,4 @@ PASSES: tuple[Pass, ...] = (
     remove_dead,
     drop_unread,
 )
-"""In this order. Dead code goes first, so that nothing is merged into it."""
+"""In this order. Writes go first, and dead code, so that nothing is merged with what is overwritten, or into what is dead."""

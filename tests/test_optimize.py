@@ -66,6 +66,34 @@ def test_merge_common_keeps_writes() -> None:
     assert optimize.merge_common(before) is False
 
 
+def test_overwrite_nothing() -> None:
+    """Whoever read a value after it was overwritten reads the result, twice overwritten too; what is seen through a view stays."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x = graph.placeholder("x")
+        copy = graph.call_function(aten.exp.default, (x,))
+        early = graph.call_function(aten.neg.default, (copy,))
+        first = graph.call_function(aten.add_.Scalar, (copy, 1))
+        second = graph.call_function(aten.mul_.Tensor, (copy, x))
+        return (early, first, second, graph.call_function(aten.tanh.default, (copy,)))
+
+    before, x = program(build), randn(3)
+    after, expected = copy_graph(before), [-x.exp(), (x.exp() + 1) * x, (x.exp() + 1) * x, ((x.exp() + 1) * x).tanh()]
+    assert optimize.overwrite_nothing(after) is True
+    after.recompile()
+    assert calls(after) == ["exp", "neg", "add.Scalar", "mul.Tensor", "tanh"]
+    torch.testing.assert_close(list(after(x)), expected)
+    assert optimize.overwrite_nothing(after) is False
+
+    def viewed(graph: fx.Graph, constant: Any) -> Any:
+        copy = graph.call_function(aten.exp.default, (graph.placeholder("x"),))
+        seen = graph.call_function(aten.view.default, (copy, [-1]))
+        graph.call_function(aten.add_.Scalar, (copy, 1))
+        return seen
+
+    assert optimize.overwrite_nothing(program(viewed)) is False
+
+
 def test_fold_constants() -> None:
     """What only constants feed is computed once, but for views of a parameter."""
 
@@ -192,6 +220,7 @@ def test_merge_scales() -> None:
 
 def test_every_optimization_has_a_test() -> None:
     tested = {
+        optimize.overwrite_nothing,
         optimize.remove_dead,
         optimize.merge_common,
         optimize.merge_scales,
