@@ -92,9 +92,9 @@ class LogRelevance(Callback):
         taken = False
         for logger in trainer.loggers:
             if callable(getattr(logger, "log_image", None)):
-                logger.log_image(self.name, [_pixels(figure)], step=trainer.global_step)  # type: ignore[attr-defined]
+                logger.log_image(self.name, [_pixels(figure)], step=trainer.global_step)
             elif callable(getattr(getattr(logger, "experiment", None), "add_image", None)):
-                logger.experiment.add_image(self.name, _pixels(figure), trainer.global_step, dataformats="HWC")  # type: ignore[attr-defined]
+                logger.experiment.add_image(self.name, _pixels(figure), trainer.global_step, dataformats="HWC")
             else:
                 continue
             taken = True
