@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = "<!-- no-run -->"
+NEEDS = {"embedding.md": ("onnx", "onnxscript", "onnxruntime")}  # what pip install 'frpc[export]' brings
 
 
 def blocks(text: str) -> Iterator[tuple[int, str]]:
@@ -30,6 +31,8 @@ def blocks(text: str) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, and with line numbers of the page in what is raised."""
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package, reason=f"{page.name} needs {package}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TABLE, "rules", dict(TABLE.rules))  # rules that a page registers are its own
     module = types.ModuleType(f"page_{page.stem}")

@@ -67,7 +67,7 @@ def test_merge_common_keeps_writes() -> None:
 
 
 def test_overwrite_nothing() -> None:
-    """Whoever read a value after it was overwritten reads the result, twice overwritten too; what is seen through a view stays."""
+    """Whoever read a value after it was overwritten reads the result, also twice; what is seen through a view stays."""
 
     def build(graph: fx.Graph, constant: Any) -> Any:
         x = graph.placeholder("x")

@@ -72,7 +72,10 @@ class Answer(nn.Module):
             return asked
         index = asked.t().unsqueeze(-1) if self.question.columns else asked.unsqueeze(-1)  # [K, B, 1] or [B, 1]
         seed = torch.zeros([*index.shape[:-1], self.classes], dtype=self.dtype, device=index.device)
-        return seed.scatter(-1, index, 1.0)  # refuses an index out of range, which a comparison would let pass
+        # PyTorch and ONNX Runtime refuse to scatter out of range, but the latter counts from the end below 0, and compiled code
+        # leaves zeros, which would pass for a map.
+        strange = (index < 0) | (index >= self.classes)
+        return seed.scatter(-1, index, 1.0) + torch.where(strange, torch.nan, 0.0).to(self.dtype)
 
     def _run(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Runs the program; maps are averaged over reference inputs where there are several."""
