@@ -278,6 +278,8 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: _Clock | No
         passes = (spell_out, *canonicalize.PASSES)
         clock.note("spell out", canonical, _named(passes, _run(passes, canonical, shared.ledger)))
     fixed = shared.captured.inputs[0].batch
+    if shared.mixing is not None and shared.mixing.startswith("The explained output"):
+        raise BatchError(shared.mixing)  # no rule could mend that the output is not one result a sample
     assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of).demand_complete()
     if shared.mixing is not None:
         raise BatchError(shared.mixing)
