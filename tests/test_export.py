@@ -6,11 +6,13 @@ Every net by every method is in `test_export_matrix.py`; here are one small net 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,7 @@ def test_torch_export_in_float64(precise: Explainer, targets: Any, tmp_path: Pat
 def test_onnx(explainer: Explainer, tmp_path: Path) -> None:
     """ONNX Runtime's own numbers balance; the file has standard operators alone, and both sizes are free."""
     model_of = pytest.importorskip("onnx").load
+    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     path = tmp_path / "a.onnx"
     onnx(explainer, path, targets="several")
@@ -99,15 +102,22 @@ def test_onnx(explainer: Explainer, tmp_path: Path) -> None:
     explained = output.double().gather(1, target)
     error = (relevance.double().sum((2, 3, 4)) - explained).abs() / relevance.double().abs().sum((2, 3, 4))
     assert float(error.max()) <= 1e-6
+    feed["target"][0, 0] = -1  # ONNX counts from the end
+    strange = session.run(None, feed)[1]
+    assert np.isnan(strange[0, 0]).any() and not np.isnan(strange[0, 1:]).any()
     report = verify(path, explainer)
     assert report.error <= 1e-5
     assert report.conservation is not None and report.conservation <= 1e-6
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler (g++, clang++) is installed")
 def test_aoti(tmp_path: Path) -> None:
     torch.manual_seed(0)
     explainer = frpc.compile(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), (torch.randn(1, 6),))
     aoti(explainer, tmp_path / "a.pt2")
+    run, _ = open_file(tmp_path / "a.pt2")
+    for strange in (-1, 3):  # compiled code checks no index
+        assert run(torch.randn(1, 6), torch.tensor([strange]))[1].isnan().any()
     report = verify(tmp_path / "a.pt2", explainer, batches=(1, 4))
     assert report.error <= 1e-5
     assert report.conservation is not None and report.conservation <= 1e-6

@@ -225,7 +225,8 @@ print(json.dumps({"status": found.status_code, "shape": relevance.shape, "error"
 
 def test_onnx_runtime_alone(serving: ModuleType, explainer: frpc.Explainer, tmp_path: Path) -> None:
     """Class and map from ONNX Runtime, and neither torch nor frpc is loaded in that process."""
-    pytest.importorskip("onnxruntime")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
     onnx(explainer, tmp_path / "a.onnx", targets="top")
     (tmp_path / "photo.png").write_bytes(photo())
     command = [sys.executable, "-c", ALONE, str(tmp_path / "a.onnx"), str(tmp_path / "photo.png")]
