@@ -25,6 +25,7 @@ from frpc_kernels.launch import PRECISIONS, Launch, cannot_compute, cdiv, tuned
 __all__ = [
     "CONFIGS",
     "EXACT_CONFIGS",
+    "HALF_CONFIGS",
     "conv_transposed_gate",
     "conv_transposed_gate_reference",
     "plan_conv_transposed_gate",
@@ -32,11 +33,16 @@ __all__ = [
 ]
 
 _REGISTERS = 168  # else ptxas spills a few bytes to fit one more block on a processor
+_MOST = 248
 CONFIGS = (
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32}, num_warps=4, num_stages=3),  # down to three colours
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=4, maxnreg=_REGISTERS),
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3, maxnreg=_MOST),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3, maxnreg=_MOST),
+)
+HALF_CONFIGS = (  # operands of two bytes leave registers for a larger tile beside everything the epilogue reads
+    *CONFIGS[:-1],
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3, maxnreg=_MOST),
 )
 EXACT_CONFIGS = (  # tf32x3 holds both halves of both operands in registers
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 16}, num_warps=4, num_stages=3),
@@ -116,10 +122,8 @@ def conv_transposed_gate_kernel(
 
 
 _KEY = ("M", "C", "O", "KH", "KW", "TH", "TW")
-_TUNED = {
-    "tf32": tuned(conv_transposed_gate_kernel, CONFIGS, _KEY),
-    "tf32x3": tuned(conv_transposed_gate_kernel, EXACT_CONFIGS, _KEY),
-}
+_TABLES = {"half": HALF_CONFIGS, "tf32": CONFIGS, "tf32x3": EXACT_CONFIGS}
+_TUNED = {name: tuned(conv_transposed_gate_kernel, configs, _KEY) for name, configs in _TABLES.items()}
 
 
 def supports(g: Tensor, weight: Tensor, addend: Tensor | None, factor: Tensor | None, groups: int) -> str | None:
@@ -177,9 +181,8 @@ def plan_conv_transposed_gate(
     def grid(meta: Any) -> tuple[int, ...]:
         return cdiv(count * hp * wp, meta["BLOCK_M"]) * cdiv(channels, meta["BLOCK_N"]), stride[0] * stride[1], groups
 
-    exact = precision == "tf32x3" and g.dtype == torch.float32
-    configs = EXACT_CONFIGS if exact else CONFIGS
-    return Launch(conv_transposed_gate_kernel, _TUNED["tf32x3" if exact else "tf32"], grid, arguments, configs)
+    table = precision if g.dtype == torch.float32 else "half"
+    return Launch(conv_transposed_gate_kernel, _TUNED[table], grid, arguments, _TABLES[table])
 
 
 @torch.library.custom_op("frpc_kernels::conv_transposed_gate", mutates_args=())
