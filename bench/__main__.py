@@ -121,6 +121,19 @@ def export(
 
 
 @app.command()
+def files(
+    nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Loads, each in a process of its own.")] = 7,
+    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+) -> None:
+    """Program files: their size beside the weights', saving, loading in a fresh process, first answers."""
+    from bench.files import run
+
+    raise typer.Exit(run(_words(nets), threads, rounds, json))
+
+
+@app.command()
 def serving(
     weights: Annotated[Path, typer.Option(help="A safetensors file.")],
     net: Annotated[str, typer.Option(help="The torchvision classifier it is for.")] = "squeezenet1_0",

@@ -92,11 +92,11 @@ TARGETS: dict[str, Any] = {
 
 @pytest.mark.parametrize("asked", TARGETS)
 def test_compiles_into_one_graph(asked: str) -> None:
-    """`fullgraph=True` refuses graph breaks; the compiled function does what the explainer does, bit by bit."""
+    """`fullgraph=True` refuses graph breaks; the compiled function gives what the explainer gives, sums in another order."""
     expected = explainer()(X, **TARGETS[asked])
     torch._dynamo.reset()
     compiled = torch.compile(explainer(), fullgraph=True, backend="eager")
-    assert same(compiled(X, **TARGETS[asked]), expected)
+    assert close(compiled(X, **TARGETS[asked]), expected)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -138,9 +138,12 @@ def test_an_explainer_with_nothing_compiled_says_so_inside_torch_compile() -> No
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor() -> None:
+@pytest.mark.parametrize("kind", ["compiled", "loaded"])
+def test_compiles_with_inductor(kind: str, tmp_path: Path) -> None:
+    """In float32, where programs for CPUs hold weights that are packed: torch.compile never sees those."""
     model, x = copy.deepcopy(net()).float(), X.float()
-    single = frpc.compile(model, (x,))
+    single: Any = frpc.compile(model, (x,))
+    single = single if kind == "compiled" else frpc.load(single.save(tmp_path / "net.frpc"))
     expected = single(x, target=2)
     torch._dynamo.reset()
     assert close(torch.compile(single, fullgraph=True)(x, target=2), expected, 1e-5)

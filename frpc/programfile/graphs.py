@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from frpc import printing
 from frpc.graph import fetch
@@ -55,6 +56,7 @@ def write_program(program: fx.GraphModule, constants: Mapping[int, str], rules: 
         return {"node": places[value]} if isinstance(value, fx.Node) else None
 
     _demand_listed(program)
+    symbols = _symbols(program)
     written: list[dict[str, Any]] = []
     for node in program.graph.nodes:
         places[node] = len(written)
@@ -66,32 +68,42 @@ def write_program(program: fx.GraphModule, constants: Mapping[int, str], rules: 
         if node.kwargs:
             entry["kwargs"] = {k: write_value(v, reference) for k, v in node.kwargs.items()}
         entry |= {"phase": node.meta["phase"]} if "phase" in node.meta else {}
-        entry |= {"value": _written_value(node.meta.get("val"))} if node.op != "output" else {}
+        entry |= {"value": _written_value(node.meta.get("val"), symbols)} if node.op != "output" else {}
         for key, words in (("place", printing.place(node)), ("rule", printing.rule_name(node, rules))):
             entry |= {key: _line(words)} if words and node.op in ("call_function", "get_attr") else {}
         written.append(entry)
     return written
 
 
-def _written_value(value: Any) -> Any:
+def _symbols(program: fx.GraphModule) -> dict[Any, int]:
+    """The batch and K, as the sizes of the inputs and of the seed name them, with the numbers they are written as."""
+    sizes = [n for node in program.graph.find_nodes(op="placeholder") for n in node.meta["val"].shape]
+    symbols = [s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols]
+    batch_first = sorted(dict.fromkeys(symbols), key=symbols.index)
+    return dict(zip(batch_first, SYMBOLS, strict=False))
+
+
+def _written_value(value: Any, symbols: Mapping[Any, int]) -> Any:
     """Type and sizes of a result, of each where there are several; the batch and K are written as numbers that stand for them."""
     if isinstance(value, list | tuple):
-        return [_written_value(v) for v in value]
+        return [_written_value(v, symbols) for v in value]
     if not isinstance(value, Tensor):
         return None
     name = next(name for name, dtype in DTYPES.items() if dtype is value.dtype)
-    return {"dtype": name, "sizes": [_size(n) for n in value.shape]}
+    return {"dtype": name, "sizes": [_size(n, symbols) for n in value.shape]}
 
 
-def _size(size: Any) -> int:
+def _size(size: Any, symbols: Mapping[Any, int]) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    symbols = sorted(size.node.expr.free_symbols, key=str)
-    return int(size.node.expr.subs(dict(zip(symbols, SYMBOLS, strict=False))))
+    expression = size.node.expr
+    if not (expression.is_Symbol or expression.is_Mul) or not expression.free_symbols <= set(symbols):
+        raise FaultError(f"a size of {expression}")
+    return int(expression.subs(symbols))
 
 
 SYMBOLS = (10007, 10009)
-"""Primes that stand for the batch and for K in the sizes of results: passes compare sizes, and no other size is like them."""
+"""Primes that stand for the batch and for K in the sizes of results; sizes of tensors have no such factors."""
 
 
 def _line(words: str) -> str:
@@ -128,12 +140,12 @@ def read_program(raw: Any, constants: Collection[str], device: torch.device) -> 
 
 def runnable(graph: fx.Graph, constants: Mapping[str, Tensor], device: torch.device) -> fx.GraphModule:
     """Returns a copy of a graph that runs on a device, with example values as the compiler's passes take them."""
-    root, mode, copied = nn.Module(), FakeTensorMode(), fx.Graph()
+    root, examples, copied = nn.Module(), _Examples(device), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         new = copies[node] = copied.node_copy(node, lambda n: copies[n])
         new.args, new.kwargs = _on(new.args, device), _on(new.kwargs, device)
-        new.meta["val"] = _example(node.meta["value"], mode, device) if "value" in node.meta else None
+        new.meta["val"] = examples(node.meta.get("value"))
         if node.op == "get_attr":
             new.target = str(node.meta["attribute"])
             root.register_buffer(new.target, constants[str(node.target)])
@@ -144,13 +156,34 @@ def _on(value: Any, device: torch.device) -> Any:
     return fx.node.map_aggregate(value, lambda v: device if isinstance(v, torch.device) else v)
 
 
-def _example(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return tuple(_example(v, mode, device) for v in value)
-    if value is None:
-        return None
-    dtype, sizes = value
-    return FakeTensor(mode, torch.empty(sizes, dtype=dtype, device="meta"), device)
+class _Examples:
+    """Example values: fake tensors, with symbols for the batch and for K."""
+
+    def __init__(self, device: torch.device) -> None:
+        shapes = ShapeEnv()
+        self.mode, self.device = FakeTensorMode(shape_env=shapes), device
+        self.symbols = tuple(shapes.create_unbacked_symint() for _ in SYMBOLS)
+        self.known: dict[Any, Tensor] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(self(v) for v in value)
+        if value is None:
+            return None
+        dtype, sizes = value
+        key = (dtype, tuple(sizes))
+        if key not in self.known:
+            with self.mode:
+                self.known[key] = torch.empty([self.size(n) for n in sizes], dtype=dtype, device=self.device)
+        return self.known[key]
+
+    def size(self, number: int) -> Any:
+        """A size with symbols in place of the primes that stand for them."""
+        found: Any = 1
+        for prime, symbol in zip(SYMBOLS, self.symbols, strict=True):
+            while number and number % prime == 0:
+                number, found = number // prime, found * symbol
+        return found * number if number != 1 else found
 
 
 class _Reader:

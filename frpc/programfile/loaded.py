@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.graph import describe
 from frpc.pipeline import lower_program
-from frpc.programfile.graphs import SYMBOLS, runnable
+from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
 from frpc.rules.ruleset import Box, check_boxes
 from frpc.running import Form, run
@@ -69,6 +68,14 @@ class Source:
     references: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A program that can run, before and after it was put into the form for one device."""
+
+    portable: fx.GraphModule
+    lowered: fx.GraphModule
+
+
 Key = tuple[int, Question]  # which signature, and what is asked
 
 
@@ -88,7 +95,7 @@ class LoadedExplainer(nn.Module):
         super().__init__()
         self.header, self.signatures, self.sources = header, tuple(signatures), dict(sources)
         self.constants = dict(constants)
-        self._ready: dict[Key, fx.GraphModule] = {}
+        self._ready: dict[Key, _Ready] = {}
         self._predictors: dict[int, fx.GraphModule] = {}
         self._turn = threading.Lock()
 
@@ -124,7 +131,7 @@ class LoadedExplainer(nn.Module):
         key = self._first(which)
         predictor = self._predictors.get(which)
         if predictor is None:
-            predictor = self._predictors[which] = _values_only(self._program(key))
+            predictor = self._predictors[which] = _values_only(self._prepared(key).lowered)
         unused = self.signatures[which].output  # in place of a seed
         found: Tensor = predictor(*(x.detach() for x in inputs), unused, *self._references(key)[0])
         return found
@@ -153,13 +160,24 @@ class LoadedExplainer(nn.Module):
         return inputs, run(self._program(key), inputs, functional, self._references(key), form), columns
 
     def _program(self, key: Key) -> fx.GraphModule:
+        """What runs: torch.compile has its own way with operators, and gets those that are in the file."""
+        found = self._prepared(key)
+        return found.portable if torch.compiler.is_compiling() else found.lowered
+
+    def _prepared(self, key: Key) -> _Ready:
         """The program that answers a question, put into the form for this device when it is first wanted."""
         found = self._ready.get(key)
         if found is None:
+            if torch.compiler.is_compiling():
+                raise InputError(
+                    "This question was not asked yet: call the loaded explainer once before torch.compile traces it."
+                )
             with self._turn, torch.no_grad():
-                device = self.signatures[key[0]].output.device
-                found = self._ready.get(key) or lower_program(runnable(self.sources[key].graph, self.constants, device))[0]
-                self._ready[key] = found
+                found = self._ready.get(key)
+                if found is None:
+                    device = self.signatures[key[0]].output.device
+                    portable = runnable(self.sources[key].graph, self.constants, device)
+                    found = self._ready[key] = _Ready(portable, lower_program(portable)[0])
         return found
 
     def _references(self, key: Key) -> tuple[tuple[Tensor, ...], ...]:
@@ -209,12 +227,12 @@ class LoadedExplainer(nn.Module):
     @property
     def code(self) -> str:
         """The first program as valid Python, with shape, origin and rule in comments."""
-        return "\n".join(_with_symbols(line) for line in printing.code(self.program, {}).splitlines()) + "\n"
+        return printing.code(self.program, {})
 
     @property
     def program(self) -> fx.GraphModule:
         """The first program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
-        return self._program(self._first(0))
+        return self._prepared(self._first(0)).lowered
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -267,21 +285,6 @@ class LoadedExplainer(nn.Module):
 
 def _signature_on(signature: Signature, output: Tensor) -> Signature:
     return Signature(tuple(replace(s, device=output.device) for s in signature.inputs), output, signature.shown)
-
-
-def _with_symbols(line: str) -> str:
-    """Writes the numbers that stand for the batch and for K in a line's comment as B and K."""
-    code, mark, comment = line.partition("  # ")
-
-    def named(found: re.Match[str]) -> str:
-        number, names = int(found[0]), []
-        for name, prime in zip("BK", SYMBOLS, strict=True):
-            while number and number % prime == 0:
-                number //= prime
-                names.append(name)
-        return "*".join(([str(number)] if number != 1 else []) + names) if names else found[0]
-
-    return code + mark + re.sub(r"\d+", named, comment)
 
 
 def _example(spec: InputSpec) -> Tensor:
