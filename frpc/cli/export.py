@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -97,12 +98,16 @@ def export(
         current.console.print(f"{out}: {size / 1e6:.1f} MB in {seconds:.1f} s", markup=False)
         current.console.print(f"takes {', '.join(signature.names)}; gives {', '.join(signature.outputs)}", markup=False)
         current.console.print(str(report), markup=False)
-        results = {row.name: {"error": row.error, "edge": row.edge} for row in report.rows}
+        results = {row.name: {"error": _known(row.error), "edge": _known(row.edge)} for row in report.rows}
         verified = {"samples": report.samples, "edges": report.edges, "bound": report.bound, "results": results}
         verified["conservation"] = report.conservation
         current.finish(
             {"file": str(out), "bytes": size, "seconds": seconds, "signature": asdict(signature), "verified": verified}
         )
+
+
+def _known(error: float) -> float | None:
+    return None if math.isnan(error) else error
 
 
 def _check(request: Request) -> None:

@@ -2,12 +2,14 @@
 
 A network of ReLUs or max pools is a function with edges: where a value lies within rounding of one, two programs that both
 round correctly may open a gate, or choose a winner, differently, and the map jumps by more than rounding explains. The explainer
-itself tells: there its own map jumps, too, when its input moves by a few roundings. So a sample may be off by more than the
-bound if the explainer's own map jumps as far; fresh samples are drawn until enough of them are within the bound.
+itself tells: there its own map jumps, too, when its input moves by a few roundings. So a map may be off by more than the bound
+if the explainer's own jumps as far; outputs, which do not jump, may not. Fresh samples are drawn until enough of them lie off
+all edges; large nets of ReLUs may have none that does, and the report says so.
 """
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,6 @@ __all__ = ["Report", "Row", "open_file", "verify"]
 Run = Callable[..., list[Tensor]]
 _ROUNDINGS = (4, 8, 16, 32)  # an input is moved by so many units in the last place, each several times
 _TRIES = 8
-_LIMIT = 8  # rounds of fresh samples
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Row:
     Attributes:
         name: of the result.
         error: largest relative L1 of the samples that lie on no edge, ``sum|a - e| / sum|e|``; of the constants' share relative
-            to the map, ``|a - e| / sum|V|``, since much cancels in it.
-        edge: the largest of those that do; 0 without them.
+            to the map, ``|a - e| / sum|V|``, since much cancels in it. NaN if every sample lies on one.
+        edge: the largest of those that do; NaN without them.
     """
 
     name: str
@@ -75,21 +76,24 @@ class Report:
 
     @property
     def error(self) -> float:
-        """The largest error of samples that lie on no edge."""
-        return max(row.error for row in self.rows)
+        """The largest error of samples that lie on no edge; NaN if every sample lies on one."""
+        return max((row.error for row in self.rows), key=lambda error: (math.isnan(error), error))
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batches))
         lines = [f"{self.samples} samples in batches of {sizes}; relative L1 to the explainer, bound {self.bound:g}:"]
-        lines += [f"  {row.name:<24} {row.error:.1e}" for row in self.rows]
+        if self.edges < self.samples:
+            lines += [f"  {row.name:<24} {row.error:.1e}" for row in self.rows]
         if self.conservation is not None:
             lines.append(f"  {'|sum V - y| / sum|V|':<24} {self.conservation:.1e}")
         if self.edges:
             worst = max(row.edge for row in self.rows)
             lines.append(
-                f"  {self.edges} of the samples lie on an edge of the model, where rounding decides: there they differ by up to "
-                f"{worst:.1e}, no more than the explainer's own map jumps when its input moves by a few roundings"
+                f"  {self.edges} of the samples lie on an edge of the model, where rounding decides: there maps differ by up to "
+                f"{worst:.1e}, no more than twice what the explainer's own do when its input moves by a few roundings"
             )
+        if self.edges == self.samples:
+            lines.append("  No sample lies off all edges: maps are compared to that, and no closer.")
         return "\n".join(lines)
 
 
@@ -113,6 +117,7 @@ def verify(
     batches: Sequence[int] = (1, 3),
     targets: int = 2,
     bound: float = 1e-5,
+    rounds: int = 8,
     seed: int = 0,
 ) -> Report:
     """Compares an exported file with its explainer on fresh inputs, drawn within the example's range.
@@ -123,10 +128,11 @@ def verify(
         batches: batch sizes to try; a file with a fixed one is tried with that.
         targets: K, where the file takes several targets.
         bound: relative L1 that samples are held to; the module's text says what becomes of those on an edge.
+        rounds: how often at most fresh samples are drawn, until as many as the batches hold lie off all edges.
         seed: of the random inputs and targets.
 
     Raises:
-        VerificationError: if a result is further off, or too few samples lie off edges; the message holds the report.
+        VerificationError: if a result is further off; the message holds the report.
         InputError: if the file is of another kind, or was exported from another explainer.
     """
     run, signature = open_file(path)
@@ -134,20 +140,13 @@ def verify(
     sizes = tuple(batches) if signature.batch is None else (signature.batch,)
     asker = _Asker(run, signature, explainer, targets, torch.Generator().manual_seed(seed))
     found: list[_Found] = []
-    settled, wanted = 0, sum(sizes)
-    for _ in range(_LIMIT):
+    for _ in range(rounds):
         found += [asker.compare(batch, bound) for batch in sizes]
-        settled = sum(int((~f.edge).sum()) for f in found)
-        if settled >= wanted:
+        if sum(int((~f.edge).sum()) for f in found) >= sum(sizes):
             break
     report = _report(str(path), signature, found, sizes, bound)
     if any(bool(f.off.any()) for f in found):
         raise VerificationError(f"{path} and its explainer say different things.\n{report}")
-    if settled < wanted:
-        raise VerificationError(
-            f"{path} could not be verified: {settled} of {report.samples} samples are within the bound, {wanted} are needed; all "
-            f"others lie on edges of the model. Raise bound=, or compare in float64.\n{report}"
-        )
     return report
 
 
@@ -169,7 +168,7 @@ def _report(path: str, signature: Signature, found: Sequence[_Found], sizes: tup
 
 
 def _largest(errors: Tensor) -> float:
-    return float(errors.max()) if len(errors) else 0.0
+    return float(errors.max()) if len(errors) else math.nan
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,9 @@ class _Asker:
         found = self.run(*inputs, *(() if self.signature.question.targets == "top" else asked.values()))
         errors = self._relative(found, expected)
         far = ~(errors <= bound).all(0)
-        edge = self._edges(inputs, asked, expected, errors, far)
+        jumps = torch.tensor([not name.startswith(("output", "values")) for name in self.signature.outputs])
+        excusable = far & (errors[~jumps] <= bound).all(0)
+        edge = self._edges(inputs, asked, expected, errors, excusable)
         return _Found(errors, edge, far & ~edge, self._conservation(found, asked))
 
     def _asked(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
