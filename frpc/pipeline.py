@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from frpc import canonicalize, lower, optimize
 from frpc.assign import Assignment, assign
+from frpc.bound import Program, bound
 from frpc.capture import Captured, InputSpec, capture, tensors_of, tree
 from frpc.decompose import spell_out
 from frpc.emit import emit, only_aten, varying_references
@@ -117,6 +119,11 @@ class Compiled:
     stages: tuple[Stage, ...]
     refusals: tuple[lower.Refusal, ...] = field(default_factory=tuple)
     references: tuple[tuple[Tensor, ...], ...] = ((),)
+
+    @cached_property
+    def function(self) -> Program:
+        """The program as a plain function, which is what runs."""
+        return bound(self.program)
 
     @property
     def portable(self) -> fx.GraphModule:

@@ -126,7 +126,8 @@ class Programs:
         self.choice.rules.check(inputs)
         query, fixed = compiled.plan.query, self.first_front().captured.inputs[0].batch is not None
         form = Form(len(inputs), query.columns, len(query.layers), fixed)
-        return run(compiled.program, inputs, functional, compiled.references, form)
+        program = compiled.portable if torch.compiler.is_compiling() else compiled.function
+        return run(program, inputs, functional, compiled.references, form)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""

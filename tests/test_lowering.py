@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+import frpc
 from frpc import lower
-from frpc.lower import Refusal, convolutions, gates, memory, onednn
+from frpc.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
 from frpc.pipeline import copy_graph
 from graphs import calls, program, randn, with_examples
+from nets import BasicBlock
 
 aten = torch.ops.aten
 
@@ -53,9 +55,10 @@ def convolution(weight: Tensor, **given: Any) -> fx.GraphModule:
         (randn(4, 3, 3, 3), (2, 4, 5, 7), {}),
         (randn(4, 3, 3, 2), (2, 4, 5, 7), {"padding": [2, 1], "dilation": [1, 3]}),
         (randn(4, 1, 3), (2, 4, 6), {"padding": [1]}),
+        (randn(4, 3, 1, 1), (2, 4, 5, 7), {}),
         (randn(2, 3, 2, 1, 3), (2, 2, 4, 3, 5), {"padding": [1, 0, 0]}),
     ],
-    ids=["2d", "2d, dilated", "1d", "3d"],
+    ids=["2d", "2d, dilated", "1d", "1x1", "3d"],
 )
 def test_transposed_convolutions_are_flipped(weight: Tensor, v: tuple[int, ...], options: dict[str, Any]) -> None:
     after, refusals = lowered(convolutions.flip_transposed, convolution(weight, **options), randn(*v))
@@ -71,9 +74,8 @@ def test_transposed_convolutions_are_flipped(weight: Tensor, v: tuple[int, ...],
         (randn(4, 3, 3, 3), (2, 4, 5, 7), {"stride": [2, 1]}, "stride [2, 1]"),
         (randn(4, 3, 3, 3), (2, 4, 5, 7), {"groups": 2}, "2 groups"),
         (randn(4, 3, 2, 2), (2, 4, 5, 7), {"padding": 2}, "padding wider than the kernel"),
-        (randn(4, 3, 1, 1), (2, 4, 5, 7), {}, "a 1x1 kernel"),
     ],
-    ids=["stride", "groups", "padding", "1x1"],
+    ids=["stride", "groups", "padding"],
 )
 def test_refused_flips_say_why(weight: Tensor, v: tuple[int, ...], options: dict[str, Any], why: str) -> None:
     before = convolution(weight, **options)
@@ -404,10 +406,118 @@ def test_fused_convolutions() -> None:
     assert torch.equal(x, kept)
 
 
+# Pooling, columns, constants --------------------------------------------------------------------------------------------
+
+
+def answer(model: nn.Module, x: Tensor, columns: bool) -> tuple[fx.GraphModule, Tensor]:
+    """The optimized program of FRP for one target or for K, with views freed, and a seed for it."""
+    model = model.to(x.dtype).eval()
+    model(x)  # gives lazy layers their sizes
+    explainer = frpc.compile(model, (x,))
+    target = torch.tensor([[1, 0, 2]]).expand(len(x), 3) if columns else 1
+    explainer(x, target=target)
+    found = copy_graph(list(explainer.programs.compiled.values())[-1].portable)
+    memory.free_views(found)
+    return found, explainer.seed_for(x, target=target)
+
+
+def pooled(overlap: bool) -> nn.Module:
+    """Winners of a ReLU; whole windows of zeros among them."""
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(3, 2, 1) if overlap else nn.MaxPool2d(2, ceil_mode=True)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 5, 2), nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["one target", "columns"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_max_pooling_on_the_way_back(overlap: bool, columns: bool) -> None:
+    x = randn(2, 3, 11, 9)
+    x[:, :, :6] = 0.0  # ties, and windows where nothing wins
+    before, seed = answer(pooled(overlap), x, columns)
+    gated, _ = lowered(pooling.gates_before_pools, before, x, seed)
+    back = "scatter_add" if columns else "max_pool2d_with_indices_backward"
+    gate = "gt.Scalar" if columns else "threshold_backward"
+    assert calls(before).index(back) < calls(before).index(gate)
+    assert calls(gated).index(gate) < calls(gated).index(back)
+    spread, _ = lowered(pooling.scatter_columns, gated, x, seed)
+    final, _ = lowered(pooling.pools_without_input, spread, x, seed)
+    assert "scatter_add" not in calls(final)
+    (node,) = final.graph.find_nodes(op="call_function", target=aten.max_pool2d_with_indices_backward.grad_input)
+    assert node.args[1] is node.kwargs["grad_input"] and node.args[1].target is aten.empty.memory_format
+
+
+def test_gates_of_other_values_stay_behind_pools() -> None:
+    """What is pooled is no ReLU's result here: its winners may be below 0 where a window's are all."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, v = graph.placeholder("x"), graph.placeholder("v")
+        r = graph.call_function(aten.relu.default, (x,))
+        pool = graph.call_function(aten.max_pool2d_with_indices.default, (x, [2, 2]))
+        indices = graph.call_function(operator.getitem, (pool, 1))
+        window = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+        back = graph.call_function(aten.max_pool2d_with_indices_backward.default, (v, x, *window, indices))
+        return graph.call_function(aten.threshold_backward.default, (back, r, 0))
+
+    before = program(build)
+    after, _ = lowered(pooling.gates_before_pools, before, randn(1, 1, 4, 4), randn(1, 1, 2, 2, seed=1))
+    assert calls(after) == calls(before)
+
+
+@needs_onednn
+def test_columns_are_summed_as_samples() -> None:
+    """So that sums of K targets go into convolutions as those of one do."""
+    torch.manual_seed(0)
+    block = BasicBlock(4, 4, 1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), block, nn.Flatten(), nn.LazyLinear(3))
+    x = randn(2, 3, 7, 6).float()
+    before, seed = answer(model, x, columns=True)
+    after = copy_graph(before)
+    for one_pass in (convolutions.flip_transposed, onednn.prepack, onednn.sum_samples, onednn.fuse_into_convolutions):
+        one_pass(after)
+        after.graph.lint()
+    after.recompile()
+    assert [n for n in calls(after) if "binary" in n][-1] == "mkldnn._convolution_pointwise_.binary"
+    fused = [n for n in after.graph.nodes if n.target in onednn.OPERATORS[1:3]]
+    assert len(fused) == 2  # a sum on the way there, one on the way back
+    for got, expected in zip(after(x, seed), before(x, seed), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolutional"])
+def test_shares_of_constants(kind: str) -> None:
+    """Products summed over features are matrix-vector products; running sums and the map's last sum take them in."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)] if kind == "linear" else [*pooled(True)]
+    x = randn(2, 6) if kind == "linear" else randn(2, 3, 11, 9)
+    before, seed = answer(nn.Sequential(*layers), x, columns=False)
+    dotted, _ = lowered(shares.dot_shares, before, x, seed)
+    count = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in layers)
+    assert calls(dotted).count("mv") == count
+    assert calls(dotted).count("mul.Tensor") == 1
+    added, _ = lowered(shares.add_shares, dotted, x, seed)
+    assert [calls(added).count(name) for name in ("mv", "addmv", "addcmul")] == [1, count - 1, 1]
+
+
+def test_views_of_constants_are_held() -> None:
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, w = graph.placeholder("x"), constant("w", randn(5, 4))
+        turned = graph.call_function(aten.t.default, (w,))
+        copied = graph.call_function(aten.reshape.default, (turned, [20]))  # a view of no view
+        return graph.call_function(aten.mm.default, (x, turned)), graph.call_function(aten.neg.default, (copied,))
+
+    before = with_examples(program(build), randn(3, 4))
+    after, _ = lowered(memory.hold_views, before, randn(3, 4))
+    assert calls(after) == ["reshape", "mm", "neg"]
+    (product,) = after.graph.find_nodes(op="call_function", target=aten.mm.default)
+    assert getattr(after, product.args[1].target).data_ptr() == before.w.data_ptr()
+    assert list(after.state_dict()) == ["w"]
+
+
 def test_every_lowering_has_a_test() -> None:
     tested = {
         convolutions.flip_transposed, convolutions.channels_last, convolutions.paint_blocks,
-        gates.byte_gates, memory.early_coefficients, memory.free_views, memory.reuse_memory,
-        onednn.prepack, onednn.fuse_into_convolutions,
+        gates.byte_gates, memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
+        onednn.prepack, onednn.fuse_into_convolutions, onednn.sum_samples, pooling.gates_before_pools, pooling.scatter_columns,
+        pooling.pools_without_input, shares.add_shares, shares.dot_shares,
     }  # fmt: skip
     assert set(lower.PASSES) <= tested

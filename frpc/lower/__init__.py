@@ -5,21 +5,30 @@ Every pass keeps the function; a pass that leaves a place as it was says so in a
 
 from frpc.lower.convolutions import channels_last, flip_transposed, paint_blocks
 from frpc.lower.gates import byte_gates
-from frpc.lower.memory import early_coefficients, free_views, reuse_memory
-from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack
+from frpc.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
+from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
+from frpc.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
 from frpc.lower.refusal import Pass, Refusal
+from frpc.lower.shares import add_shares, dot_shares
 
 __all__ = ["OPERATORS", "PASSES", "Pass", "Refusal"]
 
 PASSES: tuple[Pass, ...] = (
+    free_views,
+    gates_before_pools,
     byte_gates,
+    scatter_columns,
+    pools_without_input,
+    dot_shares,
+    add_shares,
+    hold_views,
     early_coefficients,
     paint_blocks,
-    prepack,
     flip_transposed,
+    prepack,
     channels_last,
+    sum_samples,
     fuse_into_convolutions,
-    free_views,
     reuse_memory,
 )
-"""In this order: what oneDNN takes is its own, the rest is flipped and reordered."""
+"""In this order: transposed convolutions become plain ones, oneDNN takes what it can, and what is left is put in order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +164,7 @@ def _cut(graph: fx.Graph, node: fx.Node, x: fx.Node, starts: Sequence[int], size
 
 
 def flip_transposed(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: as fast as the forward convolution.
+    """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: as fast as the forward convolution, and sums go into it.
 
     Only on CPU: cuDNN's own backward-data kernels are as fast and need no second copy of the weights.
     """
@@ -206,8 +205,6 @@ def _cannot_flip(
         return f"{groups} groups"
     if any(d * (int(k) - 1) < p for d, k, p in zip(dilation, value.shape[2:], padding, strict=True)):
         return "padding wider than the kernel"
-    if math.prod(int(k) for k in value.shape[2:]) == 1:
-        return "a 1x1 kernel: both are the same matrix product"
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -13,13 +15,15 @@ __all__ = ["byte_gates"]
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)
+SMALL = 4096  # elements a sample: below, a call costs more than the memory is worth
 
 
 def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``threshold_backward(v, r, 0), v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``.
+    """``threshold_backward(v, r, 0), v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``, or winners of it.
 
     The bytes are made right behind the ReLU, while r is in the cache, and r may go as soon as the next layer has read it. The
     result of a ReLU is above 0 just where it is not 0, which is what a cast to bool asks; unsigned bytes multiply in one pass.
+    Gates of a few thousand elements stay as they are, in one call.
 
     Exact when: v is finite; 0 times an infinite v is NaN.
     """
@@ -27,6 +31,8 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is aten.threshold_backward.default and _is_rectified(node.args[1]) and node.args[2] == 0:
+            if _is_small(node.args[1]):
+                continue
             gated, rectified = node.args[0], node.args[1]
             with graph.inserting_before(node):
                 product = graph.call_function(aten.mul.Tensor, (gated, _mask(graph, rectified, masks)))
@@ -41,7 +47,17 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
     return []
 
 
+def _is_small(rectified: Any) -> bool:
+    value = rectified.meta.get("val")
+    sizes = [] if value is None else list(value.shape[1:])
+    return value is not None and all(isinstance(n, int) for n in sizes) and math.prod(sizes) < SMALL
+
+
 def _is_rectified(value: Any) -> bool:
+    """Says whether a value is a ReLU's, or a winner among those."""
+    if isinstance(value, fx.Node) and value.target is operator.getitem and value.args[1] == 0:
+        pool: Any = value.args[0]
+        value = pool.args[0] if pool.target is aten.max_pool2d_with_indices.default else None
     return isinstance(value, fx.Node) and value.target in RELUS
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
 
-__all__ = ["early_coefficients", "free_views", "reuse_memory"]
+__all__ = ["early_coefficients", "free_views", "hold_views", "reuse_memory"]
 
 aten = torch.ops.aten
 
@@ -20,6 +22,28 @@ def free_views(graph_module: fx.GraphModule) -> list[Refusal]:
     for node in graph_module.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+    return []
+
+
+def hold_views(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``view(parameter) -> tensor``: a view of a constant is made now, not at every call; it takes no memory."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target in _WHOLE_VIEWS and len(node.all_input_nodes) == 1 else None
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            continue
+        value = fetch(graph_module, str(source.target))
+        view = node.target(value, *node.args[1:])
+        if view.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+            continue
+        name = f"{node.name}_of_{source.target}".replace(".", "_")
+        graph_module.register_buffer(name, view, persistent=False)
+        with graph.inserting_before(node):
+            read = graph.get_attr(name)
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
     return []
 
 
@@ -54,6 +78,12 @@ _IN_PLACE: dict[Any, Any] = {
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.tanh.default: aten.tanh_.default,
 }
+_WRITTEN = (  # operators that return what they have written in full
+    *_IN_PLACE.values(),
+    aten.threshold_backward.grad_input,
+    aten.max_pool2d_with_indices_backward.grad_input,
+    torch.ops.mkldnn._convolution_pointwise_.binary,
+)
 _COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
 _WHOLE_VIEWS = (  # every element of what they look at, once
     aten.reshape.default,
@@ -96,7 +126,7 @@ class Memory:
         self._owner: dict[fx.Node, frozenset[fx.Node]] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}
         for node in graph.nodes:
-            shared = [x for x in node.all_input_nodes if not _is_fresh(node)]
+            shared = [] if _is_fresh(node) else [x for x in node.all_input_nodes if not _is_number(x)]
             owners = frozenset(o for x in shared for o in self._owner[x]) or frozenset([node])
             self._owner[node] = owners
             for owner in owners:
@@ -129,7 +159,7 @@ def _writable(x: fx.Node) -> bool:
     """Says whether no two elements of x are one: fresh memory, seen through whole views."""
     while x.target in _WHOLE_VIEWS and isinstance(x.args[0], fx.Node):
         x = x.args[0]
-    return x.op == "call_function" and (_is_fresh(x) or x.target in _IN_PLACE.values())
+    return x.op == "call_function" and (_is_fresh(x) or x.target in _WRITTEN)
 
 
 def _is_fresh(node: fx.Node) -> bool:
@@ -142,6 +172,13 @@ def _is_fresh(node: fx.Node) -> bool:
     if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd) and not op.is_view:
         return False  # made of other operators: it may return what it was given
     return all(result.alias_info is None for result in op._schema.returns)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Says whether a node is a size, or arithmetic on sizes."""
+    if node.op != "call_function" or node.target is aten.sym_size.int:
+        return node.op == "call_function"
+    return not isinstance(node.target, OpOverload) and node.target is not operator.getitem
 
 
 def _fits(x: fx.Node, reader: fx.Node) -> bool:

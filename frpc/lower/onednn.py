@@ -16,15 +16,16 @@ from frpc.graph import describe, fetch
 from frpc.lower.memory import Memory
 from frpc.lower.refusal import Refusal
 
-__all__ = ["OPERATORS", "fuse_into_convolutions", "prepack"]
+__all__ = ["OPERATORS", "fuse_into_convolutions", "prepack", "sum_samples"]
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 WHAT = "weights in oneDNN's own order"
 SEVERAL = 16  # samples
 _DONE: tuple[Any, ...] = ("none", [], "")  # nothing follows
 
+CONVOLUTION = mkldnn._convolution_pointwise.default
 OPERATORS = (
-    mkldnn._convolution_pointwise.default,
+    CONVOLUTION,
     mkldnn._convolution_pointwise.binary,
     mkldnn._convolution_pointwise_.binary,
     mkldnn._convolution_transpose_pointwise.default,
@@ -65,7 +66,7 @@ def prepack(graph_module: fx.GraphModule) -> list[Refusal]:
         with graph.inserting_before(node):
             read = graph.get_attr(name if hasattr(graph_module, name) else str(weight.target))
             read.meta = dict(weight.meta)
-            operator = mkldnn._convolution_transpose_pointwise.default if transposed else mkldnn._convolution_pointwise.default
+            operator = mkldnn._convolution_transpose_pointwise.default if transposed else CONVOLUTION
             result = graph.call_function(operator, (x, read, bias, *geometry, *_DONE))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
@@ -107,6 +108,35 @@ def _packed(weight: Tensor, transposed: bool, geometry: Sequence[Any], sizes: Se
     return one if torch.equal(*orders) else None
 
 
+def sum_samples(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``y + reshape(conv(x)) -> reshape(reshape(y) + conv(x))``: columns are summed as the samples they are convolved as."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for at in (1, 0):
+            given: Any = node.args
+            shaped, other = given[at], given[1 - at]
+            folded: Any = shaped.args[0] if _alone(shaped, aten.reshape.default) else None
+            if folded is None or not _alone(folded, CONVOLUTION) or not isinstance(other, fx.Node) or not _like(other, shaped):
+                continue
+            source = folded.args[0]
+            if source.target is not aten.reshape.default:
+                continue
+            count, sizes = source.args[1][0], [int(n) for n in folded.meta["val"].shape[1:]]
+            with graph.inserting_before(node):
+                flat = graph.call_function(aten.reshape.default, (other, [count, *sizes]))
+                total = graph.call_function(aten.add.Tensor, (flat, folded))
+                result = graph.call_function(aten.reshape.default, (total, shaped.args[1]))
+            flat.meta, total.meta, result.meta = ({**node.meta, "val": folded.meta["val"]} for _ in range(3))
+            result.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+            graph.erase_node(shaped)
+            break
+    return []
+
+
 def fuse_into_convolutions(graph_module: fx.GraphModule) -> list[Refusal]:
     """``relu(conv(x)) -> conv_relu(x)``, ``conv(x) + y -> conv_add(x, y)``, in y's memory where nobody reads y later."""
     graph = graph_module.graph
@@ -128,7 +158,7 @@ def _fuse_sum(graph: fx.Graph, node: fx.Node) -> None:
     for at in (1, 0):  # the later summand is the usual one that nobody has read yet
         given: Any = node.args
         convolved, other = given[at], given[1 - at]
-        if not _alone(convolved, mkldnn._convolution_pointwise.default) or tuple(convolved.args[-3:]) != _DONE:
+        if not _alone(convolved, CONVOLUTION) or tuple(convolved.args[-3:]) != _DONE:
             continue
         if not isinstance(other, fx.Node) or not _like(other, convolved) or other is convolved:
             continue
@@ -151,7 +181,7 @@ def _like(a: fx.Node, b: fx.Node) -> bool:
 
 def _fuse_relu(graph: fx.Graph, node: fx.Node) -> None:
     before: Any = node.args[0]
-    if _alone(before, mkldnn._convolution_pointwise.default) and tuple(before.args[-3:]) == _DONE:
+    if _alone(before, CONVOLUTION) and tuple(before.args[-3:]) == _DONE:
         before.args = (*before.args[:-3], "relu", [], "")
     elif _alone(before, mkldnn._convolution_pointwise.binary) and before.args[-3] is None:
         before.args = (*before.args[:-3], "relu", [], None)
