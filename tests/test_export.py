@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frpc
 from frpc.errors import ExportError, InputError, LayerNameError, OptionError, PackageError, VerificationError
 from frpc.explainer import Explainer
-from frpc.export import Question, Signature, aoti, onnx, open_file, torch_export, verification, verify
-from frpc.export.decompositions import gates_as_products, transposed_as_convolutions
+from frpc.export import Question, Signature, aoti, decompositions, onnx, open_file, torch_export, verification, verify
+from frpc.export.decompositions import gates_as_products, strided_as_convolutions, transposed_as_convolutions
 from frpc.pipeline import copy_graph
 
 pytestmark = pytest.mark.export
@@ -372,24 +373,40 @@ def test_a_signature_survives_its_text() -> None:
         Signature.from_json('{"question": 3}', "file")
 
 
-@pytest.mark.parametrize("rewrite", [transposed_as_convolutions, gates_as_products])
+@pytest.mark.parametrize("rewrite", [transposed_as_convolutions, strided_as_convolutions, gates_as_products])
 def test_rewrites_keep_the_function(precise: Explainer, rewrite: Any) -> None:
     aten = torch.ops.aten
     stage = next(s for s in precise.stages if s.name == "optimize")
     program = copy_graph(stage.program)
-    before = [n.target for n in program.graph.nodes]
     rewrite(program)
     program.recompile()
-    after = [n.target for n in program.graph.nodes]
-    if rewrite is gates_as_products:
-        assert aten.threshold_backward.default in before and aten.threshold_backward.default not in after
-    else:
-        transposed = [n for n in program.graph.nodes if n.target is aten.convolution.default and n.args[6]]
-        assert [n.args[3] for n in transposed] == [[2, 2]], "only the strided one is left"
+    gates = [n for n in program.graph.nodes if n.target is aten.threshold_backward.default]
+    strides = {n.args[3][0] for n in program.graph.nodes if n.target is aten.convolution.default and n.args[6]}
+    assert (len(gates) > 0, strides) == {
+        transposed_as_convolutions: (True, {2}),
+        strided_as_convolutions: (True, {1}),
+        gates_as_products: (False, {1, 2}),
+    }[rewrite]
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     seed = precise.seed_for(x, target=3)
     for found, expected in zip(program(x, seed), stage.program(x, seed), strict=True):
         assert relative_l1(found, expected) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((3, 3), 2, (1, 1)), ((7, 7), 2, (3, 3)), ((2, 2), 2, (0, 0)), ((5, 3), 3, (1, 0)), ((4, 2), 2, (1, 0))],
+)
+def test_neighbours_read_their_own_taps(kernel: tuple[int, int], stride: int, padding: tuple[int, int]) -> None:
+    """A strided transposed convolution is a convolution whose channels are the neighbours, shuffled into place."""
+    torch.manual_seed(0)
+    v, weight = torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    added = [stride - k + 2 * p for k, p in zip(kernel, padding, strict=True)]  # what makes the result stride times as large
+    expected = F.conv_transpose2d(v, weight, stride=stride, padding=padding, output_padding=added)
+    neighbours, frame = decompositions._neighbours(weight, stride, padding)
+    found = F.pixel_shuffle(F.conv2d(F.pad(v, frame), neighbours), stride)
+    assert found.shape == expected.shape == (2, 3, 6 * stride, 5 * stride)
+    assert relative_l1(found, expected) <= 1e-13
 
 
 def test_the_constants_share_is_measured_by_the_map() -> None:

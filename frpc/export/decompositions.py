@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 
 from frpc.graph import fetch
 
-__all__ = ["ONNX_REWRITES", "gates_as_products", "transposed_as_convolutions"]
+__all__ = ["ONNX_REWRITES", "gates_as_products", "strided_as_convolutions", "transposed_as_convolutions"]
 
 aten = torch.ops.aten
 
@@ -29,6 +30,58 @@ def transposed_as_convolutions(program: fx.GraphModule) -> None:
         read = _read(program, node, f"{weight.target}_flipped_{groups}", _flipped(value, groups))
         node.args = (v, read, bias, stride, border, dilation, False, output_padding, groups)
     program.graph.eliminate_dead_code()
+
+
+def strided_as_convolutions(program: fx.GraphModule) -> None:
+    """``conv_transpose(v, w), stride s -> pixel_shuffle(conv(v, w'), s)``: each of s x s neighbours reads its own taps of w.
+
+    ``y[s t + r] = sum_m v[t + d - m] w[s m + c]`` with ``r + p = s d + c``. Only where the result has s times the input's sides;
+    1x1 kernels, of which most neighbours read nothing, stay.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is not aten.convolution.default or not node.args[6] or node.args[2] is not None:
+            continue
+        v, weight, _, stride, padding, dilation, _, _, groups = node.args
+        constant = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        if not constant or groups != 1 or stride[0] < 2 or len(set(stride)) > 1 or len(stride) != 2 or set(dilation) != {1}:
+            continue
+        value, step = fetch(program, str(weight.target)), stride[0]
+        sides = [(int(a), int(b)) for a, b in zip(v.meta["val"].shape[2:], node.meta["val"].shape[2:], strict=True)]
+        if any(step * a != b for a, b in sides) or max(value.shape[2:]) == 1:
+            continue
+        kernel, frame = _neighbours(value, step, padding)
+        read = _read(program, node, f"{weight.target}_neighbours", kernel)
+        with program.graph.inserting_before(node):
+            framed = program.graph.call_function(aten.constant_pad_nd.default, (v, frame, 0.0))
+            plain = (framed, read, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+            found = program.graph.call_function(aten.convolution.default, plain)
+            shuffled = program.graph.call_function(aten.pixel_shuffle.default, (found, step))
+        shuffled.meta = dict(node.meta)
+        node.replace_all_uses_with(shuffled)
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+
+
+def _neighbours(weight: Tensor, step: int, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The kernel ``[O s s, I, *L]`` in which every neighbour has its taps, and the frame of zeros that it wants around v."""
+    taps = [_taps(int(size), step, p) for size, p in zip(weight.shape[2:], padding, strict=True)]
+    spans = [(min(t[0] for t in axis), max(t[0] for t in axis)) for axis in taps]  # of offsets from v's own place
+    lengths = [last - first + 1 for first, last in spans]
+    kernel = weight.new_zeros([weight.shape[1], step, step, weight.shape[0], *lengths])
+    for rows, i, k in taps[0]:
+        for columns, j, m in taps[1]:
+            kernel[:, i, j, :, rows - spans[0][0], columns - spans[1][0]] = weight[:, :, k, m].t()
+    frame = [side for first, last in reversed(spans) for side in (-first, last)]  # PyTorch pads the last axis first
+    return kernel.flatten(0, 2), frame
+
+
+def _taps(size: int, step: int, padding: int) -> list[tuple[int, int, int]]:
+    """``(offset, neighbour, tap)`` of every tap along one axis: neighbour r reads ``v[t + offset]`` by tap ``s m + c``."""
+    found = []
+    for neighbour in range(step):
+        shift, first = divmod(neighbour + padding, step)
+        found += [(shift - m, neighbour, step * m + first) for m in range((size - first + step - 1) // step)]
+    return found
 
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:
@@ -63,5 +116,5 @@ def gates_as_products(program: fx.GraphModule) -> None:
         program.graph.erase_node(node)
 
 
-ONNX_REWRITES = (transposed_as_convolutions, gates_as_products)
+ONNX_REWRITES = (transposed_as_convolutions, strided_as_convolutions, gates_as_products)
 """In this order."""

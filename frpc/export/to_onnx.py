@@ -18,6 +18,7 @@ from frpc.explainer import Explainer
 from frpc.export.decompositions import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
+from frpc.export.translations import translations
 
 __all__ = ["METADATA", "OPSET", "onnx", "run_onnx"]
 
@@ -69,6 +70,7 @@ def _translated(program: ExportedProgram, signature: Signature) -> Any:
             made = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                 input_names=list(signature.names), output_names=list(signature.outputs), dynamic_shapes=signature.free,
+                custom_translation_table=translations(),
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{signature.model} has no form in ONNX: {_last_line(error)}") from error
