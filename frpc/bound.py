@@ -9,6 +9,7 @@ import linecache
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -17,6 +18,28 @@ from frpc.graph import fetch
 __all__ = ["Program", "bound"]
 
 Program = Callable[..., Sequence[Tensor]]
+
+aten = torch.ops.aten
+_BINDINGS: dict[Any, Callable[..., Any]] = {  # the same operators; Python's own way to them is half as long
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
+    aten.addcmul.default: torch.addcmul,
+    aten.addmm.default: torch.addmm,
+    aten.addmv.default: torch.addmv,
+    aten.bmm.default: torch.bmm,
+    aten.div.Tensor: torch.div,
+    aten.div_.Tensor: Tensor.div_,
+    aten.mm.default: torch.mm,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
+    aten.mv.default: torch.mv,
+    aten.permute.default: torch.permute,
+    aten.relu.default: torch.relu,
+    aten.relu_.default: torch.relu_,
+    aten.reshape.default: torch.reshape,
+    aten.sub.Tensor: torch.sub,
+    aten.sym_size.int: Tensor.size,
+}
 
 
 def bound(graph_module: fx.GraphModule) -> Program:
@@ -55,7 +78,8 @@ class _Writer:
                 parameters.append(name)
             else:
                 assert node.op == "call_function", f"{node.op} {node.name}"
-                target = node.target._op if isinstance(node.target, OpOverload) else node.target
+                direct = node.target._op if isinstance(node.target, OpOverload) else node.target
+                target = _BINDINGS.get(node.target, direct)
                 arguments = [self._text(a) for a in node.args] + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
                 lines.append(f"    {name} = {self._thing(target)}({', '.join(arguments)})")
             if ended := [self._names[n] for n in dying.get(node, ()) if n.op != "get_attr"]:
