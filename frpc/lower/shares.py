@@ -85,6 +85,8 @@ def add_shares(graph_module: fx.GraphModule) -> list[Refusal]:
             term, rest = given[at], given[1 - at]
             if not isinstance(term, fx.Node) or not isinstance(rest, fx.Node) or len(term.users) != 1:
                 continue
+            if term is rest:  # ``y + y`` reads the product twice
+                continue
             target = _WITH_SUM.get(term.target)
             if target is None or not _sums(term, rest):
                 continue
