@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+Nets = Annotated[str, typer.Option(help="thesis_mlp, thesis_alexnet, torchvision classifiers, with commas between them.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Json = Annotated[Path | None, typer.Option(help="Also write every number to this file.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -17,16 +22,19 @@ def _common() -> None:
 
 @app.command()
 def attribution(
-    nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50,vgg16",
-    batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    nets: Nets = "resnet50,vgg16,squeezenet1_1",
+    batch: Annotated[str, typer.Option(help="Samples a call, with commas between several sizes.")] = "1",
+    targets: Annotated[str, typer.Option(help="Targets of each sample, K, with commas.")] = "1",
+    device: Device = "cpu",
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    peers: Annotated[bool, typer.Option(help="Also time torch.compile and Captum, for one target.")] = True,
+    json: Json = None,
 ) -> None:
-    """Explaining one target: its price in forward passes of the model itself."""
+    """Explaining one target, or K of one input: its price in forward passes of the model itself."""
     from bench.attribution import run
 
-    raise typer.Exit(run(_words(nets), batch, threads, rounds, json))
+    raise typer.Exit(run(_words(nets), _numbers(batch), _numbers(targets), device, threads, rounds, peers, json))
 
 
 @app.command()
@@ -34,10 +42,10 @@ def methods(
     nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50,vgg16",
     only: Annotated[str, typer.Option(help="Methods, with commas; a choice of the cheap and the common ones if left out.")] = "",
     batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 7,
     peers: Annotated[bool, typer.Option(help="Also time Captum and zennit.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """Every method's price in forward passes of the model itself, beside other libraries."""
     from bench.methods import run
@@ -61,9 +69,9 @@ def neurons(
     stream: Annotated[tuple[str, str] | None, typer.Option(help="NET LAYER: streams a layer.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="For --stream: only the first blocks.")] = None,
     check: Annotated[bool, typer.Option("--check", help="For --stream: every neuron's residual.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """All maps of a layer: their price beside other ways to get them, its growth, the planner's choices, streaming."""
     from bench import growth as growing
@@ -110,9 +118,9 @@ def export(
     nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50",
     side: Annotated[int, typer.Option(min=32, help="Image side.")] = 224,
     batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds.")] = 15,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """Explaining in ONNX Runtime: its price in ONNX Runtime's own forward passes of the same model."""
     from bench.export import run
@@ -123,9 +131,9 @@ def export(
 @app.command()
 def files(
     nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Loads, each in a process of its own.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """Program files: their size beside the weights', saving, loading in a fresh process, first answers."""
     from bench.files import run
@@ -140,7 +148,7 @@ def serving(
     rates: Annotated[str, typer.Option(help="Requests a second, with commas.")] = "2,4,8",
     seconds: Annotated[float, typer.Option(help="Length of each measurement.")] = 60.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the service.")] = 2,
-    json: Annotated[Path | None, typer.Option(help="Also write every number to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """The serving examples under load: how long answers take."""
     from bench.serving import run
@@ -150,6 +158,13 @@ def serving(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    found = [int(word) for word in _words(text)]
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r}: whole numbers from 1, with commas between them")
+    return found
 
 
 if __name__ == "__main__":

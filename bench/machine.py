@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -12,17 +13,31 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, used for memory, is talkative; read when torch is imported
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 import frpc
 
-__all__ = ["Spread", "interleave", "machine", "make_table", "open_console", "peak_rss", "timed", "write_record"]
+__all__ = [
+    "Spread",
+    "interleave",
+    "machine",
+    "make_table",
+    "open_console",
+    "peak_memory",
+    "peak_rss",
+    "timed",
+    "write_record",
+]
 
 BLOCK_SECONDS = 0.3  # each measurement averages over as many calls as fill this time
 WARM_UP = 3
@@ -49,9 +64,17 @@ class Spread:
 
 def timed(way: Callable[[], object]) -> float:
     """Returns the seconds of one call."""
+    _wait()
     start = time.perf_counter()
     way()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Lets a GPU finish what it was given; calls only queue it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interleave(ways: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
@@ -65,11 +88,13 @@ def interleave(ways: Mapping[str, Callable[[], object]], rounds: int, title: str
     for index in track(range(rounds), description=title, transient=True):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                ways[name]()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append(timed(partial(_repeat, ways[name], calls[name])) / calls[name])
     return times
+
+
+def _repeat(way: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        way()
 
 
 def _calls_for(way: Callable[[], object]) -> int:
@@ -78,6 +103,27 @@ def _calls_for(way: Callable[[], object]) -> int:
         if timed(way) > SLOW_SECONDS:
             return 1
     return max(1, round(BLOCK_SECONDS / timed(way)))
+
+
+def peak_memory(way: Callable[[], object]) -> int:
+    """Returns the largest sum of tensor bytes alive at once in one call, beyond what was there before it.
+
+    Scratch memory that oneDNN keeps to itself is not counted. On a GPU it is what PyTorch's allocator gave out there.
+    """
+    if torch.cuda.is_initialized():
+        _wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
 
 
 def peak_rss() -> int:
@@ -90,7 +136,9 @@ def machine(threads: int) -> dict[str, Any]:
     """Says where and with what the numbers are made; takes ``threads`` for torch."""
     torch.set_num_threads(threads)
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": threads,
         "load_before": os.getloadavg()[0],
@@ -109,8 +157,9 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git says about the package that is measured, which need not lie beside this file."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=Path(frpc.__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -119,7 +168,7 @@ def _git(*arguments: str) -> str | None:
 def open_console() -> Console:
     """A console wide enough for the tables, which a terminal may wrap."""
     console = Console(highlight=False)
-    console.width = max(console.width, 132)
+    console.width = max(console.width, 150)
     return console
 
 

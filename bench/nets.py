@@ -1,4 +1,4 @@
-"""The nets that the benchmarks of layers run on."""
+"""The nets that benchmarks run on: torchvision's classifiers, and the thesis's two."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from frpc.pretrained import build_model
+from frpc.pretrained import build_model, recipe
 
-__all__ = ["THESIS", "ThesisAlexNet", "build", "layer_path"]
+__all__ = ["CONVOLUTIONS", "MLP", "THESIS", "ThesisAlexNet", "build", "is_piecewise_linear", "layer_path"]
 
-THESIS = "thesis_alexnet"
+THESIS, MLP = "thesis_alexnet", "thesis_mlp"
+MLP_WIDTHS = (28 * 28, 192, 120, 60, 10)
 CONVOLUTIONS = {f"conv{k}": f"features.{index}" for k, index in enumerate((0, 3, 6, 8, 10), start=1)}
 
 
@@ -41,11 +42,37 @@ class ThesisAlexNet(nn.Module):
         return self.classifier(self.features(x))
 
 
-def build(name: str, side: int, batch: int = 1, width: float = 1.0) -> tuple[nn.Module, Tensor]:
-    """Returns a net with random weights, in evaluation mode, and an input for it."""
+def thesis_mlp() -> nn.Sequential:
+    """The thesis's perceptron for MNIST (T 3.3.1): 784-192-120-60-10, ReLU after each hidden layer."""
+    layers = [layer for i, o in pairwise(MLP_WIDTHS) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def build(name: str, side: int | None = None, batch: int = 1, width: float = 1.0) -> tuple[nn.Module, Tensor]:
+    """Returns a net with random weights, in evaluation mode, and an input ``[B, C, side, side]`` for it.
+
+    Args:
+        name: ``thesis_alexnet``, ``thesis_mlp`` or a torchvision classifier.
+        side: image side; the one the net was made for if left out.
+        batch: samples.
+        width: multiplies the channels of the thesis's AlexNet.
+    """
     torch.manual_seed(0)
-    model = ThesisAlexNet(side, width).eval() if name == THESIS else build_model(name)
+    if name == MLP:
+        return thesis_mlp().eval().requires_grad_(False), torch.randn(batch, 1, 28, 28)
+    if name == THESIS:
+        side = side or 32
+        model: nn.Module = ThesisAlexNet(side, width).eval()
+    else:
+        side, model = side or recipe(name).crop, build_model(name)
     return model.requires_grad_(False), torch.randn(batch, 3, side, side)
+
+
+def is_piecewise_linear(model: nn.Module) -> bool:
+    """Whether a net is made of layers between whose kinks it is linear: its map is then input times gradient and a share."""
+    known = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+    other = (nn.Flatten, nn.Dropout, nn.Identity)
+    return all(isinstance(module, known + other) for module in model.modules() if not list(module.children()))
 
 
 def layer_path(net: str, layer: str) -> str:
