@@ -54,6 +54,35 @@ def methods(
 
 
 @app.command()
+def memory(
+    nets: Nets = "resnet50,vgg16",
+    batch: Annotated[str, typer.Option(help="Samples a call, with commas between several sizes.")] = "1,16",
+    targets: Annotated[str, typer.Option(help="Targets of each sample, K, with commas.")] = "1",
+    device: Device = "cpu",
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """Peak memory of one explanation beside autograd's and Captum's, and what the plan predicts."""
+    from bench.memory import run
+
+    raise typer.Exit(run(_words(nets), _numbers(batch), _numbers(targets), device, threads, json))
+
+
+@app.command("compile")
+def compile_(
+    nets: Nets = "resnet50,vgg16",
+    threads: Threads = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Compilations of each net.")] = 3,
+    peers: Annotated[bool, typer.Option(help="Also time torch.compile of forward and backward pass.")] = True,
+    json: Json = None,
+) -> None:
+    """How long compiling takes, stage by stage, and how large programs are."""
+    from bench.compiling import run
+
+    raise typer.Exit(run(_words(nets), threads, rounds, peers, json))
+
+
+@app.command()
 def neurons(
     net: Annotated[str, typer.Option(help="thesis_alexnet, or a torchvision classifier.")] = "thesis_alexnet",
     layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",
