@@ -83,6 +83,19 @@ def compile_(
 
 
 @app.command()
+def kernels(
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds.")] = 7,
+    only: Annotated[str, typer.Option(help="Kernels, with commas; all if left out.")] = "",
+    json: Json = None,
+) -> None:
+    """Hand-written kernels on a CUDA device beside ATen: time, and the fraction of what the device can do."""
+    from bench.kernels import run
+
+    raise typer.Exit(run(batch, rounds, _words(only), json))
+
+
+@app.command()
 def neurons(
     net: Annotated[str, typer.Option(help="thesis_alexnet, or a torchvision classifier.")] = "thesis_alexnet",
     layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",
