@@ -70,6 +70,7 @@ def use_kernels(program: fx.GraphModule, precision: str = "tf32x3") -> list[Refu
     rewriting.products()
     rewriting.activations()
     rewriting.norms()
+    rewriting.square_norms()
     rewriting.left_over()
     program.graph.eliminate_dead_code()
     free_views(program)

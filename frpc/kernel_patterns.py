@@ -11,6 +11,7 @@ from torch import fx
 from frpc.graph import RESHAPES
 
 __all__ = [
+    "follow",
     "gate_readers",
     "is_convolution",
     "is_sample_of",
@@ -18,10 +19,8 @@ __all__ = [
     "normal_cdfs",
     "operands",
     "pool_arguments",
-    "pulls_of",
     "readers_of",
     "reshape_sizes",
-    "scales_of",
     "scatters",
     "sigmoids",
     "split_sum",
@@ -131,10 +130,10 @@ def normal_cdfs(z: fx.Node) -> Iterator[fx.Node]:
     """``0.5 * (1 + erf(z * sqrt 1/2))``."""
     for scaled in z.users:
         if scaled.target is aten.mul.Scalar and abs(float(operands(scaled)[1]) - 0.5**0.5) < 1e-12:
-            yield from _follow(scaled, (aten.erf.default, None), (aten.add.Scalar, 1), (aten.mul.Scalar, 0.5))
+            yield from follow(scaled, (aten.erf.default, None), (aten.add.Scalar, 1), (aten.mul.Scalar, 0.5))
 
 
-def _follow(node: fx.Node, *steps: tuple[Any, Any]) -> Iterator[fx.Node]:
+def follow(node: fx.Node, *steps: tuple[Any, Any]) -> Iterator[fx.Node]:
     """Ends of chains of operators from a node, each with the number it takes."""
     if not steps:
         yield node
@@ -142,41 +141,4 @@ def _follow(node: fx.Node, *steps: tuple[Any, Any]) -> Iterator[fx.Node]:
     (target, number), *rest = steps
     for user in node.users:
         if user.target is target and (number is None or operands(user)[1] == number):
-            yield from _follow(user, *rest)
-
-
-def scales_of(x: fx.Node, eps: float) -> Iterator[fx.Node]:
-    """``1 / sqrt(var(x) + eps)`` over the last dimension."""
-    for reader in readers_of(x):
-        if reader.target is not aten.var.correction or reader.kwargs.get("correction") != 0 or not reader.kwargs.get("keepdim"):
-            continue
-        value, axes = operands(reader)[:2]
-        if axes in ([-1], [value.meta["val"].dim() - 1]):
-            yield from _follow(reader, (aten.add.Tensor, eps), (aten.rsqrt.default, None))
-
-
-def pulls_of(scale: fx.Node, gamma: fx.Node | None) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """``u - mean(u)`` with ``u = v (scale gamma)``: ``(difference, v)``."""
-    coefficients = (
-        [scale] if gamma is None else [m for m in readers_of(scale) if m.target is aten.mul.Tensor and gamma in operands(m)]
-    )
-    for coefficient in coefficients:
-        for product in readers_of(coefficient):
-            if product.target is not aten.mul.Tensor:
-                continue
-            v = next((a for a in operands(product) if isinstance(a, fx.Node) and coefficient not in _behind(a)), None)
-            for centred in readers_of(product):
-                if v is not None and centred.target is aten.sub.Tensor and _is_mean(operands(centred)[1], operands(centred)[0]):
-                    yield centred, v
-
-
-def _behind(node: fx.Node) -> Iterator[fx.Node]:
-    """A value and what it is a view of."""
-    yield node
-    while node.target in RESHAPES:
-        node = operands(node)[0]
-        yield node
-
-
-def _is_mean(node: Any, of: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.mean.dim and operands(node) == (of, [-1], True)
+            yield from follow(user, *rest)

@@ -11,6 +11,7 @@ from torch import fx
 
 from frpc.editor import Editor
 from frpc.graph import RESHAPES, fetch, replace
+from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.kernel_patterns import (
     gate_readers,
     is_convolution,
@@ -19,10 +20,8 @@ from frpc.kernel_patterns import (
     normal_cdfs,
     operands,
     pool_arguments,
-    pulls_of,
     readers_of,
     reshape_sizes,
-    scales_of,
     scatters,
     sigmoids,
     split_sum,
@@ -63,6 +62,9 @@ class Rewriting:
 
     def all(self, *targets: Any) -> Iterator[fx.Node]:
         yield from [node for node in self.program.graph.nodes if node.target in targets]
+
+    def first(self, *nodes: fx.Node) -> fx.Node:
+        return min(nodes, key=[*self.program.graph.nodes].index)
 
     def fuse(self, reader: fx.Node, views: list[fx.Node], op: Any, *args: Any) -> None:
         """Puts a kernel in place of ``reader``, and behind it the views that lay between ``reader`` and what it swallows."""
@@ -220,12 +222,15 @@ class Rewriting:
         return weight
 
     def left_over(self) -> None:
-        """Says of every other transposed convolution why it stays."""
+        """Says of every other transposed convolution and norm why it stays."""
         known = {refusal.where for refusal in self.refused}
         for node in self.all(aten.convolution.default):
             if is_convolution(node, transposed=True) and node.name not in known:
                 users = ", ".join(str(user.target) for user in node.users)
                 self.refuse("conv_transposed_gate", node, f"no gate or product reads it alone, but {users}; cuDNN has its own")
+        for root, reason in written_out(self.program.graph):
+            if root.name not in known:
+                self.refuse("norm_gate", root, reason)
 
     # ---- smooth activations and norms
 
@@ -241,7 +246,7 @@ class Rewriting:
             if reason := self.ask("gate", z):
                 self.refuse("gate", value, reason)
                 continue
-            first = min([value, *coefficients], key=[*self.program.graph.nodes].index)
+            first = self.first(value, *coefficients)
             a, c = self.put_items(first, self.ops.smooth_gate.default, z, kind)
             replace(value, a)
             for coefficient in coefficients:
@@ -252,7 +257,7 @@ class Rewriting:
         """``layer_norm(x), 1 / sqrt(var(x) + eps)`` and ``v s gamma - mean(v s gamma)``."""
         for norm in self.all(aten.native_layer_norm.default):
             x, shape, gamma, beta, eps = operands(norm)
-            scales = [*scales_of(x, eps)]
+            scales = [*layer_scales(x, eps)]
             items = {operands(user)[1]: user for user in norm.users}
             reason = self.ask("norm_gate", x, gamma, beta)
             if len(shape) != 1:
@@ -266,6 +271,28 @@ class Rewriting:
             replace(items[0], y)
             for scale in scales:
                 replace(scale, s)
-            for centred, v in list(pulls_of(s, gamma)):
+            for centred, v in list(centred_pulls(s, gamma)):
                 replace(centred, self.put(centred, self.ops.norm_pull.default, v, gamma, s, True))
+            self.program.graph.eliminate_dead_code()
+
+    def square_norms(self) -> None:
+        """``x s gamma`` with ``s = 1 / sqrt(mean(x^2) + eps)``, and ``v s gamma``."""
+        for norm in list(rms_norms(self.program.graph)):
+            x, gamma = norm.x, norm.gamma
+            reason = self.ask("norm_gate", x, gamma, None)
+            if not norm.values:
+                reason = "only its coefficient is computed"
+            if reason:
+                self.refuse("norm_gate", norm.scales[0], reason)
+                continue
+            first = self.first(*norm.values, *norm.scales)
+            if gamma is not None and self.first(gamma, first) is first:
+                first.prepend(gamma)  # a constant may stand anywhere
+            y, s = self.put_items(first, self.ops.norm_gate.default, x, gamma, None, norm.eps, False)
+            for value in norm.values:
+                replace(value, y)
+            for scale in norm.scales:
+                replace(scale, s)
+            for product, v in list(pulls(s, gamma)) if gamma is not None else ():  # without gamma it is one product already
+                replace(product, self.put(product, self.ops.norm_pull.default, v, gamma, s, False))
             self.program.graph.eliminate_dead_code()

@@ -1,20 +1,26 @@
 """Programs lowered onto kernels, in the interpreter: what they give beside what their ATen form gives, as JSON.
 
-``TRITON_INTERPRET=1 python tests/kernel_programs.py NAME``.
+``TRITON_INTERPRET=1 python tests/kernel_programs.py NAME ...``.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import frpc
 from frpc import pipeline
-from frpc.kernel_lowering import count_launches, use_kernels
+from frpc.kernel_lowering import count_launches, operators, use_kernels
 from frpc.plan import Query
+from graphs import program, with_examples
+
+aten = torch.ops.aten
 
 
 class Convolutions(nn.Module):
@@ -56,9 +62,92 @@ class Grouped(nn.Module):
         return torch.relu(self.flat(torch.relu(self.deep(torch.relu(self.flat(x)))))).sum((2, 3))
 
 
-MODELS = {"convolutions": (Convolutions, (3, 11, 9)), "tokens": (Tokens, (7, 16)), "grouped": (Grouped, (4, 6, 5))}
+class Squares(nn.Module):
+    """RMS norms: a module with weights, one without, and one spelled out, as language models have it."""
 
-OUTPUTS = {"convolutions": 5, "tokens": 16, "grouped": 4}
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bare = nn.RMSNorm(16, eps=1e-5), nn.RMSNorm(33, elementwise_affine=False)
+        self.up, self.down, self.gamma = nn.Linear(16, 33), nn.Linear(33, 16), nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.relu(self.bare(self.up(self.norm(x)))))
+        return (self.gamma * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))).mean(1)
+
+
+class Spelled(nn.Module):
+    """Norms in forms that no kernel takes: spelled out with a quotient, of groups, of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.whole = nn.GroupNorm(1, 7), nn.LayerNorm([7, 16])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        x = x - x.mean(-1, keepdim=True)
+        x = torch.relu(x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5))
+        return self.whole(self.groups(x)).mean(1)
+
+
+class Convnext(nn.Module):
+    """A block of ConvNeXt between its patches and its narrowing: layer norms over channels, a depthwise convolution, a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.deep, self.narrow = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 7, 1, 3, groups=8), nn.Conv2d(8, 8, 2, 2)
+        self.norms = nn.ModuleList(nn.LayerNorm(8, eps=1e-6) for _ in range(3))
+        self.up, self.down, self.last = nn.Linear(8, 33), nn.Linear(33, 8), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def normed(self, x: Tensor, at: int) -> Tensor:
+        return self.norms[at](x.permute(0, 2, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(self.patches(x), 0).permute(0, 3, 1, 2)
+        branch = self.down(nn.functional.gelu(self.up(self.normed(self.deep(x), 1)))) * self.scale
+        x = x + branch.permute(0, 3, 1, 2)
+        return self.last(self.narrow(self.normed(x, 2).permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+class Decoder(nn.Module):
+    """Transposed convolutions, whose relevance goes back through convolutions: to a GELU, to a ReLU, to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ConvTranspose2d(3, 8, 3, 2, 1, output_padding=1)
+        self.second, self.third = nn.ConvTranspose2d(8, 33, 2, 2), nn.ConvTranspose2d(33, 5, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.relu(self.second(nn.functional.gelu(self.first(x))))).mean((2, 3))
+
+
+def plain_net() -> nn.Module:
+    """Convolutions with batch norm, ReLUs and pooling, one behind the other."""
+    features = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    features += [nn.Conv2d(8, 33, 3, padding=1), nn.ReLU(), nn.Conv2d(33, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(48, 5))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolutions": (Convolutions, (3, 11, 9)),
+    "tokens": (Tokens, (7, 16)),
+    "grouped": (Grouped, (4, 6, 5)),
+    "squares": (Squares, (7, 16)),
+    "spelled": (Spelled, (7, 16)),
+    "convnext": (Convnext, (3, 8, 12)),
+    "decoder": (Decoder, (3, 3, 4)),
+    "plain": (plain_net, (3, 8, 12)),
+}
+OUTPUTS = {"convolutions": 5, "tokens": 16, "grouped": 4, "squares": 16, "spelled": 16, "convnext": 5, "decoder": 5, "plain": 5}
+
+
+def with_weights(model: nn.Module) -> nn.Module:
+    """Norms with weights and statistics of their own: at 1 and 0 they would hide what is forgotten."""
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+            for tensor in (*part.parameters(), *(b for b in part.buffers() if b.is_floating_point())):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    return model.eval()
 
 
 def programs(
@@ -67,13 +156,32 @@ def programs(
     """The optimized program, the same one on kernels, and what was refused."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
-    front = pipeline.front(make().eval().to(device), (torch.randn(2, *shape, device=device),), None)
+    front = pipeline.front(with_weights(make()).to(device), (torch.randn(2, *shape, device=device),), None)
     compiled = pipeline.compile_query(front, pipeline.Choice(rules=rule), Query(columns=columns))
-    plain = next(stage.program for stage in compiled.stages if stage.name == "optimize")
+    plain = compiled.portable
     lowered = pipeline.copy_graph(plain)
     refused = use_kernels(lowered)
     lowered.graph.lint()
     return plain, lowered, [str(r) for r in refused]
+
+
+def fused_norm() -> tuple[fx.GraphModule, fx.GraphModule]:
+    """What a program for CUDA holds of an RMS norm, where PyTorch has the value in one call."""
+    x, v = torch.randn(3, 7, 16), torch.randn(2, 3, 7, 16)
+
+    def build(graph: fx.Graph, constant: Callable[[str, Tensor], fx.Node]) -> list[fx.Node]:
+        a, relevance, gamma = graph.placeholder("x"), graph.placeholder("v"), constant("gamma", torch.rand(16) + 0.5)
+        fused = graph.call_function(aten._fused_rms_norm.default, (a, [16], gamma, 1e-5))
+        square = graph.call_function(aten.mean.dim, (graph.call_function(aten.mul.Tensor, (a, a)), [-1], True))
+        scale = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (square, 1e-5)),))
+        coefficient = graph.call_function(aten.mul.Tensor, (scale, gamma))
+        value = graph.call_function(operator.getitem, (fused, 0))
+        return [value, graph.call_function(aten.mul.Tensor, (relevance, coefficient))]
+
+    plain = with_examples(program(build), x, v)
+    lowered = pipeline.copy_graph(plain)
+    assert use_kernels(lowered) == []
+    return plain, lowered
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -87,19 +195,26 @@ def main(name: str) -> None:
             plain, lowered, refused = programs(name, columns, rule)
             x = torch.randn(3, *MODELS[name][1])
             seed = torch.randn(*([2] if columns else []), 3, OUTPUTS[name])
-            with torch.no_grad():
-                expected, got = plain(x, seed), lowered(x, seed)
-            line = {
-                "rule": rule_name,
-                "columns": columns,
-                "errors": [relative(a, b) for a, b in zip(got, expected, strict=True)],
-                "launches": count_launches(lowered),
-                "refused": refused,
-                "left": [str(n.target) for n in lowered.graph.nodes if n.op == "call_function"],
-            }
-            print(json.dumps(line), flush=True)
+            report({"model": name, "rule": rule_name, "columns": columns, "refused": refused}, plain, lowered, x, seed)
+
+
+def report(line: dict[str, Any], plain: fx.GraphModule, lowered: fx.GraphModule, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        expected, got = plain(*inputs), lowered(*inputs)
+    calls = [n.target for n in lowered.graph.nodes if n.op == "call_function"]
+    line |= {
+        "errors": [relative(a, b) for a, b in zip(got, expected, strict=True)],
+        "launches": count_launches(lowered),
+        "left": [str(target) for target in calls],
+        "unlisted": [str(t) for t in calls if getattr(t, "namespace", "") == "frpc_kernels" and t not in operators()],
+    }
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    for chosen in sys.argv[1:]:
+        if chosen == "fused":
+            report({"model": "fused"}, *fused_norm(), torch.randn(3, 7, 16), torch.randn(2, 3, 7, 16))
+        else:
+            main(chosen)
