@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ Nets = Annotated[str, typer.Option(help="thesis_mlp, thesis_alexnet, torchvision
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 Json = Annotated[Path | None, typer.Option(help="Also write every number to this file.")]
+Base = Annotated[str, typer.Option(metavar="REV", help="Compare frpc of this commit with frpc as it is here, in turns.")]
+Turns = Annotated[int, typer.Option(min=1, help="For --base: how often each is measured.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -29,9 +32,12 @@ def attribution(
     threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=5, help="Interleaved rounds.")] = 7,
     peers: Annotated[bool, typer.Option(help="Also time torch.compile and Captum, for one target.")] = True,
+    base: Base = "",
+    turns: Turns = 3,
     json: Json = None,
 ) -> None:
     """Explaining one target, or K of one input: its price in forward passes of the model itself."""
+    _compare(base, turns, json)
     from bench.attribution import run
 
     raise typer.Exit(run(_words(nets), _numbers(batch), _numbers(targets), device, threads, rounds, peers, json))
@@ -45,9 +51,12 @@ def methods(
     threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 7,
     peers: Annotated[bool, typer.Option(help="Also time Captum and zennit.")] = True,
+    base: Base = "",
+    turns: Turns = 3,
     json: Json = None,
 ) -> None:
     """Every method's price in forward passes of the model itself, beside other libraries."""
+    _compare(base, turns, json)
     from bench.methods import run
 
     raise typer.Exit(run(_words(nets), _words(only), batch, threads, rounds, peers, json))
@@ -60,9 +69,12 @@ def memory(
     targets: Annotated[str, typer.Option(help="Targets of each sample, K, with commas.")] = "1",
     device: Device = "cpu",
     threads: Threads = 2,
+    base: Base = "",
+    turns: Turns = 3,
     json: Json = None,
 ) -> None:
     """Peak memory of one explanation beside autograd's and Captum's, and what the plan predicts."""
+    _compare(base, turns, json)
     from bench.memory import run
 
     raise typer.Exit(run(_words(nets), _numbers(batch), _numbers(targets), device, threads, json))
@@ -74,9 +86,12 @@ def compile_(
     threads: Threads = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Compilations of each net.")] = 3,
     peers: Annotated[bool, typer.Option(help="Also time torch.compile of forward and backward pass.")] = True,
+    base: Base = "",
+    turns: Turns = 3,
     json: Json = None,
 ) -> None:
     """How long compiling takes, stage by stage, and how large programs are."""
+    _compare(base, turns, json)
     from bench.compiling import run
 
     raise typer.Exit(run(_words(nets), threads, rounds, peers, json))
@@ -196,6 +211,14 @@ def serving(
     from bench.serving import run
 
     raise typer.Exit(run(net, weights, [float(rate) for rate in _words(rates)], seconds, threads, json))
+
+
+def _compare(base: str, turns: int, json: Path | None) -> None:
+    """Where ``--base`` was given, runs this process's own command with both commits, and ends it."""
+    if base:
+        from bench.compare import run
+
+        raise typer.Exit(run(base, sys.argv[1:], turns, json))
 
 
 def _words(text: str) -> list[str]:
