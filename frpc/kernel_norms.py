@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from frpc.graph import RESHAPES
-from frpc.kernel_patterns import follow, operands, readers_of
+from frpc.kernel_patterns import alike, follow, operands, readers_of
 from frpc.maps.base import same_size
 
 __all__ = ["RootMeanSquare", "centred_pulls", "layer_scales", "pulls", "rms_norms", "written_out"]
@@ -124,14 +124,14 @@ def pulls(scale: fx.Node, gamma: fx.Node | None) -> Iterator[tuple[fx.Node, fx.N
             found = [*_products(product)]
         elif gamma in operands(v) and v.target is aten.mul.Tensor and len(v.users) == 1:
             found = [(product, operands(v)[1] if operands(v)[0] is gamma else operands(v)[0])]
-        yield from ((pulled, operand) for pulled, operand in found if _alike(pulled, operand))
+        yield from ((pulled, operand) for pulled, operand in found if alike(pulled, operand))
 
 
 def centred_pulls(scale: fx.Node, gamma: fx.Node | None) -> Iterator[tuple[fx.Node, fx.Node]]:
     """``u - mean(u)`` with ``u = v (scale gamma)``: ``(difference, v)``."""
     for product, v in pulls(scale, gamma):
         for centred in readers_of(product):
-            if centred.target is aten.sub.Tensor and _alike(centred, v) and _is_mean(operands(centred)[1], operands(centred)[0]):
+            if centred.target is aten.sub.Tensor and alike(centred, v) and _is_mean(operands(centred)[1], operands(centred)[0]):
                 yield centred, v
 
 
@@ -159,12 +159,6 @@ def _rows_match(v: fx.Node, coefficient: fx.Node) -> bool:
     return len(value) >= len(rows) and all(same_size(a, b) for a, b in ends)
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values have the same sizes."""
-    sizes = a.meta["val"].shape, b.meta["val"].shape
-    return len(sizes[0]) == len(sizes[1]) and all(same_size(m, n) for m, n in zip(*sizes, strict=True))
-
-
 def _is_mean(node: Any, of: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.mean.dim and operands(node) == (of, [-1], True)
 
@@ -189,4 +183,4 @@ def written_out(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
         elif spread.target is aten.var.correction or x.target is aten.sub.Tensor:
             yield root, "a layer norm written out in single operators; nn.LayerNorm has a kernel"
         else:
-            yield root, "an RMS norm written out in another form than x * rsqrt(mean(x^2) + eps) over the last dimension"
+            yield root, "an RMS norm in another form than x * rsqrt(mean(x^2) + eps) over the last dimension"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from frpc.graph import RESHAPES
+from frpc.maps.base import same_size
 
 __all__ = [
+    "alike",
     "follow",
     "gate_readers",
     "is_convolution",
@@ -32,6 +34,16 @@ aten = torch.ops.aten
 def operands(node: fx.Node) -> tuple[Any, ...]:
     """What an operator takes, by position."""
     return node.args
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values are tensors of the same sizes."""
+    one, other = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (a, b))
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and same_sizes(one.shape, other.shape)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(same_size(m, n) for m, n in zip(a, b, strict=True))
 
 
 def reshape_sizes(view: fx.Node) -> Any:
@@ -57,9 +69,7 @@ def split_sum(v: fx.Node | None) -> list[tuple[fx.Node, fx.Node]]:
     if v is None or v.target not in (aten.add.Tensor, aten.add_.Tensor) or v.kwargs or len(operands(v)) != 2:
         return []
     a, b = operands(v)
-    alike = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
-    alike = alike and isinstance(b.meta["val"], torch.Tensor) and a.meta["val"].shape == b.meta["val"].shape
-    return [(a, b), (b, a)] if alike else []
+    return [(a, b), (b, a)] if a is not b and alike(a, b) else []
 
 
 def is_convolution(node: fx.Node | None, *, transposed: bool) -> TypeGuard[fx.Node]:
@@ -110,16 +120,21 @@ def scatters(node: fx.Node, pool: fx.Node) -> bool:
 
 def gate_readers(relu: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """What is gated by a ReLU, ``(multiply, operand)``."""
-    shape = relu.meta["val"].shape[1:]
     for user in relu.users:
         if user.target is aten.threshold_backward.default and operands(user)[1] is relu and operands(user)[2] == 0:
             yield user, operands(user)[0]
         elif user.target is aten.gt.Scalar and operands(user)[1] == 0:
             for product in user.users:
-                v = operands(product)[0] if operands(product)[1] is user else operands(product)[1]
-                value = v.meta.get("val") if isinstance(v, fx.Node) and product.target is aten.mul.Tensor else None
-                if isinstance(value, torch.Tensor) and value.dtype != torch.bool and value.shape[-len(shape) :] == shape:
-                    yield product, v
+                if product.target is aten.mul.Tensor:
+                    v = operands(product)[0] if operands(product)[1] is user else operands(product)[1]
+                    if alike(v, product) and _belongs(v.meta["val"], relu.meta["val"]):
+                        yield product, v
+
+
+def _belongs(v: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Whether v is like a gate's value, or columns of it."""
+    inner = len(gate.shape) - 1
+    return v.dtype != torch.bool and v.dim() - gate.dim() in (0, 1) and same_sizes(v.shape[-inner:], gate.shape[1:])
 
 
 def sigmoids(z: fx.Node) -> Iterator[fx.Node]:

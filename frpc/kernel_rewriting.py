@@ -13,6 +13,7 @@ from frpc.editor import Editor
 from frpc.graph import RESHAPES, fetch, replace
 from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.kernel_patterns import (
+    alike,
     gate_readers,
     is_convolution,
     is_sample_of,
@@ -45,6 +46,7 @@ class Rewriting:
         self.program, self.parts, self.precision = program, parts, precision
         self.ops: Any = torch.ops.frpc_kernels
         self.refused: list[Refusal] = []
+        self.known: dict[str, fx.Node] = {}  # symbolic size -> who gives it
 
     def put(self, before: fx.Node, op: Any, *args: Any) -> fx.Node:
         """Adds a call before a node, with that node's place in the printed program."""
@@ -74,12 +76,22 @@ class Rewriting:
         replace(reader, new)
 
     def sizes(self) -> None:
-        """The same symbolic size is asked for once: what reads only a value's size is no reader of the value."""
-        first: dict[str, fx.Node] = {}
+        """The same symbolic size is asked for once, of an input if one has it: who reads a value's size is no reader of it."""
         for node in self.all(aten.sym_size.int):
-            known = first.setdefault(str(node.meta["val"]), node)
+            known = self.known.setdefault(str(node.meta["val"]), node)
             if known is not node:
                 replace(node, known)
+        *_, last = self.program.graph.find_nodes(op="placeholder") or [None]
+        for node in self.known.values():
+            if last is not None and operands(node)[0].op == "placeholder":
+                last.append(node)
+
+    def columns_of(self, v: fx.Node, before: fx.Node) -> fx.Node:
+        """How many columns a value has."""
+        known = self.known.get(str(v.meta["val"].shape[0]))
+        if known is not None and operands(known)[0].op == "placeholder":
+            return known
+        return self.put(before, aten.sym_size.int, v, 0)
 
     # ---- max pooling
 
@@ -124,8 +136,7 @@ class Rewriting:
         if columns.meta["val"].dim() == value.dim():
             same = [int(n) for n in value.shape[1:]] == sizes
             return out if same else self.put(before, aten.reshape.default, out, [-1, *sizes])
-        count = self.put(before, aten.sym_size.int, columns, 0)
-        return self.put(before, aten.reshape.default, out, [count, -1, *sizes])
+        return self.put(before, aten.reshape.default, out, [self.columns_of(columns, before), -1, *sizes])
 
     # ---- gates of ReLUs
 
@@ -154,6 +165,8 @@ class Rewriting:
             g, winner, _, *geometry = operands(base)
             self.fuse(reader, views, base.target, g, winner, bits, *geometry)
             return
+        if is_convolution(base, transposed=False):
+            self.refuse("conv_relevance", base, "it multiplies by a coefficient; a ReLU's bits are read in a launch of their own")
         out = self.put(reader, self.ops.gated.default, self.flat(reader, v, gate.dim()), bits)
         replace(reader, self.unflat(reader, out, v, [int(n) for n in gate.shape[1:]]))
 
@@ -186,7 +199,7 @@ class Rewriting:
         for product in self.all(aten.mul.Tensor, aten.mul_.Tensor):
             for v, factor in (operands(product), operands(product)[::-1]):
                 base, views = made_by(v)
-                if not isinstance(factor, fx.Node) or base is None:
+                if not isinstance(factor, fx.Node) or base is None or factor is v or not alike(v, product):
                     continue
                 if self.transpose(product, v, None, factor):
                     break

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
 
 from frpc import kernel_lowering
 from frpc.errors import OptionError
+from graphs import program, randn, with_examples
 from test_kernels_interpret import in_interpreter
+
+aten = torch.ops.aten
 
 
 def lowered(*names: str) -> list[dict[str, Any]]:
@@ -55,29 +59,71 @@ def test_norms_and_smooth_activations() -> None:
 
 
 @pytest.mark.interpret
-def test_rms_norms() -> None:
-    """With weights, without, spelled out, and as one call, which CUDA has: every square and mean is gone."""
-    *squares, fused = lowered("squares", "fused")
-    assert [one["columns"] for one in squares] == [False, True]
-    for one in squares:
+def test_norms() -> None:
+    """RMS norms with weights, without, spelled out, and as one call, which CUDA has; what no kernel takes says why."""
+    *found, fused = lowered("squares", "spelled", "fused")
+    for one in found[:2]:
         assert one["launches"] == {"norm_gate": 3, "norm_pull": 2, "relu_gate": 1, "gated": 1}
         assert one["refused"] == []
         assert not {"aten.pow.Tensor_Scalar", "aten.rsqrt.default"} & {*one["left"]}
+    for one in found[2:]:
+        assert one["launches"] == {"relu_gate": 1, "gated": 1}
+        assert reasons(one) == {
+            "norm_gate at native_layer_norm": "it normalizes 2 dimensions",
+            "norm_gate at sqrt": "an RMS norm in another form than x * rsqrt(mean(x^2) + eps) over the last dimension",
+            "norm_gate at sqrt_1": "a layer norm written out in single operators; nn.LayerNorm has a kernel",
+            "norm_gate at rsqrt": "a group norm, or one of channels: the kernel normalizes the last dimension",
+        }
     assert fused["launches"] == {"norm_gate": 1, "norm_pull": 1}
     assert "aten._fused_rms_norm.default" not in fused["left"]
 
 
 @pytest.mark.interpret
-def test_norms_without_kernel_say_why() -> None:
-    for one in lowered("spelled"):
-        assert one["launches"] == {"relu_gate": 1, "gated": 1}
-        assert one["refused"] == [
-            "the kernel norm_gate not used at native_layer_norm: it normalizes 2 dimensions",
-            "the kernel norm_gate not used at sqrt: an RMS norm written out in another form than x * rsqrt(mean(x^2) + eps) over "
-            "the last dimension",
-            "the kernel norm_gate not used at sqrt_1: a layer norm written out in single operators; nn.LayerNorm has a kernel",
-            "the kernel norm_gate not used at rsqrt: a group norm, or one of channels: the kernel normalizes the last dimension",
-        ]
+def test_typical_nets() -> None:
+    """A plain net, a block of ConvNeXt and a decoder, for one target and for several: what runs on which kernel, and what not.
+
+    What transposes a transposed convolution is a convolution: two are behind a product, one behind a ReLU's bits.
+    """
+    found = lowered("plain", "convnext", "decoder")
+    for one in found[:2]:
+        assert one["launches"] == {"relu_gate": 3, "conv_transposed_gate": 2, "pool_select": 2, "pool_scatter": 2}
+        stays = "no gate or product reads it alone, but frpc_kernels.pool_scatter.default; cuDNN has its own"
+        assert reasons(one) == {"conv_transposed_gate at convolution_4": stays}
+    for one in found[2:4]:
+        assert one["launches"] == {"norm_gate": 3, "norm_pull": 3, "smooth_gate": 1, "conv_transposed_gate": 1}
+        assert [*reasons(one)] == [f"conv_transposed_gate at convolution_{n}" for n in (3, 4)], "the narrowing, the depthwise one"
+    for one in found[4:]:
+        assert one["launches"] == {"smooth_gate": 1, "relu_gate": 1, "gated": 1, "conv_relevance": 2}
+        refused = reasons(one)
+        bits = "it multiplies by a coefficient; a ReLU's bits are read in a launch of their own"
+        assert refused.pop("conv_relevance at convolution_3") == bits
+        assert [*refused] == [f"conv_transposed_gate at convolution{n}" for n in ("", "_1", "_2")], "values, not relevance"
+    assert [one["columns"] for one in found] == [False, True] * 3
+
+
+def reasons(line: dict[str, Any]) -> dict[str, str]:
+    """``kernel at node -> why not``."""
+    parts = [text.removeprefix("the kernel ").split(": ", 1) for text in line["refused"]]
+    return {where.replace("not used at", "at"): why for where, why in parts}
+
+
+def test_products_that_stretch_a_value_stay() -> None:
+    """One convolution times a batch, and times itself: a kernel gives what the convolution gives, and reads each operand once."""
+
+    def build(graph: fx.Graph, constant: Callable[[str, Tensor], fx.Node]) -> list[fx.Node]:
+        g, x, weight = graph.placeholder("g"), graph.placeholder("x"), constant("weight", randn(4, 8, 3, 3).float())
+        found = []
+        for transposed, inner in ((True, 8), (False, 4)):
+            arguments = (weight, None, [1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
+            operand = graph.call_function(aten.slice.Tensor, (g, 1, 0, 12 - inner))
+            one, other = (graph.call_function(aten.convolution.default, (operand, *arguments)) for _ in range(2))
+            factor = graph.call_function(aten.slice.Tensor, (x, 1, 0, inner))
+            found += [graph.call_function(aten.mul.Tensor, pair) for pair in ((one, factor), (other, other))]
+        return found
+
+    stretched = with_examples(program(build), randn(1, 8, 5, 4).float(), randn(3, 8, 5, 4).float())
+    kernel_lowering.use_kernels(stretched)
+    assert kernel_lowering.count_launches(stretched) == {}
 
 
 @pytest.mark.interpret
