@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import opcheck
@@ -342,9 +343,68 @@ def norm_gate(s: Setting) -> Iterator[Finding]:
         opcheck(file.norm_pull, (g, gamma, scale, True))
 
 
+def pattern(x: Tensor) -> Tensor:
+    """Where values are NaN, infinite and of which sign, 0, or other numbers."""
+    return torch.where(x.isnan(), 9.0, torch.where(x.isinf(), 2 * x.sign(), (x != 0).to(x.dtype)))
+
+
+def not_finite(s: Setting) -> Iterator[Finding]:
+    """Infinities and NaN go where ATen lets them go: nothing passes a shut gate, as through ``threshold_backward``."""
+    with np.errstate(invalid="ignore", over="ignore"):  # the interpreter computes in NumPy
+        yield from gates_not_finite(s)
+        yield from smooth_not_finite(s)
+
+
+def gates_not_finite(s: Setting) -> Iterator[Finding]:
+    from frpc_kernels import conv_transposed_gate, gate, pool_select
+
+    x, v = s.randn(2, 33, 6, 4), s.randn(4, 33, 6, 4, seed=1)
+    v[0, :, 2], v[1, ::2, :, 1], v[3, 5:, 0] = float("inf"), float("nan"), -float("inf")
+    bits, (_, places) = gate.relu_gate(x)[1], aten.max_pool2d_with_indices(x, [2, 2])
+
+    def shut(u: Tensor) -> Tensor:
+        return torch.cat([aten.threshold_backward(part, x, 0) for part in u.chunk(2)])
+
+    yield same("gated", gate.gated(v, bits), shut(v))
+    pooled = v[:, :, :3, :2].contiguous()
+    pairs = ([2, 2], [2, 2], [0, 0], [1, 1])
+    back = [aten.max_pool2d_with_indices_backward(u, x, *pairs, False, places) for u in pooled.chunk(2)]
+    yield same("pooled", pool_select.pool_scatter(pooled, places.int(), bits, [6, 4], *pairs), shut(torch.cat(back)))
+    weight, g = s.randn(5, 33, 3, 3, seed=2), s.randn(4, 5, 6, 4, seed=3)
+    g[0, 0, 2, 2], g[1, 1, 0, 0], g[3, 2, 5, 3] = float("inf"), float("nan"), -float("inf")
+    steps = ([1, 1], [1, 1], [0, 0], [1, 1])
+    bare = aten.convolution(g, weight, None, *steps[:2], steps[3], True, steps[2], 1)
+    for addend in (None, v):
+        found = conv_transposed_gate.conv_transposed_gate(g, weight, addend, bits, None, *steps, 1, "tf32x3")
+        expected = shut(bare if addend is None else bare + v)
+        yield same(f"convolution {addend is not None}", pattern(found), pattern(expected))
+        yield same("all kinds occur", torch.tensor([len(pattern(expected).unique())]), torch.tensor([5]))
+
+
+def smooth_not_finite(s: Setting) -> Iterator[Finding]:
+    from frpc_kernels import conv_relevance, gate, norm_gate
+
+    z = s.randn(2, 7, 5, 4)
+    z[0, 0, :3, 0] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    for kind, plain in (("gelu", torch.nn.functional.gelu), ("silu", torch.nn.functional.silu)):
+        a, c = gate.smooth_gate(z, kind)
+        yield same(kind, pattern(a), pattern(plain(z.double())))  # ATen's own GELU of infinity is NaN in float32 on CPUs
+        yield same(f"coefficient of {kind}", pattern(c), pattern(gate.smooth_gate_reference(z, kind)[1].to(z.dtype)))
+    v, weight = torch.cat([z, s.randn(2, 7, 5, 4, seed=1)]), s.randn(3, 7, 1, 1, seed=2)
+    c = s.randn(2, 3, 5, 4, seed=3).relu()
+    found = conv_relevance.conv_relevance(v, weight, None, c, [1, 1], [0, 0], [1, 1], 1, 1.0, "tf32x3")
+    yield same("product", pattern(found), pattern(torch.nn.functional.conv2d(v, weight) * c.repeat(2, 1, 1, 1)))
+    g, gamma, scale = s.randn(4, 7, 5, seed=4), s.randn(5, seed=5), s.randn(2, 7, 1, seed=6).abs()
+    g[0, 0, 0], g[1, 1, 1:3] = float("inf"), torch.tensor([float("nan"), -float("inf")])
+    for centred in (True, False):
+        u = g * (scale * gamma).repeat(2, 1, 1)
+        expected = u - u.mean(-1, keepdim=True) if centred else u
+        yield same(f"norm {centred}", pattern(norm_gate.norm_pull(g, gamma, scale, centred)), pattern(expected))
+
+
 CASES: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     case.__name__: case
-    for case in (gate, conv_relevance, conv_transposed_gate, window_conv, pool_select, pool_windows, norm_gate)
+    for case in (gate, conv_relevance, conv_transposed_gate, window_conv, pool_select, pool_windows, norm_gate, not_finite)
 }
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,6 +20,7 @@ from frpc import pipeline
 from frpc.kernel_lowering import count_launches, operators, use_kernels
 from frpc.plan import Query
 from graphs import program, with_examples
+from kernel_cases import pattern
 
 aten = torch.ops.aten
 
@@ -121,6 +123,17 @@ class Decoder(nn.Module):
         return self.third(torch.relu(self.second(nn.functional.gelu(self.first(x))))).mean((2, 3))
 
 
+class Shut(nn.Module):
+    """A net without constants whose ReLUs are shut in both channels at some positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 2, 1, bias=False), nn.Linear(40, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)).flatten(1))
+
+
 def plain_net() -> nn.Module:
     """Convolutions with batch norm, ReLUs and pooling, one behind the other."""
     features = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
@@ -137,8 +150,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convnext": (Convnext, (3, 8, 12)),
     "decoder": (Decoder, (3, 3, 4)),
     "plain": (plain_net, (3, 8, 12)),
+    "shut": (Shut, (3, 5, 4)),
 }
-OUTPUTS = {"convolutions": 5, "tokens": 16, "grouped": 4, "squares": 16, "spelled": 16, "convnext": 5, "decoder": 5, "plain": 5}
+OUTPUTS = dict.fromkeys(MODELS, 5) | {"tokens": 16, "grouped": 4, "squares": 16, "spelled": 16}
 
 
 def with_weights(model: nn.Module) -> nn.Module:
@@ -184,6 +198,28 @@ def fused_norm() -> tuple[fx.GraphModule, fx.GraphModule]:
     return plain, lowered
 
 
+def infinite_columns() -> dict[str, Any]:
+    """Two columns, the first from infinity. ATen gates one target by choice, columns by a product, which gives NaN."""
+    results = {}
+    x, seed = torch.randn(3, *MODELS["shut"][1]), torch.randn(2, 3, OUTPUTS["shut"])
+    seed[0, :, 0] = float("inf")
+    for columns in (False, True):
+        plain, lowered, _ = programs("shut", columns, frpc.rules.FRP())
+        with torch.no_grad(), np.errstate(invalid="ignore"):
+            if columns:
+                results["columns"] = lowered(x, seed)[1]
+            else:
+                results["aten"] = torch.stack([plain(x, s)[1] for s in seed])
+                results["kernels"] = torch.stack([lowered(x, s)[1] for s in seed])
+    aten_form = results.pop("aten")
+    return {
+        "model": "infinite",
+        "kinds": pattern(aten_form[0]).unique().tolist(),
+        "alike": [torch.equal(pattern(r), pattern(aten_form)) for r in results.values()],
+        "finite": [relative(r[1], aten_form[1]) for r in results.values()],
+    }
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).abs().sum() / expected.double().abs().sum())
 
@@ -216,5 +252,7 @@ if __name__ == "__main__":
     for chosen in sys.argv[1:]:
         if chosen == "fused":
             report({"model": "fused"}, *fused_norm(), torch.randn(3, 7, 16), torch.randn(2, 3, 7, 16))
+        elif chosen == "infinite":
+            print(json.dumps(infinite_columns()), flush=True)
         else:
             main(chosen)

@@ -101,6 +101,15 @@ def test_typical_nets() -> None:
     assert [one["columns"] for one in found] == [False, True] * 3
 
 
+@pytest.mark.interpret
+def test_infinite_relevance() -> None:
+    """A column that begins at infinity gives 0 where all gates are shut, with others beside it as alone, and spoils no other."""
+    (found,) = (json.loads(line) for line in in_interpreter("kernel_programs.py", "infinite").splitlines())
+    assert 0.0 in found["kinds"] and len(found["kinds"]) >= 3, "zeros, and infinities of either sign"
+    assert found["alike"] == [True, True], "one target, and columns"
+    assert max(found["finite"]) <= 1e-5
+
+
 def reasons(line: dict[str, Any]) -> dict[str, str]:
     """``kernel at node -> why not``."""
     parts = [text.removeprefix("the kernel ").split(": ", 1) for text in line["refused"]]

@@ -128,7 +128,8 @@ def source(launch: Launch, config: Any) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def check(launch: Launch, config: Any, chip: int, tmp_path: Path, product: bool) -> None:
+def check(launch: Launch, config: Any, chip: int, tmp_path: Path, product: bool) -> str:
+    """Compiles a kernel, looks at what it takes of the chip, and returns its assembly."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.maxnreg}
     built = triton.compile(source(launch, config), target=GPUTarget("cuda", chip, 32), options=options)
     where = f"{launch.kernel.__name__}, {config}, sm_{chip}"
@@ -143,13 +144,22 @@ def check(launch: Launch, config: Any, chip: int, tmp_path: Path, product: bool)
     stacks = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
     assert stacks, f"{where}: cuobjdump says nothing of registers: {usage}"
     assert all(pair == ("0", "0") for pair in stacks), f"{where}: registers spill to memory: {usage}"
+    return str(built.asm["ptx"])
 
 
 @pytest.mark.parametrize("chip", SHARED)
 @pytest.mark.parametrize("make", PRODUCTS)
 def test_products_use_tensor_cores(make: Callable[..., Launch], chip: int, tmp_path: Path) -> None:
+    """Splits are rounded to nearest, as test_kernel_precision.py has it; the NaN that splitting an infinity gives is dropped."""
     launch = make(torch.float32, "tf32x3")
-    check(launch, launch.configs[-1], chip, tmp_path, product=True)
+    assembly = check(launch, launch.configs[-1], chip, tmp_path, product=True)
+    assert "cvt.rna.tf32.f32" in assembly
+    assert re.search(r"setp\.(nan|num)\.f32", assembly)
+
+
+def test_one_product_takes_operands_as_they_are(tmp_path: Path) -> None:
+    launch = convolution(torch.float32, "tf32")
+    assert "cvt.rna.tf32.f32" not in check(launch, launch.configs[-1], 90, tmp_path, product=True)
 
 
 @pytest.mark.parametrize("make", OTHERS)

@@ -48,6 +48,10 @@ def test_kernels_equal_their_references() -> None:
     check(KERNELS)
 
 
+def test_kernels_let_no_infinity_pass_a_shut_gate() -> None:
+    check(("not_finite",))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_equals_its_reference_in_every_case_and_tiling(kernel: str) -> None:
