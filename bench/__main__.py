@@ -213,6 +213,15 @@ def serving(
     raise typer.Exit(run(net, weights, [float(rate) for rate in _words(rates)], seconds, threads, json))
 
 
+@app.command()
+def page() -> None:
+    """Writes docs/benchmarks.md and its figures from the records in bench/results."""
+    from bench.page import write
+
+    for file in write():
+        typer.echo(file.name)
+
+
 def _compare(base: str, turns: int, json: Path | None) -> None:
     """Where ``--base`` was given, runs this process's own command with both commits, and ends it."""
     if base:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -150,6 +151,12 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def _command(words: Sequence[str]) -> str:
+    """The command line after ``python -m bench``, without folders of this machine and without the record's own name."""
+    named = [words[at] for at in range(len(words)) if "--json" not in (words[at], words[at - 1] if at else "")]
+    return shlex.join(Path(word).name if os.sep in word else word for word in named)
+
+
 def _cpu_name() -> str:
     source = Path("/proc/cpuinfo")
     lines = source.read_text().splitlines() if source.exists() else []
@@ -189,5 +196,5 @@ def write_record(
     asked = ", ".join(f"{k} {v}" for k, v in settings.items())
     console.print(f"{where['cpu']}, {where['threads']} of {where['cores']} cores, {asked}; {versions}")
     if file is not None:
-        record = {"benchmark": benchmark, **settings, "machine": where, "results": results}
+        record = {"benchmark": benchmark, "command": _command(sys.argv[1:]), **settings, "machine": where, "results": results}
         file.write_text(json.dumps(record, indent=2) + "\n")

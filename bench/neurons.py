@@ -348,7 +348,7 @@ def missed_goals(result: dict[str, Any]) -> list[str]:
     ratio = ways[FRPC]["ratio"]["median"]
     missed = [f"ratio {ratio:.2f} > {GOAL_RATIO}"] if ratio > GOAL_RATIO else []
     for name, goal in GOAL_FASTER.items():
-        faster = ways[name].get("frpc_is_faster", {}).get("median")
+        faster = ways.get(name, {}).get("frpc_is_faster", {}).get("median")
         if faster is not None and faster < goal:
             missed.append(f"{faster:.0f} x faster than {name}, not {goal:.0f} x")
     return missed

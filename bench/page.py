@@ -1,0 +1,245 @@
+"""Makes docs/benchmarks.md and its figures of the records in bench/results: what was measured, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import sections
+from bench.plots import PLOTS, draw
+
+__all__ = ["PAGE", "current", "read", "render", "write"]
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "results", ROOT / "docs" / "figures"
+WIDTH = 126  # of a line of text
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page.
+
+    Attributes:
+        key: the suite's name; its records are ``KEY*-cpu.json`` (``-cuda.json`` for a GPU).
+        title, text: heading, and what the table means.
+        command: makes a record.
+        body: the table, from the records.
+        gpu: ``also`` where the body takes records of a GPU beside those of the CPU, ``only`` where there are no others.
+    """
+
+    key: str
+    title: str
+    text: str
+    command: str
+    body: Callable[..., str]
+    gpu: str = ""
+
+
+HEAD = """\
+# Benchmarks
+
+<!-- made by `python -m bench page` from bench/results/*.json; edit neither, run it again -->
+
+Each table holds medians of interleaved rounds: in a round every way runs once, in an order that turns, and ratios are taken
+within the round. The unit **forwards** is the model's own eager forward pass under `inference_mode`, in the same rounds. Nets
+have random weights; nothing is timed before the maps were found right: the output is the model's, the map sums to it, and where
+a net is piecewise linear, it is input times gradient and the constants' share. `python -m bench SUITE --base REV` runs
+`attribution`, `methods`, `memory` or `compile` in turns with frpc of another commit and compares the two.
+"""
+
+SECTIONS = (
+    Section(
+        "attribution",
+        "One target, and K targets",
+        "What explaining costs in forwards, all targets of a sample in one call. *Over its own forward* is the same time "
+        "over frpc's own forward pass: its program without the way back. Beside it, also in forwards, input times "
+        "gradient, the cheapest map of other libraries: by autograd, one backward pass a target; batched, all targets in "
+        "one (`is_grads_batched`); with forward and backward pass compiled by `torch.compile`; by Captum. The last two "
+        "are timed for one target alone.",
+        "attribution --nets resnet50,vgg16,squeezenet1_1 --targets 1,5,10",
+        sections.attribution,
+        "also",
+    ),
+    Section(
+        "methods",
+        "Methods",
+        "Every method in forwards, with quartiles; other libraries' names stand in front of theirs.",
+        "methods",
+        sections.methods,
+    ),
+    Section(
+        "memory",
+        "Memory",
+        "The most bytes of tensors alive at one time during a call, beyond parameters and input, as PyTorch's allocator "
+        "counts them. *Predicted* is `explainer.plan.peak_bytes_for(batch, columns)` over what was measured; it is to be "
+        "within 20 %.",
+        "memory",
+        sections.memory,
+        "also",
+    ),
+    Section(
+        "compile",
+        "Compiling",
+        "Seconds of each stage of `frpc.compile`, of the whole with its check against the model, of the first call after "
+        "it, and of the first forward and backward pass through `torch.compile` with empty caches. *Nodes* carry "
+        "relevance; *calls* are those of the program that runs.",
+        "compile",
+        sections.compilation,
+    ),
+    Section(
+        "kernels",
+        "Kernels",
+        "Hand-written kernels on a GPU beside the ATen operators they replace, and the fraction of what that GPU reaches "
+        "with a large product and a large copy.",
+        "kernels",
+        sections.kernels,
+        "only",
+    ),
+    Section(
+        "neurons",
+        "Every neuron of a layer",
+        "All maps of a layer in one call, and how many times faster that is than other ways to all of them; ways too slow "
+        "to run whole are scaled from a sample of neurons or cells.",
+        "neurons",
+        sections.neurons,
+    ),
+    Section(
+        "growth",
+        "How that grows",
+        "All maps of a layer of the thesis's AlexNet. Each part of the table lets one thing grow: the image's side (all "
+        "maps of conv2), the depth of the layer, the channels of all layers. *Dense* is the thesis's algorithm, scaled "
+        "from 16 cells.",
+        "neurons --growth",
+        sections.growth,
+    ),
+    Section(
+        "planner",
+        "The planner's choices",
+        "Every strategy that can answer was run where its weight allows; the planner's choice is to be within 1.5 of the best.",
+        "neurons --planner",
+        sections.planner,
+    ),
+    Section(
+        "stream",
+        "Layers that do not fit in memory",
+        "Their maps come in blocks. Peak memory is that of the process, with the model and everything else; before is "
+        "what it was when streaming began.",
+        "neurons --stream vgg16 conv3_3 --side 224",
+        sections.streams,
+    ),
+    Section(
+        "export",
+        "In ONNX Runtime",
+        "Exported explainers; here a forward is ONNX Runtime's own pass of the same model.",
+        "export",
+        sections.export,
+    ),
+    Section(
+        "files",
+        "Program files",
+        "Size, and the time of loading and of first answers in a process that knows only the file.",
+        "files",
+        sections.files,
+    ),
+    Section(
+        "serving",
+        "Serving",
+        "The two serving examples under requests at random times; delays count from when a request was due.",
+        "serving WEIGHTS",
+        sections.serving,
+    ),
+)
+
+
+def read(folder: Path = RESULTS) -> dict[str, list[Record]]:
+    """The records of every file, by the file's name without the ending."""
+    return {file.stem: [json.loads(file.read_text(encoding="utf-8"))] for file in sorted(folder.glob("*.json"))}
+
+
+def render(records: Mapping[str, Sequence[Record]]) -> str:
+    """Returns the page."""
+    taken = {section.key: _of(records, section.key, "cpu") for section in SECTIONS}
+    every = {key: [record for name in names for record in records[name]] for key, names in taken.items()}
+    parts = [HEAD, _missed(every), _gpus(records)]
+    for section in SECTIONS:
+        parts.append(_section(section, records, taken[section.key]))
+    return "\n".join(part for part in parts if part)
+
+
+def current() -> str:
+    """Returns the page as the records in bench/results make it."""
+    return render(read())
+
+
+def write() -> list[Path]:
+    """Writes the page, and every figure there are records for; returns the files."""
+    records = read()
+    PAGE.write_text(render(records), encoding="utf-8")
+    return [PAGE, *(draw(name, _records_for(name, records), FIGURES) for name in PLOTS if _records_for(name, records))]
+
+
+def _of(records: Mapping[str, Any], key: str, device: str) -> list[str]:
+    """Files of one suite: ``KEY-cpu``, ``KEY-more-cpu``."""
+    return [name for name in records if name.split("-")[0] == key and name.endswith(f"-{device}")]
+
+
+def _section(section: Section, records: Mapping[str, Sequence[Record]], here: Sequence[str]) -> str:
+    there = _of(records, section.key, "cuda")
+    shown = there if section.gpu == "only" else here
+    lines = [f"## {section.title}\n", f"{textwrap.fill(section.text, WIDTH, break_on_hyphens=False)}\n"]
+    if not shown:
+        name = f"{section.key}-{'cuda' if section.gpu == 'only' else 'cpu'}.json"
+        lines.append(f"Not measured yet; this makes the record:\n\n```sh\n{_command(section, name)}\n```\n")
+        return "\n".join(lines)
+    tables = [record for name in shown for record in records[name]]
+    beside = [[record for name in there for record in records[name]]] if section.gpu == "also" else []
+    lines.append(section.body(tables, *beside))
+    for name, plot in PLOTS.items():
+        if plot.suite == section.key and _records_for(name, records):
+            lines.append(f"![{plot.caption}](figures/{name}.png)\n")
+    files = [*here, *there] if section.gpu == "also" else shown
+    lines.append("\n".join(_provenance(name, record) for name in files for record in records[name]) + "\n")
+    return "\n".join(lines)
+
+
+def _command(section: Section, file: str) -> str:
+    return f"python -m bench {section.command} --json bench/results/{file}"
+
+
+def _records_for(plot: str, records: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """The records a figure is drawn from; none where they hold too few points."""
+    found = [record for name in _of(records, PLOTS[plot].suite, "cpu") for record in records[name]]
+    return found if found and PLOTS[plot].series(found) else []
+
+
+def _provenance(name: str, record: Record) -> str:
+    """Says by what command, on what, when and from which commit a file was made."""
+    where = record["machine"]
+    cpu = f"{where['threads']} threads of {where['cores']} cores of an {where['cpu']}"
+    on = where["gpu"] if name.endswith("-cuda") and where.get("gpu") else cpu
+    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+    commit = f"commit {str(where['commit'])[:10]}{' with changes' if where['uncommitted_changes'] else ''}"
+    rounds = f", {record['rounds']} rounds" if "rounds" in record else ""
+    made = f" by `python -m bench {record['command']}`" if "command" in record else ""
+    when = f" on {where['date']}" if "date" in where else ""
+    text = f"- `{name}.json`{when}{made}: {on}{rounds}; {versions}; {commit}; load {where['load_before']:.1f} before"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _missed(every: Mapping[str, Sequence[Record]]) -> str:
+    lines = sections.missed(every)
+    if not lines:
+        return ""
+    return "Goals that these records miss:\n\n" + "".join(f"- {line}\n" for line in lines)
+
+
+def _gpus(records: Mapping[str, Any]) -> str:
+    if any(name.endswith("-cuda") for name in records):
+        return ""
+    return "There was no GPU when these records were made: columns about GPUs are empty, and no figure is estimated for them.\n"
