@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from frpc.backends import check_backend
 from frpc.bias import check_policy
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
@@ -31,6 +33,9 @@ def compile(
     strategy: str = "auto",
     constant: Sequence[str] = (),
     output: str | int | None = None,
+    backend: str = "auto",
+    mode: str = "latency",
+    dtype: torch.dtype | None = None,
 ) -> Explainer:
     """Compiles a model into an explainer: its output and an account of it that sums to the output.
 
@@ -51,20 +56,27 @@ def compile(
         constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
         output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
             default where there are any.
+        backend: who runs the program: ``"aten"``, PyTorch's own operators; ``"triton"``, hand-written kernels on CUDA devices;
+            ``"inductor"``, ``torch.compile``; ``"auto"`` takes kernels on CUDA and ``aten`` elsewhere (:mod:`frpc.backends`).
+        mode: ``"latency"`` makes a call short: on CUDA a recording is replayed for each set of shapes, and Inductor freezes
+            weights into its code. ``"throughput"`` does neither.
+        dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
+            in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model.
         UnsupportedOpError: if operators have no rule; names all of them.
         TrainingModeError: if the model cannot be evaluated deterministically.
-        OptionError: for an unknown method, seed or policy, or a method beside a rule set.
+        OptionError: for an unknown method, seed, policy or backend, a method beside a rule set, or a backend that is not
+            to be had here.
     """
     rules, top = _rules_of(rule, method, seed)
     policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
     if policy == "receptive_field" and not rules.account.constants:
         raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
     query = Query(bias=policy, strategy=check_strategy(strategy), top=top)
-    choice = Choice(rules, _names(constant) or (), _names(source), output)
-    explainer = Explainer(Programs(model, choice, query))
+    choice = Choice(rules, _names(constant) or (), _names(source), output, check_backend(backend, mode))
+    explainer = Explainer(Programs(model, choice, query, dtype))
     if inputs is None:
         return explainer
     if isinstance(inputs, Mapping):

@@ -188,6 +188,15 @@ class Explainer(nn.Module):
         return self.programs.first().refusals
 
     @property
+    def conservation(self) -> float | None:
+        """How far maps of the example inputs are from summing to what they explain, ``|sum V + bias - y| / sum|V|``.
+
+        The largest of the samples, for the sum of the outputs; None before ``compile`` was given example inputs, and for methods
+        that follow no constants.
+        """
+        return self.programs.conservation
+
+    @property
     def program(self) -> fx.GraphModule:
         """The compiled program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
         return self.programs.first().program
@@ -229,6 +238,7 @@ class Explainer(nn.Module):
             f"  rules {rules}, bias {self.programs.query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
             f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
             f"{len(compiled.refusals)} refusals"
+            + (f"\n  conserves to {self.conservation:.0e} of what it assigns" if self.conservation is not None else "")
         )
 
     # ---- as a module ------------------------------------------------------------------------------------------------

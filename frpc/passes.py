@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from frpc.compiler import compile
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer import Explainer
 from frpc.layermaps import human_bytes
+from frpc.lower.footprint import footprint
 from frpc.maps.base import size_hint
 from frpc.programs import Programs
 from frpc.references import Reference, ReferenceLike, as_reference
@@ -180,22 +180,10 @@ def recompiled(explainer: Explainer, rules: RuleSet, top: Top | None = None) -> 
 
 
 def peak_bytes(program: fx.GraphModule) -> int:
-    """Bytes of the values that are alive at one time, for each sample, at their most; parameters do not count."""
-    nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
-    last = {used: at for at, node in enumerate(nodes) for used in node.all_input_nodes}
-    alive, peak = 0, 0
-    ends: dict[int, list[int]] = {}  # sizes of what is read for the last time there
-    for at, node in enumerate(nodes):
-        size = sum(_bytes(v) for v in pytree.tree_leaves(node.meta.get("val"))) if node.op != "output" else 0
-        ends.setdefault(last.get(node, at), []).append(size)
-        alive += size
-        peak = max(peak, alive)
-        alive -= sum(ends.pop(at, []))
-    return peak // size_hint(_first_batch(program))
-
-
-def _bytes(value: Any) -> int:
-    return math.prod(size_hint(s) for s in value.shape) * value.element_size() if isinstance(value, Tensor) else 0
+    """Bytes of one sample and of what is computed of it, as far as they are alive at one time; parameters do not count."""
+    given = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
+    samples = sum(math.prod(size_hint(s) for s in x.shape[1:]) * x.element_size() for x in given)
+    return footprint(program, columns=False).bytes() + samples
 
 
 def _first_batch(program: fx.GraphModule) -> Any:

@@ -20,7 +20,18 @@ from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
 from frpc.top import Logit, Top
 
-__all__ = ["STRATEGIES", "Plan", "Query", "Segment", "check_strategy", "feeding", "layer_node", "make_plan", "total_cost"]
+__all__ = [
+    "STRATEGIES",
+    "Footprint",
+    "Plan",
+    "Query",
+    "Segment",
+    "check_strategy",
+    "feeding",
+    "layer_node",
+    "make_plan",
+    "total_cost",
+]
 
 Strategy = Literal["auto", "transposed"]
 STRATEGIES: tuple[Strategy, ...] = ("auto", "transposed")
@@ -67,6 +78,22 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Memory that a run takes beside the parameters and what it is given, as it grows with samples and columns.
+
+    Attributes:
+        steps: bytes alive at a step of the program as ``(fixed, for each sample, for each column, for each column of each
+            sample)``; of all steps, those that can be the largest.
+    """
+
+    steps: tuple[tuple[int, int, int, int], ...]
+
+    def bytes(self, batch: int = 1, columns: int = 1) -> int:
+        """The most that is alive at one time, for a batch and K columns a sample."""
+        return max((f + b * batch + k * columns + bk * batch * columns for f, b, k, bk in self.steps), default=0)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a query is answered; prints as a table.
 
@@ -76,6 +103,7 @@ class Plan:
         result: the node whose neurons are explained.
         wanted: nodes whose pulled relevance the program returns.
         pulled: nodes relevance is pulled through.
+        footprint: the memory a run takes, known once the program is lowered.
     """
 
     query: Query
@@ -83,16 +111,41 @@ class Plan:
     result: fx.Node
     wanted: tuple[fx.Node, ...]
     pulled: tuple[fx.Node, ...]
+    footprint: Footprint | None = None
 
     @property
     def flops(self) -> float:
         return sum(s.cost.flops for s in self.segments)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak memory of one sample and one column; see :meth:`peak_bytes_for`."""
+        return self.peak_bytes_for()
+
+    def peak_bytes_for(self, batch: int = 1, columns: int = 1) -> int:
+        """Predicts the most bytes that a call holds at one time, beside the parameters and its inputs.
+
+        Args:
+            batch: samples a call.
+            columns: targets a sample.
+
+        Raises:
+            OptionError: on a plan whose program was not lowered, as it stands among the stages.
+        """
+        if self.footprint is None:
+            raise OptionError("Memory is known once the program is lowered: ask explainer.plan.")
+        return self.footprint.bytes(batch, columns)
 
     def __str__(self) -> str:
         lines = [f"{self.query}", f"{'segment':<20} {'strategy':<12} {'nodes':>6} {'GFLOP':>9} {'MB':>9}  why"]
         for s in self.segments:
             lines.append(
                 f"{s.name:<20} {s.strategy:<12} {s.nodes:>6} {s.cost.flops / 1e9:>9.3f} {s.cost.bytes / 1e6:>9.1f}  {s.why}"
+            )
+        if self.footprint is not None:
+            one, two = self.peak_bytes_for(1), self.peak_bytes_for(2)
+            lines.append(
+                f"memory beside parameters and inputs: {one / 1e6:.1f} MB a call, {(two - one) / 1e6:.1f} MB a further sample"
             )
         return "\n".join(lines)
 

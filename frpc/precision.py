@@ -6,16 +6,19 @@ float64 it would round what is carried to float32, and its account with it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
 
 from frpc.editor import Editor
+from frpc.errors import OptionError
 from frpc.graph import replace
 
-__all__ = ["keep_float64", "narrowed", "rounding"]
+__all__ = ["computing_in", "keep_float64", "narrowed", "rounding"]
 
 aten = torch.ops.aten
 
@@ -59,5 +62,37 @@ def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:
-    """Returns the relative rounding of a captured model's output: that of float32 where the model casts to it."""
-    return torch.finfo(torch.float32 if narrowed(graph_module) else output.dtype).eps
+    """Returns the relative rounding of a captured model's output: that of the coarsest type it casts to on its way."""
+    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in _CASTS]
+    casts = [n.meta["val"].dtype for n in nodes if n.args[0].meta["val"].dtype.is_floating_point]
+    return max(torch.finfo(dtype).eps for dtype in (output.dtype, *casts) if dtype.is_floating_point)
+
+
+def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Makes a module compute in another floating-point type; what it takes and gives keeps the caller's.
+
+    Args:
+        model: changed in place: its parameters are converted, and its class becomes one that casts.
+        dtype: a floating-point type.
+
+    Raises:
+        OptionError: for a type that is not floating-point.
+    """
+    if not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype} is no floating-point type; models compute in torch.bfloat16, torch.float64, ...")
+    kind = type(model)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = [x.dtype for x in pytree.tree_leaves((args, kwargs)) if _is_floating(x)]
+        inside_args, inside_kwargs = pytree.tree_map(lambda x: x.to(dtype) if _is_floating(x) else x, (args, kwargs))
+        found = kind.forward(self, *inside_args, **inside_kwargs)
+        outside = given[0] if given else torch.float32
+        return pytree.tree_map(lambda x: x.to(outside) if _is_floating(x) else x, found)
+
+    casting = functools.wraps(kind.forward)(forward)
+    model.__class__ = type(kind.__name__, (kind,), {"forward": casting, "__module__": kind.__module__})
+    return model.to(dtype)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

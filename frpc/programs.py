@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.capture import argument_order, snapshot
+from frpc.confirming import confirm, conservation, verify
 from frpc.errors import InputError, LayerNameError, nearest
 from frpc.graph import empty_like, first_result
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
+from frpc.precision import computing_in
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 
@@ -34,20 +36,27 @@ class Programs:
 
     Attributes:
         model: the copy of the user's module that graphs are captured from.
+        dtype: what it computes in, if that is not what its inputs come in.
         choice: what was chosen for all questions.
         query: the question asked unless another is.
         fronts: captured graphs by the inputs' sizes, types and devices.
         compiled: programs by signature and question.
     """
 
-    def __init__(self, model: nn.Module, choice: Choice, query: Query) -> None:
-        self.model = snapshot(model)
+    def __init__(self, model: nn.Module, choice: Choice, query: Query, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.model = self._snapshot(model)
         self.choice, self.query = choice, query
         self.fronts: dict[Signature, Front] = {}
         self.compiled: dict[tuple[Signature, Query], Compiled] = {}
         self._assignments: dict[tuple[Signature, str], Assignment] = {}
         self._names: tuple[str, ...] | None = None  # of the inputs, once they were given by keyword
         self._ahead = False
+        self.conservation: float | None = None  # |sum V - y| / sum|V| of the example inputs, once they were given
+
+    def _snapshot(self, model: nn.Module) -> nn.Module:
+        copied = snapshot(model)
+        return copied if self.dtype is None else computing_in(copied, self.dtype)
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -147,16 +156,18 @@ class Programs:
     def settle(self, inputs: Sequence[Tensor]) -> None:
         """Compiles for inputs like these, checks the program against the model, and takes no other shapes from then on."""
         front = self.front(inputs)
-        pipeline.verify(self.program(front, inputs, self.query), front, [x.detach() for x in inputs])
+        compiled, given = self.program(front, inputs, self.query), [x.detach() for x in inputs]
+        results = verify(compiled, front, given)
+        self.conservation = conservation(compiled, results)
         self._ahead = True
 
     def refresh(self, model: nn.Module) -> None:
         """Takes the weights of ``model`` into everything that was captured and compiled; see :meth:`frpc.Explainer.refresh`."""
         with _TRACING:
-            fresh = snapshot(model)
+            fresh = self._snapshot(model)
             fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
             for front in fronts.values():
-                pipeline.confirm(front, fresh, self._names or ())
+                confirm(front, fresh, self._names or ())
             programs = {
                 (signature, query): pipeline.compile_query(fronts[signature], self.choice, query)
                 for signature, query in self.compiled

@@ -23,7 +23,7 @@ from frpc.errors import ExportError, InputError, LayerNameError, OptionError, Pa
 from frpc.explainer import Explainer
 from frpc.export import Question, Signature, aoti, decompositions, onnx, open_file, torch_export, verification, verify
 from frpc.export.decompositions import gates_as_products, strided_as_convolutions, transposed_as_convolutions
-from frpc.pipeline import copy_graph
+from frpc.stages import copy_graph
 
 pytestmark = pytest.mark.export
 

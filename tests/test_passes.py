@@ -17,9 +17,10 @@ from frpc.capture import capture, snapshot
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
-from frpc.pipeline import copy_graph, front
+from frpc.pipeline import front
 from frpc.precision import keep_float64
 from frpc.recurrent import unroll_recurrent_layers
+from frpc.stages import copy_graph
 from graphs import calls, randn
 
 pytestmark = [

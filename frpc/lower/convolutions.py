@@ -15,6 +15,7 @@ from frpc.lower.refusal import Refusal
 __all__ = ["channels_last", "flip_transposed", "paint_blocks"]
 
 aten = torch.ops.aten
+_NO_KERNELS = "oneDNN has no kernels for float64, and PyTorch's gain nothing from a second copy of the weights"
 VECTOR = 16  # output channels that one vector register holds in float32: a kernel computes as many, wanted or not
 
 
@@ -166,7 +167,7 @@ def _cut(graph: fx.Graph, node: fx.Node, x: fx.Node, starts: Sequence[int], size
 def flip_transposed(graph_module: fx.GraphModule) -> list[Refusal]:
     """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: as fast as the forward convolution, and sums go into it.
 
-    Only on CPU: cuDNN's own backward-data kernels are as fast and need no second copy of the weights.
+    Only where oneDNN computes: other kernels for the way back are as fast and need no second copy of the weights.
     """
     refused: list[Refusal] = []
     for node in list(graph_module.graph.nodes):
@@ -199,6 +200,8 @@ def _cannot_flip(
         return "its weight is not constant"
     if value.device.type != "cpu":
         return "the device has its own kernel for it"
+    if value.dtype is torch.float64:
+        return _NO_KERNELS
     if any(s != 1 for s in stride) or any(output_padding):
         return f"stride {list(stride)}"
     if groups != 1:
@@ -223,6 +226,8 @@ def channels_last(graph_module: fx.GraphModule) -> list[Refusal]:
         value = fetch(graph_module, str(weight.target))
         if value.dim() != 4 or value.device.type != "cpu":
             refused.append(Refusal("channels-last", node.name, f"{describe(value)} on {value.device.type}"))
+        elif value.dtype is torch.float64:
+            refused.append(Refusal("channels-last", node.name, _NO_KERNELS))
         elif str(weight.target) not in changed:
             changed.add(str(weight.target))
             graph_module.register_buffer(str(weight.target), value.contiguous(memory_format=torch.channels_last))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch._ops import OpOverload
 from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
 
-__all__ = ["early_coefficients", "free_views", "hold_views", "reuse_memory"]
+__all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "is_number", "reuse_memory"]
 
 aten = torch.ops.aten
 
@@ -81,6 +82,7 @@ _IN_PLACE: dict[Any, Any] = {
 _WRITTEN = (  # operators that return what they have written in full
     *_IN_PLACE.values(),
     aten.threshold_backward.grad_input,
+    aten.avg_pool2d_backward.grad_input,
     aten.max_pool2d_with_indices_backward.grad_input,
     torch.ops.mkldnn._convolution_pointwise_.binary,
 )
@@ -120,17 +122,26 @@ def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
 
 
 class Memory:
-    """Which values share memory, and which of them own it."""
+    """Which values share memory, and which of them own it.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: the program.
+        apart: values known to lie in memory of their own, whatever their operators' signatures say.
+    """
+
+    def __init__(self, graph: fx.Graph, apart: Collection[fx.Node] = ()) -> None:
         self._owner: dict[fx.Node, frozenset[fx.Node]] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}
         for node in graph.nodes:
-            shared = [] if _is_fresh(node) else [x for x in node.all_input_nodes if not _is_number(x)]
+            shared = () if node in apart else _shared(node)
             owners = frozenset(o for x in shared for o in self._owner[x]) or frozenset([node])
             self._owner[node] = owners
             for owner in owners:
                 self._sharing.setdefault(owner, set()).add(node)
+
+    def owners(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The values whose memory this one may lie in; itself where it is memory of its own."""
+        return self._owner[node]
 
     def merge(self, node: fx.Node, into: fx.Node) -> None:
         """Notes that a result is written where another value was."""
@@ -151,7 +162,7 @@ class Memory:
         (owner,) = self._owner[x]
         if owner.op != "call_function" or any(y in self._sharing[owner] for y in reader.all_input_nodes if y is not x):
             return False
-        users = {user for member in self._sharing[owner] for user in member.users}
+        users = {user for member in self._sharing[owner] for user in member.users if not is_number(user)}  # sizes stay
         return all(order[user] <= order[reader] for user in users)
 
 
@@ -174,7 +185,18 @@ def _is_fresh(node: fx.Node) -> bool:
     return all(result.alias_info is None for result in op._schema.returns)
 
 
-def _is_number(node: fx.Node) -> bool:
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """Which operands a result may share memory with: those its operator's signature says, or else all tensors."""
+    if is_number(node) or _is_fresh(node):
+        return []
+    if isinstance(node.target, OpOverload) and all(r.alias_info for r in node.target._schema.returns):
+        named = [a.name for a in node.target._schema.arguments if a.alias_info]
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        return [x for name in named if isinstance(x := given.get(name), fx.Node)]
+    return [x for x in node.all_input_nodes if not is_number(x)]
+
+
+def is_number(node: fx.Node) -> bool:
     """Says whether a node is a size, or arithmetic on sizes."""
     if node.op != "call_function" or node.target is aten.sym_size.int:
         return node.op == "call_function"

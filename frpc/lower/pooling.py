@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -142,25 +143,28 @@ def scatter_columns(graph_module: fx.GraphModule) -> list[Refusal]:
         window: list[Any] = [*list(pool.args[1:]), *_DEFAULTS[len(pool.args) - 2 :]]
         kernel, stride, padding, dilation, ceil = window
         with graph.inserting_before(node):
-
-            def call(target: Any, *arguments: Any, like: fx.Node = node) -> fx.Node:
-                made = graph.call_function(target, arguments)
-                made.meta = {k: v for k, v in like.meta.items() if k != "val"}
-                return made
-
-            samples = call(operator.mul, *lead)
-            rows = call(aten.permute.default, found.indices, [0, 2, 3, 1])
-            spread = call(aten.expand.default, rows, [*lead, *pooled[1:], channels])
-            each = call(aten.reshape.default, spread, [samples, *pooled[1:], channels])
-            indices = call(aten.permute.default, each, [0, 3, 1, 2])
-            v = call(aten.reshape.default, found.v, [samples, *pooled])
-            room = _room(graph, [samples, *sizes[2:]], node.meta["val"])
+            call, value, winners = functools.partial(_call, graph, node), node.meta["val"], found.indices.meta["val"]
+            flat, turned = value.flatten(0, 1), winners.permute(0, 2, 3, 1)
+            repeated = turned.expand(*value.shape[:2], *turned.shape[1:])
+            samples = call(None, operator.mul, *lead)
+            rows = call(turned, aten.permute.default, found.indices, [0, 2, 3, 1])
+            spread = call(repeated, aten.expand.default, rows, [*lead, *pooled[1:], channels])
+            each = call(repeated.flatten(0, 1), aten.reshape.default, spread, [samples, *pooled[1:], channels])
+            indices = call(repeated.flatten(0, 1).permute(0, 3, 1, 2), aten.permute.default, each, [0, 3, 1, 2])
+            v = call(found.v.meta["val"].flatten(0, 1), aten.reshape.default, found.v, [samples, *pooled])
+            room = _room(graph, [samples, *sizes[2:]], flat)
             arguments = (v, room, kernel, stride or kernel, padding, dilation, ceil, indices)
             back = graph.call_function(aten.max_pool2d_with_indices_backward.grad_input, arguments, {"grad_input": room})
-            back.meta = {**node.meta, "val": node.meta["val"].flatten(0, 1)}
+            back.meta = {**node.meta, "val": flat}
         node.update_arg(0, back)
     graph.eliminate_dead_code()
     return []
+
+
+def _call(graph: fx.Graph, like: fx.Node, value: Tensor | None, target: Any, *arguments: Any) -> fx.Node:
+    made = graph.call_function(target, arguments)
+    made.meta = {k: v for k, v in like.meta.items() if k != "val"} | ({} if value is None else {"val": value})
+    return made
 
 
 _DEFAULTS: tuple[Any, ...] = ([], [0, 0], [1, 1], False)  # stride, padding, dilation, ceil_mode
@@ -170,18 +174,25 @@ def _room(graph: fx.Graph, sizes: list[Any], like: Tensor) -> fx.Node:
     """Memory without values, in channels-last order; pooling's transpose reads its shape and fills it."""
     options: dict[str, Any] = {"dtype": like.dtype, "layout": torch.strided, "device": like.device, "pin_memory": False}
     made = graph.call_function(aten.empty.memory_format, (sizes,), {**options, "memory_format": torch.channels_last})
-    made.meta = {"phase": "pull"}
+    made.meta = {"phase": "pull", "val": like}
     return made
+
+
+_FILLING: dict[Any, Any] = {
+    aten.max_pool2d_with_indices_backward.default: aten.max_pool2d_with_indices_backward.grad_input,
+    aten.avg_pool2d_backward.default: aten.avg_pool2d_backward.grad_input,
+}
 
 
 def pools_without_input(graph_module: fx.GraphModule) -> list[Refusal]:
     """``max_pool_backward(v, a, ...) -> max_pool_backward(v, room, ..., out=room)``: of a it takes the shape alone.
 
-    So that a, the largest activation of many nets, need not be kept for the way back.
+    So that a, the largest activation of many nets, need not be kept for the way back; average pooling would lay out zeros for it.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is not _BACK or node.meta["val"].dim() != 4:
+        filling = _FILLING.get(node.target)
+        if filling is None or node.meta["val"].dim() != 4 or node.meta["val"].device.type != "cpu":
             continue
         v, _, *rest = node.args
         value = node.meta["val"]
@@ -193,7 +204,7 @@ def pools_without_input(graph_module: fx.GraphModule) -> list[Refusal]:
                 sizes[0] = graph.call_function(aten.sym_size.int, (v, 0))
                 sizes[0].meta = {"val": value.shape[0]}
             room = _room(graph, sizes, value)
-        room.meta["val"] = value
-        node.target = aten.max_pool2d_with_indices_backward.grad_input
+        node.target = filling
         node.args, node.kwargs = (v, room, *rest), {"grad_input": room}
+    graph.eliminate_dead_code()
     return []

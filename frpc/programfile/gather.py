@@ -17,7 +17,7 @@ from frpc.programfile.values import FaultError
 
 __all__ = ["Gathered", "gather"]
 
-_LAID_OUT, _TURNED = "aten.clone.default", "aten.permute.default"
+_LAID_OUT, _TURNED, _SPREAD = "aten.clone.default", "aten.permute.default", "aten.expand.default"
 
 
 class Gathered:
@@ -130,6 +130,12 @@ class _Gathering:
 
     def _store(self, value: Tensor, hint: str) -> str:
         """Stores a tensor; one that lies in memory in another order of dimensions comes back in that order."""
+        spread = [d for d in range(value.dim()) if value.stride()[d] == 0 and value.shape[d] > 1]
+        if spread:  # the same elements again and again
+            once = self._store(
+                value[tuple(slice(0, 1) if d in spread else slice(None) for d in range(value.dim()))], f"{hint}_once"
+            )
+            return self._derive(_SPREAD, [Ref(once), list(value.shape)], {}, None, hint)
         order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])
         turned = not value.is_contiguous() and value.permute(order).is_contiguous()
         name = self._enter(f"{hint}_turned" if turned else hint, value.permute(order) if turned else value.contiguous())

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import printing
+from frpc.backends import Backend, executable, lower_program
+from frpc.bound import Program
 from frpc.capture import InputSpec
 from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.graph import describe
-from frpc.pipeline import lower_program
 from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
 from frpc.rules.ruleset import Box, check_boxes
@@ -74,6 +75,7 @@ class _Ready:
 
     portable: fx.GraphModule
     lowered: fx.GraphModule
+    run: Program
 
 
 Key = tuple[int, Question]  # which signature, and what is asked
@@ -91,8 +93,10 @@ class LoadedExplainer(nn.Module):
         signatures: Sequence[Signature],
         sources: Mapping[Key, Source],
         constants: Mapping[str, Tensor],
+        backend: Backend,
     ) -> None:
         super().__init__()
+        self._backend = backend
         self.header, self.signatures, self.sources = header, tuple(signatures), dict(sources)
         self.constants = dict(constants)
         self._ready: dict[Key, _Ready] = {}
@@ -159,10 +163,10 @@ class LoadedExplainer(nn.Module):
         form = Form(len(inputs), columns, len(layers), fixed)
         return inputs, run(self._program(key), inputs, functional, self._references(key), form), columns
 
-    def _program(self, key: Key) -> fx.GraphModule:
+    def _program(self, key: Key) -> Program:
         """What runs: torch.compile has its own way with operators, and gets those that are in the file."""
         found = self._prepared(key)
-        return found.portable if torch.compiler.is_compiling() else found.lowered
+        return found.portable if torch.compiler.is_compiling() else found.run
 
     def _prepared(self, key: Key) -> _Ready:
         """The program that answers a question, put into the form for this device when it is first wanted."""
@@ -177,7 +181,8 @@ class LoadedExplainer(nn.Module):
                 if found is None:
                     device = self.signatures[key[0]].output.device
                     portable = runnable(self.sources[key].graph, self.constants, device)
-                    found = self._ready[key] = _Ready(portable, lower_program(portable)[0])
+                    lowered = lower_program(portable, self._backend).program
+                    found = self._ready[key] = _Ready(portable, lowered, executable(lowered, self._backend))
         return found
 
     def _references(self, key: Key) -> tuple[tuple[Tensor, ...], ...]:
@@ -278,7 +283,7 @@ class LoadedExplainer(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedExplainer:
-        copied = LoadedExplainer(self.header, self.signatures, self.sources, copy.deepcopy(self.constants, memo))
+        copied = LoadedExplainer(self.header, self.signatures, self.sources, copy.deepcopy(self.constants, memo), self._backend)
         memo[id(self)] = copied
         return copied
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frpc.backends import Backend, check_backend
 from frpc.capture import InputSpec
 from frpc.programfile.constants import check_calls, computed, originals, read_entries
 from frpc.programfile.container import fail, read
@@ -28,6 +29,8 @@ def load(
     model: nn.Module | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
+    backend: str = "auto",
+    mode: str = "latency",
 ) -> LoadedExplainer:
     """Reads an explainer saved by :meth:`frpc.Explainer.save`, in a process that knows nothing of the model.
 
@@ -39,16 +42,18 @@ def load(
         model: the serving model, for a file saved with ``weights="reference"``; or its ``state_dict``.
         state_dict: tensors by name, instead of a model.
         device: where to run; where it was compiled by default.
+        backend, mode: who runs the programs; see :func:`frpc.compile`.
 
     Raises:
+        OptionError: for an unknown backend or mode.
         ProgramFileError: the file is missing, damaged, of another version, holds anything unknown, or does not fit the model.
     """
-    place = Path(path)
+    place, runs = Path(path), check_backend(backend, mode)
     document, tensors = read(place)
     weights = named_tensors(model) if model is not None else state_dict
     try:
         with torch.no_grad():
-            return _Document(document, device).build(tensors, weights)
+            return _Document(document, device).build(tensors, weights, runs)
     except FaultError as fault:
         raise fail(place, f"it holds {fault}") from fault
 
@@ -63,7 +68,7 @@ class _Document:
         )
         self.wanted = None if device is None else torch.device(device)
 
-    def build(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> LoadedExplainer:
+    def build(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None, backend: Backend) -> LoadedExplainer:
         own = self._choice("weights", ("stored", "reference")) == "stored"
         if own == (weights is not None):
             raise FaultError(
@@ -84,7 +89,8 @@ class _Document:
         kept |= {name for s in sources.values() for names in s.references for name in names}
         header = self._header(values, device)
         kept |= {value for box in header.boxes for value in box if isinstance(value, str)}
-        return LoadedExplainer(header, signatures, sources, {name: values[name] for name in values if name in kept})
+        held = {name: values[name] for name in values if name in kept}
+        return LoadedExplainer(header, signatures, sources, held, backend)
 
     def _header(self, values: Mapping[str, Tensor], device: torch.device) -> Header:
         words = {key: text(self.raw[key]) for key in ("frpc", "model", "rules")}

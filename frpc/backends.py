@@ -1,0 +1,139 @@
+"""Backends: in which form a program runs on its device, and who runs it.
+
+``aten`` is PyTorch's own operators, with oneDNN's packed convolutions on CPUs. ``triton`` puts the hot patterns of a program on a
+CUDA device onto hand-written kernels. ``inductor`` gives the program to ``torch.compile``. ``auto`` takes kernels on CUDA devices
+where they can be had, else ``aten``, and says why not among the refusals.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from frpc import kernel_lowering, lower
+from frpc.bound import Program, bound
+from frpc.cudagraphs import Replayed
+from frpc.errors import OptionError
+from frpc.lower.refusal import Refusal
+from frpc.stages import copy_graph, run_passes
+
+__all__ = ["Backend", "BackendName", "Lowered", "Mode", "check_backend", "executable", "lower_program"]
+
+BackendName = Literal["auto", "aten", "triton", "inductor"]
+Mode = Literal["latency", "throughput"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Who runs programs, and what for.
+
+    Attributes:
+        name: ``auto``, ``aten``, ``triton`` or ``inductor``.
+        mode: ``latency`` replays programs on CUDA devices as CUDA graphs, one for each set of shapes, and freezes weights into
+            what Inductor compiles for CPUs; ``throughput`` does neither: calls of many shapes, from many threads, take no turns
+            and hold no memory between them.
+    """
+
+    name: BackendName = "auto"
+    mode: Mode = "latency"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program in the form that runs on its device.
+
+    Attributes:
+        program: the graph.
+        passes: what was done to it, in order.
+        refusals: what was not, and why.
+        operators: what it may call beside ATen.
+    """
+
+    program: fx.GraphModule
+    passes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    operators: tuple[OpOverload, ...]
+
+
+def check_backend(name: str, mode: str) -> Backend:
+    """Returns the backend of that name and mode.
+
+    Raises:
+        OptionError: for any other name or mode.
+    """
+    for value, known, what in ((name, get_args(BackendName), "backend"), (mode, get_args(Mode), "mode")):
+        if value not in known:
+            raise OptionError(f"{what}={value!r} is unknown; choose one of {', '.join(known)}.")
+    return Backend(name, mode)  # type: ignore[arg-type]
+
+
+def lower_program(program: fx.GraphModule, backend: Backend) -> Lowered:
+    """Puts a copy of a program into the form its backend runs; also says what was refused.
+
+    Raises:
+        OptionError: if ``triton`` is asked for where there are no kernels; says why.
+    """
+    lowered = copy_graph(program)
+    if backend.name == "inductor":
+        return Lowered(lowered, (), (), ())
+    reason = kernel_lowering.why_not(_device(program)) if backend.name in ("auto", "triton") else None
+    if backend.name == "triton" and reason is not None:
+        raise OptionError(f'backend="triton" cannot be had here: {reason}. backend="auto" takes what there is.')
+    if backend.name == "aten" or reason is not None:
+        found = [refusal for one in run_passes(lower.PASSES, lowered) for refusal in one]
+        said = [Refusal("hand-written kernels", "backend", reason)] if reason is not None and _has_cuda(program) else []
+        return Lowered(lowered, tuple(p.__name__ for p in lower.PASSES), (*said, *found), lower.OPERATORS)
+    refused = kernel_lowering.use_kernels(lowered, _precision())
+    lowered.graph.lint()
+    return Lowered(lowered, ("use_kernels",), tuple(refused), kernel_lowering.operators())
+
+
+def executable(lowered: fx.GraphModule, backend: Backend) -> Program:
+    """Returns the function that runs a lowered program."""
+    quick, on_cuda = backend.mode == "latency", _has_cuda(lowered)
+    if backend.name == "inductor":
+        return _Compiled(lowered, quick and not on_cuda, quick and on_cuda)
+    plain = bound(lowered)
+    return Replayed(plain) if quick and on_cuda else plain
+
+
+class _Compiled:
+    """A program that Inductor compiles at its first call, and again where sizes turn out to vary.
+
+    Args:
+        program: the graph.
+        freezing: weights become constants of the compiled code, packed as its kernels want them.
+        replay: CUDA graphs by Inductor's own means.
+    """
+
+    def __init__(self, program: fx.GraphModule, freezing: bool, replay: bool) -> None:
+        options: dict[str, Any] = {"freezing": True} if freezing else {"triton.cudagraphs": True} if replay else {}
+        self._run: Callable[..., Sequence[Tensor]] = torch.compile(program, backend="inductor", options=options)
+        self._turns = threading.RLock()
+        self._replay = replay
+
+    def __call__(self, *given: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad(), self._turns:  # the compiler keeps state for the whole process
+            found = self._run(*given)
+            return [x.clone() for x in found] if self._replay else found  # a replay writes into the memory of the last
+
+
+def _device(program: fx.GraphModule) -> torch.device:
+    found = next(iter(program.buffers()), None)
+    device: torch.device = program.graph.find_nodes(op="placeholder")[0].meta["val"].device if found is None else found.device
+    return device
+
+
+def _has_cuda(program: fx.GraphModule) -> bool:
+    return _device(program).type == "cuda"
+
+
+def _precision() -> str:
+    """How kernels multiply float32: as PyTorch was told to, by ``torch.set_float32_matmul_precision``."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

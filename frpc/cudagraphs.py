@@ -1,0 +1,72 @@
+"""Programs replayed as CUDA graphs: a call is one launch, whatever the number of kernels in it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpc.bound import Program
+
+__all__ = ["Replayed"]
+
+WARM_UP = 3  # calls before recording: kernels are tuned, libraries take their workspaces
+KEPT = 8  # recordings; each holds the memory of one run
+
+
+@dataclass(frozen=True)
+class _Recording:
+    graph: Any
+    given: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+
+    def replay(self, given: Sequence[Tensor]) -> list[Tensor]:
+        for place, value in zip(self.given, given, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return [result.clone() for result in self.results]
+
+
+class Replayed:
+    """A program recorded once for each set of shapes; threads take turns, for a recording runs in memory of its own.
+
+    Shapes beyond the last :data:`KEPT` push the oldest recording out.
+
+    Args:
+        program: does the same operations for the same shapes, and asks nothing of the device.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        self._turns = threading.Lock()
+
+    def __call__(self, *given: Tensor) -> Sequence[Tensor]:
+        if torch.cuda.is_current_stream_capturing():
+            return self._program(*given)  # part of the caller's own recording
+        key = tuple((x.shape, x.dtype, x.device) for x in given)
+        with self._turns, torch.no_grad(), torch.cuda.device(given[0].device):
+            found = self._recordings.get(key) or self._recordings.setdefault(key, self._record(given))
+            self._recordings.move_to_end(key)
+            while len(self._recordings) > KEPT:
+                self._recordings.popitem(last=False)
+            return found.replay(given)
+
+    def _record(self, given: Sequence[Tensor]) -> _Recording:
+        """Warms up on a stream of its own, as recording asks for, and records."""
+        places = tuple(x.detach().clone() for x in given)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._program(*places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = tuple(self._program(*places))
+        return _Recording(graph, places, results)

@@ -1,0 +1,161 @@
+"""Who runs a program: backends and modes, another dtype inside, memory foretold."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import frpc
+from frpc.cudagraphs import Replayed
+from frpc.errors import OptionError
+
+X = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def net(pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2)) -> nn.Module:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), pool()]
+    second = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), pool(), nn.Conv2d(32, 32, 1), nn.ReLU()]
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 7)).eval()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().sum() / b.double().abs().sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of auto, aten, triton, inductor"),
+        ({"mode": "fast"}, "mode='fast' is unknown; choose one of latency, throughput"),
+        ({"backend": "triton"}, 'backend="triton" cannot be had here: the model is on cpu; kernels are for CUDA devices'),
+        ({"dtype": torch.int32}, "dtype=torch.int32 is no floating-point type"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        frpc.compile(net(), (X,), **options)
+
+
+def test_no_refusal_is_recorded_where_nothing_was_to_be_had() -> None:
+    explainer = frpc.compile(net(), (X,))
+    assert not any("kernels" in refusal.what for refusal in explainer.refusals)
+    assert explainer.compiled(X).backend == frpc.compile(net(), (X,), backend="auto").compiled(X).backend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_inductor_gives_what_aten_gives(mode: str) -> None:
+    model = net()
+    plain, other = frpc.compile(model, (X,), backend="aten"), frpc.compile(model, (X,), backend="inductor", mode=mode)
+    for count, target in ((1, 2), (3, torch.tensor([0, 4, 6])), (2, torch.tensor([[0, 1], [5, 6]]))):
+        expected, found = plain(X[:count], target=target), other(X[:count], target=target)
+        assert relative(found.relevance, expected.relevance) <= 1e-5
+        assert relative(found.output, expected.output) <= 1e-5
+    with torch.inference_mode():
+        assert relative(other(X, target=1).relevance, plain(X, target=1).relevance) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_inside(dtype: torch.dtype) -> None:
+    """Maps come in the caller's type, or a finer one inside; the account is as exact as that, and what it costs is said."""
+    model = net()
+    exact = frpc.compile(model.double(), (X.double(),))(X.double(), target=3)
+    explainer = frpc.compile(model.float(), (X,), dtype=dtype)
+    found = explainer(X, target=3)
+    assert found.relevance.dtype == found.output.dtype == torch.promote_types(dtype, torch.float32)
+    unit = torch.finfo(dtype).eps
+    assert relative(found.output, exact.output) <= 16 * max(unit, torch.finfo(torch.float32).eps)
+    assert relative(found.relevance, exact.relevance) <= (0.2 if dtype is torch.bfloat16 else 1e-6)
+    assert explainer.conservation is not None
+    assert explainer.conservation <= 4 * max(unit, torch.finfo(torch.float32).eps)  # rounded where it meets the input
+    assert "conserves to" in repr(explainer)
+    assert next(model.parameters()).dtype == torch.float32
+    assert type(model) is nn.Sequential
+
+
+def test_the_price_of_bfloat16_is_larger_and_is_measured() -> None:
+    """The stated figure is what the maps of the example inputs miss, for the sum of the outputs."""
+    model = net()
+    single, half = frpc.compile(model, (X,)), frpc.compile(model, (X,), dtype=torch.bfloat16)
+    assert single.conservation is not None
+    assert half.conservation is not None
+    assert single.conservation <= 1e-6 < half.conservation
+    found = half(X, seed=torch.ones(3, 7))
+    lost = (found.relevance.double().flatten(1).sum(1) - found.output.double().sum(1)).abs()
+    assert half.conservation == pytest.approx(float((lost / found.relevance.double().abs().flatten(1).sum(1)).max()), rel=1e-6)
+
+
+def test_weights_can_be_renewed_in_another_dtype() -> None:
+    model = net()
+    explainer = frpc.compile(model, (X,), dtype=torch.bfloat16)
+    with torch.no_grad():
+        model[-1].weight.mul_(2)
+        model[-1].bias.mul_(2)
+    found = explainer.refresh(model)(X, target=3)
+    assert relative(found.output, model(X).detach()) <= 16 * torch.finfo(torch.bfloat16).eps
+
+
+def allocated(way: Callable[[], object]) -> int:
+    """The most bytes that tensors made in one call take at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("columns", [None, 2, 6])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("pool", [lambda: nn.MaxPool2d(2), lambda: nn.AvgPool2d(2), lambda: nn.MaxPool2d(3, 2)])
+def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], batch: int, columns: int | None) -> None:
+    """Within a fifth of what the allocator counts; images large enough that small buffers do not matter."""
+    x = torch.randn(batch, 3, 96, 96)
+    explainer = frpc.compile(net(pool), (x,))
+    target = torch.zeros(batch, dtype=torch.long) if columns is None else torch.arange(columns).expand(batch, columns)
+    explainer(x, target=target)
+    plan = next(c.plan for (_, query), c in explainer.programs.compiled.items() if query.columns == (columns is not None))
+    with torch.inference_mode():
+        measured = allocated(lambda: explainer(x, target=target))
+    assert plan.peak_bytes_for(batch, columns or 1) == pytest.approx(measured, rel=0.2)
+
+
+def test_the_plan_tells_its_memory() -> None:
+    plan = frpc.compile(net(), (X,)).plan
+    assert plan.peak_bytes == plan.peak_bytes_for(1, 1)
+    assert "memory beside parameters and inputs" in str(plan)
+    stage = next(s.program for s in frpc.compile(net(), (X,)).stages if s.name == "plan")
+    with pytest.raises(OptionError, match="once the program is lowered"):
+        _ = stage.peak_bytes
+
+
+@pytest.mark.gpu
+def test_replayed_programs_give_what_they_give() -> None:
+    """Two shapes by turns, from four threads: each call's result is its own."""
+    model, device = net().cuda(), torch.device("cuda")
+    plain = frpc.compile(model, backend="aten", mode="throughput")
+    quick = frpc.compile(model, backend="aten", mode="latency")
+    inputs = [torch.randn(count, 3, 24, 24, device=device) for count in (1, 2, 1, 2)]
+    expected = [plain(x, target=3).relevance for x in inputs]
+    quick(inputs[0], target=3)
+    assert isinstance(quick.compiled(inputs[0]).function, Replayed)
+    found: list[float] = [math.inf] * 4
+
+    def ask(at: int) -> None:
+        found[at] = max(relative(quick(inputs[at], target=3).relevance, expected[at]) for _ in range(20))
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(found) <= 1e-6
