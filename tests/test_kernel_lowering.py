@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, fx
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
 
-from frpc import kernel_lowering
+from frpc import kernel_lowering, kernel_rewriting
 from frpc.errors import OptionError
 from graphs import program, randn, with_examples
 from test_kernels_interpret import in_interpreter
@@ -145,8 +147,16 @@ def test_refusals() -> None:
 
 
 def test_devices_without_kernels() -> None:
-    reason = kernel_lowering.why_not(torch.device("cpu"))
-    assert reason == "the model is on cpu; kernels are for CUDA devices"
+    for name in ("cpu", "mps"):
+        assert kernel_lowering.why_not(torch.device(name)) == f"the model is on {name}; kernels are for CUDA devices"
+    assert kernel_lowering.why_not(torch.device("cuda", 1)) is None
+
+
+def test_operators_are_those_that_programs_get() -> None:
+    """A program in a file may hold what is listed; that no program of these tests holds another is checked where they run."""
+    written = set(re.findall(r"self\.ops\.(\w+)\.default", inspect.getsource(kernel_rewriting)))
+    listed = [str(op) for op in kernel_lowering.operators()]
+    assert sorted(listed) == sorted(f"frpc_kernels.{name}.default" for name in written)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
