@@ -23,6 +23,7 @@ __all__ = [
     "pool_arguments",
     "readers_of",
     "reshape_sizes",
+    "same_sizes",
     "scatters",
     "sigmoids",
     "split_sum",
@@ -43,6 +44,7 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are the same; a symbolic size equals only itself."""
     return len(a) == len(b) and all(same_size(m, n) for m, n in zip(a, b, strict=True))
 
 

@@ -23,6 +23,7 @@ from frpc.kernel_patterns import (
     pool_arguments,
     readers_of,
     reshape_sizes,
+    same_sizes,
     scatters,
     sigmoids,
     split_sum,
@@ -126,8 +127,9 @@ class Rewriting:
         value = v.meta["val"]
         if value.dim() == rank:
             return v
-        if v.target in RESHAPES and operands(v)[0].meta["val"].dim() == rank:
-            return operands(v)[0]
+        inner: fx.Node | None = operands(v)[0] if v.target in RESHAPES else None
+        if inner is not None and same_sizes(inner.meta["val"].shape[1:], value.shape[2:]):
+            return inner
         return self.put(before, aten.reshape.default, v, [-1, *(int(n) for n in value.shape[2:])])
 
     def unflat(self, before: fx.Node, out: fx.Node, columns: fx.Node, sizes: list[int]) -> fx.Node:

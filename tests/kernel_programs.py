@@ -64,6 +64,18 @@ class Grouped(nn.Module):
         return torch.relu(self.flat(torch.relu(self.deep(torch.relu(self.flat(x)))))).sum((2, 3))
 
 
+class Signal(nn.Module):
+    """One dimension of space: columns of it have as many dimensions as images, and pooling sees it as an image of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, 8, 3, padding=1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool1d(torch.relu(x), 2)
+        return self.last(nn.functional.max_pool1d(torch.relu(self.first(x)), 3, 3).flatten(1))
+
+
 class Squares(nn.Module):
     """RMS norms: a module with weights, one without, and one spelled out, as language models have it."""
 
@@ -145,6 +157,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolutions": (Convolutions, (3, 11, 9)),
     "tokens": (Tokens, (7, 16)),
     "grouped": (Grouped, (4, 6, 5)),
+    "signal": (Signal, (4, 18)),
     "squares": (Squares, (7, 16)),
     "spelled": (Spelled, (7, 16)),
     "convnext": (Convnext, (3, 8, 12)),

@@ -469,9 +469,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"computed by 'aten\.repeat\.default', which is not among the operators that may do so",
     ),
     "constant that grows": (
-        lambda d: d["constants"].append(
-            {"name": "big", "dtype": "float64", "shape": [2**40], "op": "aten.clone.default",
-             "args": [{"constant": d["constants"][0]["name"]}], "kwargs": {}, "item": None}
+        lambda d: d["constants"].extend(
+            [
+                {"name": "wide", "dtype": "float64", "shape": [2**40, *d["constants"][0]["shape"]], "op": "aten.expand.default",
+                 "args": [{"constant": d["constants"][0]["name"]}, [2**40, *d["constants"][0]["shape"]]],
+                 "kwargs": {}, "item": None},
+                {"name": "big", "dtype": "float64", "shape": [2**40, *d["constants"][0]["shape"]], "op": "aten.clone.default",
+                 "args": [{"constant": "wide"}], "kwargs": {}, "item": None},
+            ]
         ),
         "constants of .* bytes computed from",
     ),
