@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,10 +38,10 @@ FORWARD, OWN, EXPLAIN = "forward", "frpc forward", "frpc"
 GRADIENT, GRADIENTS = "x * gradient", "x * gradient, batched"
 COMPILED, CAPTUM = "torch.compile x * gradient", "Captum InputXGradient"
 OUTPUT_BOUND, CONSERVATION_BOUND = 1e-4, 1e-6  # float32: relative to the largest output, and to sum|V|
-# Rounding puts inputs of a few ReLUs on the other side of 0, each with all the relevance behind it, and in autograd's maps others
-# than in ours: so many times autograd's distance from float64, and a floor.
-MAP_TIMES, MAP_FLOOR = 10.0, 1e-4
-SAMPLES, COLUMNS = 2, 3  # of which maps are compared with float64
+# Rounding puts the inputs of a few ReLUs on the other side of 0 than in the eager model, each with all the relevance behind it:
+# 5e-3 of a map of VGG-16 at 224 pixels, against float64 too, where at 64 pixels frpc and autograd have 2e-6 but for one input in
+# six. A map in the wrong places is off by about 1, and what is lost on the way shows in the sum.
+MAP_BOUND = 5e-2
 
 
 @dataclass(frozen=True)
@@ -202,24 +201,13 @@ def gate(case: Case) -> dict[str, float]:
         own = case.own()
         assert isinstance(own, Tensor)
         errors["output"] = max(errors["output"], float((own - output).abs().max() / output.abs().max()))
-    bounds = {"output": OUTPUT_BOUND, "conservation": CONSERVATION_BOUND}
     if is_piecewise_linear(case.model):
-        share = explained.bias.double().view(*case.columns.shape, 1) / size
-        errors["map"], plain = _far_from_float64(case, (maps - share)[:SAMPLES, :COLUMNS])
-        bounds["map"] = MAP_TIMES * plain + MAP_FLOOR
+        expected = case.gradient().double().view_as(maps) + explained.bias.double().view(*case.columns.shape, 1) / size
+        errors["map"] = float(((maps - expected).abs().sum(-1) / scale).max())
+    bounds = {"output": OUTPUT_BOUND, "conservation": CONSERVATION_BOUND, "map": MAP_BOUND}
     if not all(error <= bounds[name] for name, error in errors.items()):
         raise AssertionError(f"{case.name} is wrong, so it is not timed: {errors}")
     return errors
-
-
-def _far_from_float64(case: Case, maps: Tensor) -> tuple[float, float]:
-    """How far these maps ``[b, k, N]``, and input times gradient in float32, are from that in float64: relative L1, the worst."""
-    some = replace(case, x=case.x[: maps.shape[0]], target=case.columns[: maps.shape[0], : maps.shape[1]])
-    exact = replace(some, model=copy.deepcopy(case.model).double(), x=some.x.double()).gradient().view_as(maps)
-    plain = some.gradient().double().view_as(maps)
-    size = exact.abs().sum(-1)
-    ours, theirs = (float(((found - exact).abs().sum(-1) / size).max()) for found in (maps, plain))
-    return ours, theirs
 
 
 @contextmanager
