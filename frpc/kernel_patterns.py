@@ -13,6 +13,7 @@ from frpc.maps.base import same_size
 
 __all__ = [
     "alike",
+    "belongs",
     "follow",
     "gate_readers",
     "is_convolution",
@@ -129,12 +130,12 @@ def gate_readers(relu: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             for product in user.users:
                 if product.target is aten.mul.Tensor:
                     v = operands(product)[0] if operands(product)[1] is user else operands(product)[1]
-                    if alike(v, product) and _belongs(v.meta["val"], relu.meta["val"]):
+                    if alike(v, product) and belongs(v.meta["val"], relu.meta["val"]):
                         yield product, v
 
 
-def _belongs(v: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Whether v is like a gate's value, or columns of it."""
+def belongs(v: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Whether v is like a gate's value, or columns of it, side by side or one behind the other."""
     inner = len(gate.shape) - 1
     return v.dtype != torch.bool and v.dim() - gate.dim() in (0, 1) and same_sizes(v.shape[-inner:], gate.shape[1:])
 

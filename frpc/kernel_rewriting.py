@@ -14,6 +14,7 @@ from frpc.graph import RESHAPES, fetch, replace
 from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.kernel_patterns import (
     alike,
+    belongs,
     gate_readers,
     is_convolution,
     is_sample_of,
@@ -161,9 +162,9 @@ class Rewriting:
     def close(self, reader: fx.Node, v: fx.Node, bits: fx.Node, gate: Any) -> None:
         """Puts bits into the kernel that made v, where nothing else reads it, or multiplies."""
         base, views = made_by(v)
-        if self.transpose(reader, v, bits, None):
+        if self.transpose(reader, v, bits, None, gate):
             return
-        if base is not None and base.target is self.ops.pool_scatter.default:
+        if base is not None and base.target is self.ops.pool_scatter.default and belongs(base.meta["val"], gate):
             g, winner, _, *geometry = operands(base)
             self.fuse(reader, views, base.target, g, winner, bits, *geometry)
             return
@@ -174,15 +175,21 @@ class Rewriting:
 
     # ---- convolutions
 
-    def transpose(self, reader: fx.Node, v: fx.Node, bits: fx.Node | None, factor: fx.Node | None) -> bool:
-        """``(conv_transposed(g, K) + d) * [bit] * f`` in one pass, where v is that sum or the convolution alone; else False."""
+    def transpose(self, reader: fx.Node, v: fx.Node, bits: fx.Node | None, factor: fx.Node | None, gate: Any = None) -> bool:
+        """``(conv_transposed(g, K) + d) * [bit] * f`` in one pass, where v is that sum or the convolution alone; else False.
+
+        Args:
+            gate: the value that bits are of.
+        """
         whole, views = made_by(v)
         for one, other in [(v, None), *split_sum(whole)]:
             base, inner = made_by(one)
             if not is_convolution(base, transposed=True):
                 continue
-            if factor is not None and not is_sample_of(base, factor):
-                continue
+            same = factor is None or is_sample_of(base, factor)
+            same = same and (gate is None or belongs(base.meta["val"], gate))
+            if not same or not (other is None or belongs(other.meta["val"], base.meta["val"])):
+                continue  # a view between them has other channels
             g, weight, bias, stride, padding, dilation, _, output_padding, groups = operands(base)
             addend = None if other is None else self.flat(reader, other, 4)
             reason = self.ask("conv_transposed_gate", g, weight, addend, factor, more=(groups,))

@@ -76,6 +76,20 @@ class Signal(nn.Module):
         return self.last(nn.functional.max_pool1d(torch.relu(self.first(x)), 3, 3).flatten(1))
 
 
+class Shuffled(nn.Module):
+    """Views that mix channels with rows lie between a ReLU and the convolution, or the pooling, whose relevance it gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.third, self.last = nn.Conv2d(4, 8, 1), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)).reshape(-1, 16, 2, 6)
+        x = torch.relu(self.second(x)).reshape(-1, 4, 4, 6)
+        return self.last(torch.relu(self.third(nn.functional.max_pool2d(x, 2))).flatten(1))
+
+
 class Squares(nn.Module):
     """RMS norms: a module with weights, one without, and one spelled out, as language models have it."""
 
@@ -158,6 +172,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tokens": (Tokens, (7, 16)),
     "grouped": (Grouped, (4, 6, 5)),
     "signal": (Signal, (4, 18)),
+    "shuffled": (Shuffled, (8, 4, 6)),
     "squares": (Squares, (7, 16)),
     "spelled": (Spelled, (7, 16)),
     "convnext": (Convnext, (3, 8, 12)),

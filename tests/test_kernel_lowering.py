@@ -104,6 +104,18 @@ def test_typical_nets() -> None:
 
 
 @pytest.mark.interpret
+def test_views_between_an_operator_and_its_gate() -> None:
+    """Bits of other channels are not read by what comes before the view; columns of signals are no images."""
+    found = lowered("shuffled", "signal")
+    for one in found[:2]:
+        assert one["launches"] == {
+            "relu_gate": 3, "gated": 3, "conv_transposed_gate": 1, "pool_select": 1, "pool_scatter": 1,
+        }  # fmt: skip
+    for one in found[2:]:
+        assert one["launches"] == {"relu_gate": 2, "gated": 2, "pool_select": 2, "pool_scatter": 2}
+
+
+@pytest.mark.interpret
 def test_infinite_relevance() -> None:
     """A column that begins at infinity gives 0 where all gates are shut, with others beside it as alone, and spoils no other."""
     (found,) = (json.loads(line) for line in in_interpreter("kernel_programs.py", "infinite").splitlines())
