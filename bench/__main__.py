@@ -11,7 +11,16 @@ import typer
 Nets = Annotated[str, typer.Option(help="thesis_mlp, thesis_alexnet, torchvision classifiers, with commas between them.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-Json = Annotated[Path | None, typer.Option(help="Also write every number to this file.")]
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Refuses a file whose folder is missing before hours are spent on what would go there."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}")
+    return file
+
+
+Json = Annotated[Path | None, typer.Option(help="Also write every number to this file.", callback=_writable)]
 Base = Annotated[str, typer.Option(metavar="REV", help="Compare frpc of this commit with frpc as it is here, in turns.")]
 Turns = Annotated[int, typer.Option(min=1, help="For --base: how often each is measured.")]
 

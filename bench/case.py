@@ -134,13 +134,15 @@ def own_forward(explainer: frpc.Explainer, x: Tensor) -> Way | None:
     graph.output((results[0],))  # the output comes before the relevance
     graph.eliminate_dead_code()
     program = _runnable(fx.GraphModule(portable, graph), explainer)
+    if program is None:
+        return None
     unused = [x] * (len(graph.find_nodes(op="placeholder")) - 1)
 
     def call() -> object:
         with torch.inference_mode():
             return program(x, *unused)[0]
 
-    return None if program is None else call
+    return call
 
 
 def _runnable(values: fx.GraphModule, explainer: frpc.Explainer) -> Callable[..., Any] | None:

@@ -76,14 +76,14 @@ def compared(base: Sequence[Mapping[Key, float]], here: Sequence[Mapping[Key, fl
         if not all(key in turn for turn in (*base, *here)):
             continue
         old, new = [turn[key] for turn in base], [turn[key] for turn in here]
-        apart = min(new) > max(old) or max(new) < min(old)
+        apart = "more" if min(new) > max(old) else "less" if max(new) < min(old) else "same"
         rows.append(
             {
                 "key": key,
                 "base": [statistics.median(old), min(old), max(old)],
                 "here": [statistics.median(new), min(new), max(new)],
                 "change": statistics.median(n / o for n, o in zip(new, old, strict=True)),
-                "verdict": "same" if not apart else "more" if min(new) > max(old) else "less",
+                "verdict": apart if len(old) > 1 else "",  # one turn says nothing
             }
         )
     return rows
@@ -151,7 +151,9 @@ def show(console: Console, rows: Sequence[dict[str, Any]], revision: str, unit: 
         cells = [text for side in ("base", "here") for text in _spread(row[side])]
         table.add_row(net, size, str(targets), way, *cells, f"{row['change']:.3f} x", row["verdict"])
     console.print(table)
-    console.print("change: here over base, median of the turns; same: the turns of both overlap")
+    console.print(
+        "change: here over base, median of the turns; same: the turns of both overlap (by chance, one in ten of three do not)"
+    )
 
 
 def _spread(numbers: Sequence[float]) -> tuple[str, str]:
