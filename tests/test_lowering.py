@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torchvision.models import resnet
 
 import frpc
 from frpc import lower
@@ -513,6 +514,26 @@ def test_shares_of_constants(kind: str) -> None:
     assert [calls(added).count(name) for name in ("mv", "addmv", "addcmul")] == [1, count - 1, 1]
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_shares_of_many_layers_are_one_product(columns: bool) -> None:
+    """Sums that two layers share, as a shortcut and the convolution beside it, are made once."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6))
+    blocks = [resnet.BasicBlock(4, 6, 2, shortcut), resnet.BasicBlock(6, 6)]
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *blocks, nn.Flatten(), nn.LazyLinear(3)), randn(2, 3, 11, 9)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    before, seed = answer(model, x, columns=columns)
+    dotted, _ = lowered(shares.dot_shares, before, x, seed)
+    added, _ = lowered(shares.add_shares, dotted, x, seed)
+    held, _ = lowered(memory.hold_views, added, x, seed)
+    joined, _ = lowered(shares.join_shares, held, x, seed)
+    if not columns:
+        assert calls(joined).count("addmv") == calls(joined).count("cat") == 1
+        assert calls(joined).count("sum.dim_IntList") == 5  # six convolutions, of which two see the same
+
+
 def test_views_of_constants_are_held() -> None:
     def build(graph: fx.Graph, constant: Any) -> Any:
         x, w = graph.placeholder("x"), constant("w", randn(5, 4))
@@ -533,6 +554,6 @@ def test_every_lowering_has_a_test() -> None:
         convolutions.flip_transposed, convolutions.channels_last, convolutions.paint_blocks,
         gates.byte_gates, memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
         onednn.prepack, onednn.fuse_into_convolutions, onednn.sum_samples, pooling.gates_before_pools, pooling.scatter_columns,
-        pooling.pools_without_input, shares.add_shares, shares.dot_shares,
+        pooling.pools_without_input, shares.add_shares, shares.dot_shares, shares.join_shares,
     }  # fmt: skip
     assert set(lower.PASSES) <= tested

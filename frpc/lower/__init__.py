@@ -9,7 +9,7 @@ from frpc.lower.memory import early_coefficients, free_views, hold_views, reuse_
 from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
 from frpc.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
 from frpc.lower.refusal import Pass, Refusal
-from frpc.lower.shares import add_shares, dot_shares
+from frpc.lower.shares import add_shares, dot_shares, join_shares
 
 __all__ = ["OPERATORS", "PASSES", "Pass", "Refusal"]
 
@@ -22,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     dot_shares,
     add_shares,
     hold_views,
+    join_shares,
     early_coefficients,
     paint_blocks,
     flip_transposed,

@@ -15,7 +15,7 @@ __all__ = ["byte_gates"]
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)
-SMALL = 4096  # elements a sample: below, a call costs more than the memory is worth
+SMALL = 2**16  # elements a sample: below, a call costs more than the memory is worth
 
 
 def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
@@ -23,7 +23,7 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
 
     The bytes are made right behind the ReLU, while r is in the cache, and r may go as soon as the next layer has read it. The
     result of a ReLU is above 0 just where it is not 0, which is what a cast to bool asks; unsigned bytes multiply in one pass.
-    Gates of a few thousand elements stay as they are, in one call.
+    Gates of a few ten thousand elements stay as they are, in one call.
 
     Exact when: v is finite; 0 times an infinite v is NaN.
     """

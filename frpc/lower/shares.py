@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
 
-__all__ = ["add_shares", "dot_shares"]
+__all__ = ["add_shares", "dot_shares", "join_shares"]
 
 aten = torch.ops.aten
 _SUM = aten.sum.dim_IntList
@@ -20,7 +21,7 @@ def dot_shares(graph_module: fx.GraphModule) -> list[Refusal]:
 
     ``v`` is ``[B, C]``, or ``[B, C, H, W]`` summed over space first, with b ``[C, 1, 1]``.
     """
-    graph = graph_module.graph
+    graph, sums = graph_module.graph, dict[fx.Node, fx.Node]()
     for node in list(graph.nodes):
         product = node.args[0] if node.target is _SUM else None
         if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor or len(product.users) != 1:
@@ -29,7 +30,7 @@ def dot_shares(graph_module: fx.GraphModule) -> list[Refusal]:
             v: Any = product.args[at]
             b: Any = product.args[1 - at]
             if _is_constant(b) and isinstance(v, fx.Node) and _fits(node, v, b):
-                _dot(graph, node, v, b)
+                _dot(graph, node, v, b, sums)
                 break
     graph.eliminate_dead_code()
     return []
@@ -52,11 +53,13 @@ def _fits(node: fx.Node, v: fx.Node, b: fx.Node) -> bool:
     return summed and ones and list(constant.shape) == list(value.shape[1:])
 
 
-def _dot(graph: fx.Graph, node: fx.Node, v: fx.Node, b: fx.Node) -> None:
+def _dot(graph: fx.Graph, node: fx.Node, v: fx.Node, b: fx.Node, sums: dict[fx.Node, fx.Node]) -> None:
+    """Args beyond the operands: ``sums`` notes what became of those that two layers share."""
     with graph.inserting_before(node):
         if v.meta["val"].dim() > 2:
-            v = _flat(graph, v, [0, 1])
-            b = _flat(graph, b, [0])
+            if v not in sums:
+                sums[v] = _flat(graph, v, [0, 1])
+            v, b = sums[v], _flat(graph, b, [0])
         made = graph.call_function(aten.mv.default, (v, b))
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
@@ -64,9 +67,14 @@ def _dot(graph: fx.Graph, node: fx.Node, v: fx.Node, b: fx.Node) -> None:
 
 
 def _flat(graph: fx.Graph, x: fx.Node, kept: list[int]) -> fx.Node:
-    """Drops the dimensions of size 1 behind those that are kept: a view."""
-    value = x.meta["val"]
-    made = graph.call_function(aten.squeeze.dims, (x, list(range(len(kept), value.dim()))))
+    """Drops the dimensions of size 1 behind those that are kept: a view, or a sum that does not keep them."""
+    value, behind = x.meta["val"], list(range(len(kept), x.meta["val"].dim()))
+    arguments: Any = x.args
+    kept_by_sum = x.target is _SUM and arguments[2:] == (True,) and not x.kwargs
+    if kept_by_sum and sorted(d % value.dim() for d in arguments[1]) == behind:
+        made = graph.call_function(_SUM, (arguments[0], behind))
+    else:
+        made = graph.call_function(aten.squeeze.dims, (x, behind))
     made.meta = {**x.meta, "val": value.flatten(len(kept) - 1)}
     return made
 
@@ -109,3 +117,57 @@ def _sums(term: fx.Node, rest: fx.Node) -> bool:
     if term.target is aten.mv.default:
         return str(list(shape)) == str(list(own))
     return len(shape) == len(own) and all(str(a) == str(b) or b == 1 for a, b in zip(shape, own, strict=True))
+
+
+_FEW = 3  # terms: two calls make one of fewer
+
+
+def join_shares(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``addmv(addmv(a, v, b), w, c), ... -> addmv(a, cat(v, w, ...), cat(b, c, ...))`` for sums v, w over space.
+
+    A net of fifty layers has as many shares of some hundred numbers each; a call for each takes longer than the sums.
+    """
+    graph = graph_module.graph
+    for node in reversed(list(graph.nodes)):
+        if not _is_share(node) or any(_is_share(user) and user.args[0] is node for user in node.users):
+            continue
+        terms, rest = [node], node.args[0]
+        while isinstance(rest, fx.Node) and _is_share(rest) and len(rest.users) == 1:
+            terms.append(rest)
+            rest = rest.args[0]
+        if len(terms) < _FEW:
+            continue
+        name = f"{node.name}_joined"
+        graph_module.register_buffer(name, torch.cat([fetch(graph_module, str(_constant(t).target)) for t in terms]))
+        with graph.inserting_before(node):
+            sums = graph.call_function(aten.cat.default, ([_sum(t) for t in terms], 1))
+            sums.meta = {**node.meta, "val": torch.cat([_sum(t).meta["val"] for t in terms], 1)}
+            read = graph.get_attr(name)
+            read.meta = {"val": torch.cat([_constant(t).meta["val"] for t in terms])}
+            made = graph.call_function(aten.addmv.default, (rest, sums, read))
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+    return []
+
+
+def _is_share(node: fx.Node) -> bool:
+    """Says whether a call adds sums over space, weighted by constants."""
+    if node.target is not aten.addmv.default or node.kwargs or len(node.args) != 3:
+        return False
+    sums, constant = node.args[1:]
+    if not isinstance(sums, fx.Node) or not isinstance(constant, fx.Node) or constant.op != "get_attr":
+        return False
+    return sums.target is _SUM and sums.meta["val"].dim() == 2
+
+
+def _sum(share: fx.Node) -> fx.Node:
+    found = share.args[1]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def _constant(share: fx.Node) -> fx.Node:
+    found = share.args[2]
+    assert isinstance(found, fx.Node)
+    return found
