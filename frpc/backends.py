@@ -35,9 +35,10 @@ class Backend:
 
     Attributes:
         name: ``auto``, ``aten``, ``triton`` or ``inductor``.
-        mode: ``latency`` replays programs on CUDA devices as CUDA graphs, one for each set of shapes, and freezes weights into
-            what Inductor compiles for CPUs; ``throughput`` does neither: calls of many shapes, from many threads, take no turns
-            and hold no memory between them.
+        mode: ``latency`` makes a call short: on CUDA devices programs are replayed as CUDA graphs, one for each set of shapes;
+            Inductor freezes weights into its code; on CPUs gates read the activation they belong to. ``throughput`` is for large
+            batches, and calls of many shapes from many threads: they take no turns and hold no memory between them, and gates are
+            kept as bytes.
     """
 
     name: BackendName = "auto"
@@ -86,9 +87,10 @@ def lower_program(program: fx.GraphModule, backend: Backend) -> Lowered:
     if backend.name == "triton" and reason is not None:
         raise OptionError(f'backend="triton" cannot be had here: {reason}. backend="auto" takes what there is.')
     if backend.name == "aten" or reason is not None:
-        found = [refusal for one in run_passes(lower.PASSES, lowered) for refusal in one]
+        passes = lower.QUICK if backend.mode == "latency" else lower.PASSES
+        found = [refusal for one in run_passes(passes, lowered) for refusal in one]
         said = [Refusal("hand-written kernels", "backend", reason)] if reason is not None and _has_cuda(program) else []
-        return Lowered(lowered, tuple(p.__name__ for p in lower.PASSES), (*said, *found), lower.OPERATORS)
+        return Lowered(lowered, tuple(p.__name__ for p in passes), (*said, *found), lower.OPERATORS)
     refused = kernel_lowering.use_kernels(lowered, _precision())
     lowered.graph.lint()
     return Lowered(lowered, ("use_kernels",), tuple(refused), kernel_lowering.operators())

@@ -58,8 +58,8 @@ def compile(
             default where there are any.
         backend: who runs the program: ``"aten"``, PyTorch's own operators; ``"triton"``, hand-written kernels on CUDA devices;
             ``"inductor"``, ``torch.compile``; ``"auto"`` takes kernels on CUDA and ``aten`` elsewhere (:mod:`frpc.backends`).
-        mode: ``"latency"`` makes a call short: on CUDA a recording is replayed for each set of shapes, and Inductor freezes
-            weights into its code. ``"throughput"`` does neither.
+        mode: ``"latency"`` makes a call short; ``"throughput"`` is for large batches: a third of the memory on a CPU, no
+            recordings to replay on CUDA devices (:class:`frpc.backends.Backend`).
         dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
             in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
 

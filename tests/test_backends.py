@@ -49,6 +49,17 @@ def test_no_refusal_is_recorded_where_nothing_was_to_be_had() -> None:
     assert explainer.compiled(X).backend == frpc.compile(net(), (X,), backend="auto").compiled(X).backend
 
 
+def test_throughput_takes_less_memory_and_gives_the_same() -> None:
+    x, layers = torch.randn(2, 3, 96, 96), [nn.Conv2d(3, 16, 3), *(nn.Conv2d(16, 16, 3) for _ in range(5))]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten(), nn.LazyLinear(7))
+    model(x)
+    quick, lean = (frpc.compile(model, (x,), mode=mode) for mode in ("latency", "throughput"))
+    assert relative(lean(x, target=3).relevance, quick(x, target=3).relevance) <= 1e-6
+    assert lean.plan.peak_bytes < 0.7 * quick.plan.peak_bytes
+    assert "byte_gates" in lean.stages[-1].passes
+    assert "byte_gates" not in quick.stages[-1].passes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
 def test_inductor_gives_what_aten_gives(mode: str) -> None:
@@ -116,11 +127,12 @@ def allocated(way: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("columns", [None, 2, 6])
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
 @pytest.mark.parametrize("pool", [lambda: nn.MaxPool2d(2), lambda: nn.AvgPool2d(2), lambda: nn.MaxPool2d(3, 2)])
-def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], batch: int, columns: int | None) -> None:
+def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], mode: str, batch: int, columns: int | None) -> None:
     """Within a fifth of what the allocator counts; images large enough that small buffers do not matter."""
     x = torch.randn(batch, 3, 96, 96)
-    explainer = frpc.compile(net(pool), (x,))
+    explainer = frpc.compile(net(pool), (x,), mode=mode)
     target = torch.zeros(batch, dtype=torch.long) if columns is None else torch.arange(columns).expand(batch, columns)
     explainer(x, target=target)
     plan = next(c.plan for (_, query), c in explainer.programs.compiled.items() if query.columns == (columns is not None))

@@ -257,13 +257,13 @@ def test_byte_gates(dtype: torch.dtype) -> None:
     v, columns = randn(1, 8).to(dtype), randn(3, 1, 8, seed=1).to(dtype)
     before = program(build)
     after = copy_graph(before)
-    assert gates.byte_gates(after) == []
+    assert gates.byte_gates(after) == gates.byte_masks(after) == []
     after.recompile()
     for got, expected in zip(after(x, v, columns), before(x, v, columns), strict=True):
         known = ~torch.isnan(x).expand_as(expected)
         assert got.dtype == dtype and torch.equal(got[known], expected[known])
     names = calls(after)
-    assert names[:3] == ["relu", "_to_copy", "view.dtype"] and names.count("_to_copy") == 1
+    assert names[:3] == ["relu", "_to_copy", "view.dtype"] and names.count("_to_copy") == 2  # each pass has its own
     assert names.count("threshold_backward") == 2 and "gt.Scalar" not in names
 
 
@@ -552,7 +552,7 @@ def test_views_of_constants_are_held() -> None:
 def test_every_lowering_has_a_test() -> None:
     tested = {
         convolutions.flip_transposed, convolutions.channels_last, convolutions.paint_blocks,
-        gates.byte_gates, memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
+        gates.byte_gates, gates.byte_masks, memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
         onednn.prepack, onednn.fuse_into_convolutions, onednn.sum_samples, pooling.gates_before_pools, pooling.scatter_columns,
         pooling.pools_without_input, shares.add_shares, shares.dot_shares, shares.join_shares,
     }  # fmt: skip

@@ -4,19 +4,20 @@ Every pass keeps the function; a pass that leaves a place as it was says so in a
 """
 
 from frpc.lower.convolutions import channels_last, flip_transposed, paint_blocks
-from frpc.lower.gates import byte_gates
+from frpc.lower.gates import byte_gates, byte_masks
 from frpc.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
 from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
 from frpc.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
 from frpc.lower.refusal import Pass, Refusal
 from frpc.lower.shares import add_shares, dot_shares, join_shares
 
-__all__ = ["OPERATORS", "PASSES", "Pass", "Refusal"]
+__all__ = ["OPERATORS", "PASSES", "QUICK", "Pass", "Refusal"]
 
 PASSES: tuple[Pass, ...] = (
     free_views,
     gates_before_pools,
     byte_gates,
+    byte_masks,
     scatter_columns,
     pools_without_input,
     dot_shares,
@@ -33,3 +34,6 @@ PASSES: tuple[Pass, ...] = (
     reuse_memory,
 )
 """In this order: transposed convolutions become plain ones, oneDNN takes what it can, and what is left is put in order."""
+
+QUICK: tuple[Pass, ...] = tuple(p for p in PASSES if p is not byte_gates)
+"""The same for short calls: gates read the ReLU itself, which costs memory instead of time."""

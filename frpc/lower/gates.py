@@ -11,35 +11,48 @@ from torch import fx
 
 from frpc.lower.refusal import Refusal
 
-__all__ = ["byte_gates"]
+__all__ = ["byte_gates", "byte_masks"]
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)
-SMALL = 2**16  # elements a sample: below, a call costs more than the memory is worth
+SMALL = 2**12  # elements a sample: below, a call costs more than the memory is worth
 
 
 def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``threshold_backward(v, r, 0), v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``, or winners of it.
+    """``threshold_backward(v, r, 0) -> v * bytes(r)`` for ``r = relu(a)``, or winners of it.
 
-    The bytes are made right behind the ReLU, while r is in the cache, and r may go as soon as the next layer has read it. The
-    result of a ReLU is above 0 just where it is not 0, which is what a cast to bool asks; unsigned bytes multiply in one pass.
-    Gates of a few ten thousand elements stay as they are, in one call.
+    The bytes are made right behind the ReLU, while r is in the cache, and r may go as soon as the next layer has read it: a
+    third of the memory, for a twentieth of the time. The result of a ReLU is above 0 just where it is not 0, which is what a cast
+    to bool asks; unsigned bytes multiply in one pass. Gates of a few thousand elements stay as they are, in one call.
 
     Exact when: v is finite; 0 times an infinite v is NaN.
     """
     graph = graph_module.graph
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target is aten.threshold_backward.default and _is_rectified(node.args[1]) and node.args[2] == 0:
-            if _is_small(node.args[1]):
-                continue
-            gated, rectified = node.args[0], node.args[1]
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mul.Tensor, (gated, _mask(graph, rectified, masks)))
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
-        elif node.target is aten.gt.Scalar and _is_rectified(node.args[0]) and node.args[1] == 0:
+        if node.target is not aten.threshold_backward.default or not _is_rectified(node.args[1]) or node.args[2] != 0:
+            continue
+        if _is_small(node.args[1]):
+            continue
+        gated, rectified = node.args[0], node.args[1]
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mul.Tensor, (gated, _mask(graph, rectified, masks)))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return []
+
+
+def byte_masks(graph_module: fx.GraphModule) -> list[Refusal]:
+    """``v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``, or winners of it: gates that many columns v share.
+
+    Bytes multiply five times as fast as bools. Exact when: v is finite; 0 times an infinite v is NaN.
+    """
+    graph = graph_module.graph
+    masks: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.gt.Scalar and _is_rectified(node.args[0]) and node.args[1] == 0:
             for user in list(node.users):
                 if user.target is aten.mul.Tensor and user.args[0] is not node:
                     user.args = (user.args[0], _mask(graph, node.args[0], masks))
