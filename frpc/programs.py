@@ -69,6 +69,8 @@ class Programs:
 
     def asked(self, **changes: Any) -> Query:
         """The usual question with changes."""
+        if all(getattr(self.query, name) == value for name, value in changes.items()):
+            return self.query
         return dataclasses.replace(self.query, **changes)
 
     def given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

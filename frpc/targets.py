@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frpc.capture import InputSpec, check_finite
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
-from frpc.values import all_hold, whole
+from frpc.values import all_hold, is_transformed, whole
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 
@@ -125,8 +125,7 @@ def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int
         target = target.expand(batch)
     if target.dim() > 2 or target.shape[0] != batch or target.numel() == 0:
         raise TargetError(f"target has shape {list(target.shape)}; give [B] or [B, K] with B = {batch}.")
-    fits = (target >= 0) & (target < sizes[0])
-    if not all_hold(fits, f"A target is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."):
+    if not _are_classes(target, sizes):
         low, high = int(whole(target).min()), int(whole(target).max())
         raise TargetError(
             f"Target {low if low < 0 else high} is out of range: the output {_outline(sizes)} has classes 0 to {sizes[0] - 1}."
@@ -134,7 +133,22 @@ def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int
     target = target.to(device=like.device, dtype=torch.int64)
     columns = target.dim() == 2
     index = target.t().unsqueeze(-1) if columns else target.unsqueeze(-1)  # [K, B, 1] or [B, 1]
-    return like.new_zeros([*index.shape[:-1], sizes[0]]).scatter(-1, index, 1.0), columns
+    seed = like.new_zeros([*index.shape[:-1], sizes[0]])
+    if torch.compiler.is_compiling() or is_transformed(index):  # neither writes what the other has made
+        return seed.scatter(-1, index, 1.0), columns
+    return seed.scatter_(-1, index, 1.0), columns
+
+
+_FEW = 64  # numbers that are read one by one as fast as one operator runs
+
+
+def _are_classes(target: Tensor, sizes: Sequence[int]) -> bool:
+    """Says whether all numbers are indices of an output of one dimension."""
+    count = sizes[0]
+    if not torch.compiler.is_compiling() and not is_transformed(target) and target.is_cpu and target.numel() <= _FEW:
+        return all(0 <= index < count for index in target.flatten().tolist())
+    message = f"A target is out of range: the output {_outline(sizes)} has classes 0 to {count - 1}."
+    return all_hold((target >= 0) & (target < count), message)
 
 
 def _from_seed(seed: Tensor, like: Tensor, sizes: Sequence[int], batch: int) -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["all_hold", "whole"]
+__all__ = ["all_hold", "is_transformed", "whole"]
 
 _transforms = torch._C._functorch
 
@@ -24,6 +24,12 @@ def all_hold(conditions: Tensor, message: str) -> bool:
         torch._assert_async(conditions.all(), message)
         return True
     return bool(whole(conditions).all())
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Says whether a transform of ``torch.func`` shows one of several samples through this tensor."""
+    found: bool = _transforms.is_functorch_wrapped_tensor(tensor)
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -120,12 +120,13 @@ def _sums(term: fx.Node, rest: fx.Node) -> bool:
 
 
 _FEW = 3  # terms: two calls make one of fewer
+_FEATURES = 4096  # a layer: more are no cheaper to copy than to multiply
 
 
 def join_shares(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``addmv(addmv(a, v, b), w, c), ... -> addmv(a, cat(v, w, ...), cat(b, c, ...))`` for sums v, w over space.
+    """``addmv(addmv(a, v, b), w, c), ... -> addmv(a, cat(v, w, ...), cat(b, c, ...))`` for a few hundred features v, w each.
 
-    A net of fifty layers has as many shares of some hundred numbers each; a call for each takes longer than the sums.
+    A net of fifty layers has as many shares; a call for each takes longer than the sums.
     """
     graph = graph_module.graph
     for node in reversed(list(graph.nodes)):
@@ -152,13 +153,14 @@ def join_shares(graph_module: fx.GraphModule) -> list[Refusal]:
 
 
 def _is_share(node: fx.Node) -> bool:
-    """Says whether a call adds sums over space, weighted by constants."""
+    """Says whether a call adds few features, or sums over space, weighted by constants."""
     if node.target is not aten.addmv.default or node.kwargs or len(node.args) != 3:
         return False
     sums, constant = node.args[1:]
     if not isinstance(sums, fx.Node) or not isinstance(constant, fx.Node) or constant.op != "get_attr":
         return False
-    return sums.target is _SUM and sums.meta["val"].dim() == 2
+    value = sums.meta["val"]
+    return value.dim() == 2 and isinstance(value.shape[1], int) and value.shape[1] <= _FEATURES
 
 
 def _sum(share: fx.Node) -> fx.Node:
