@@ -50,7 +50,7 @@ def test_no_refusal_is_recorded_where_nothing_was_to_be_had() -> None:
 
 
 def test_throughput_takes_less_memory_and_gives_the_same() -> None:
-    x, layers = torch.randn(2, 3, 96, 96), [nn.Conv2d(3, 16, 3), *(nn.Conv2d(16, 16, 3) for _ in range(5))]
+    x, layers = torch.randn(2, 3, 48, 48), [nn.Conv2d(3, 16, 3), *(nn.Conv2d(16, 16, 3) for _ in range(5))]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten(), nn.LazyLinear(7))
     model(x)
     quick, lean = (frpc.compile(model, (x,), mode=mode) for mode in ("latency", "throughput"))

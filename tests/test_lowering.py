@@ -267,6 +267,20 @@ def test_byte_gates(dtype: torch.dtype) -> None:
     assert names.count("threshold_backward") == 2 and "gt.Scalar" not in names
 
 
+def test_middling_gates_alone_become_bytes() -> None:
+    """By elements a sample: the smallest and the largest gates read their ReLU."""
+
+    def build(graph: fx.Graph, constant: Any) -> Any:
+        x, v = graph.placeholder("x"), graph.placeholder("v")
+        return graph.call_function(aten.threshold_backward.default, (v, graph.call_function(aten.relu.default, (x,)), 0))
+
+    for elements, expected in ((2**16 - 1, False), (2**16, True), (2**20 - 1, True), (2**20, False)):
+        x, v = randn(2, elements), randn(2, elements, seed=1)
+        after, refusals = lowered(gates.middling_byte_gates, with_examples(program(build), x, v), x, v)
+        assert refusals == []
+        assert ("view.dtype" in calls(after)) is expected
+
+
 def exampled(weight: Tensor, v: tuple[int, ...], **options: Any) -> fx.GraphModule:
     return with_examples(convolution(weight, **options), randn(*v).to(weight.dtype))
 
@@ -552,8 +566,9 @@ def test_views_of_constants_are_held() -> None:
 def test_every_lowering_has_a_test() -> None:
     tested = {
         convolutions.flip_transposed, convolutions.channels_last, convolutions.paint_blocks,
-        gates.byte_gates, gates.byte_masks, memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
+        gates.byte_gates, gates.byte_masks, gates.middling_byte_gates,
+        memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
         onednn.prepack, onednn.fuse_into_convolutions, onednn.sum_samples, pooling.gates_before_pools, pooling.scatter_columns,
         pooling.pools_without_input, shares.add_shares, shares.dot_shares, shares.join_shares,
     }  # fmt: skip
-    assert set(lower.PASSES) <= tested
+    assert {*lower.PASSES, *lower.QUICK} <= tested

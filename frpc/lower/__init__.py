@@ -4,7 +4,7 @@ Every pass keeps the function; a pass that leaves a place as it was says so in a
 """
 
 from frpc.lower.convolutions import channels_last, flip_transposed, paint_blocks
-from frpc.lower.gates import byte_gates, byte_masks
+from frpc.lower.gates import byte_gates, byte_masks, middling_byte_gates
 from frpc.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
 from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
 from frpc.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
@@ -35,5 +35,5 @@ PASSES: tuple[Pass, ...] = (
 )
 """In this order: transposed convolutions become plain ones, oneDNN takes what it can, and what is left is put in order."""
 
-QUICK: tuple[Pass, ...] = tuple(p for p in PASSES if p is not byte_gates)
-"""The same for short calls: gates read the ReLU itself, which costs memory instead of time."""
+QUICK: tuple[Pass, ...] = tuple(middling_byte_gates if p is byte_gates else p for p in PASSES)
+"""The same for short calls: the largest gates read the ReLU itself, which costs memory instead of time."""

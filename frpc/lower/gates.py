@@ -11,11 +11,12 @@ from torch import fx
 
 from frpc.lower.refusal import Refusal
 
-__all__ = ["byte_gates", "byte_masks"]
+__all__ = ["byte_gates", "byte_masks", "middling_byte_gates"]
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)
 SMALL = 2**12  # elements a sample: below, a call costs more than the memory is worth
+MIDDLING = (2**16, 2**20)  # where bytes cost no time to speak of: beyond, products lay them out as fresh pages of floats
 
 
 def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
@@ -27,12 +28,21 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
 
     Exact when: v is finite; 0 times an infinite v is NaN.
     """
+    return _keep_bytes(graph_module, SMALL, math.inf)
+
+
+def middling_byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
+    """The same for those gates alone whose memory costs no time; the others read their ReLU."""
+    return _keep_bytes(graph_module, *MIDDLING)
+
+
+def _keep_bytes(graph_module: fx.GraphModule, least: float, beyond: float) -> list[Refusal]:
     graph = graph_module.graph
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not aten.threshold_backward.default or not _is_rectified(node.args[1]) or node.args[2] != 0:
             continue
-        if _is_small(node.args[1]):
+        if not least <= _elements(node.args[1]) < beyond:
             continue
         gated, rectified = node.args[0], node.args[1]
         with graph.inserting_before(node):
@@ -60,10 +70,11 @@ def byte_masks(graph_module: fx.GraphModule) -> list[Refusal]:
     return []
 
 
-def _is_small(rectified: Any) -> bool:
+def _elements(rectified: Any) -> float:
+    """How many a sample has; where that is not known, as many as count."""
     value = rectified.meta.get("val")
-    sizes = [] if value is None else list(value.shape[1:])
-    return value is not None and all(isinstance(n, int) for n in sizes) and math.prod(sizes) < SMALL
+    sizes = [None] if value is None else list(value.shape[1:])
+    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else MIDDLING[0]  # type: ignore[arg-type]
 
 
 def _is_rectified(value: Any) -> bool:
