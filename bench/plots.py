@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.case import EXPLAIN, GRADIENT, GRADIENTS
 
@@ -81,13 +82,21 @@ def figure(plot: Plot, lines: Lines) -> Figure:
     drawn = Figure(figsize=(6.4, 3.8), dpi=160, layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.subplots()
-    for name, points in lines.items():
+    lowest, highest = (end(y for points in lines.values() for _, y in points) for end in (min, max))
+    free = 0.0  # where the next name may stand, so that none lies on another
+    for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=COLOURS[name], marker="o", markersize=4, linewidth=2 if name == "frpc" else 1.4)
+        place = max(ys[-1], free)
+        free = place * (highest / lowest) ** 0.08
         axes.annotate(
-            NAMES[name], (xs[-1], ys[-1]), xytext=(7, 0), textcoords="offset points", va="center", color=COLOURS[name], fontsize=9
+            NAMES[name], (xs[-1], place), xytext=(7, 0), textcoords="offset points", va="center", color=COLOURS[name], fontsize=9
         )
     axes.set_yscale("log")
+    axes.set_ylim(top=max(highest, free) * (highest / lowest) ** 0.05)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 1e3 * lowest else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     ticks = [x for x, _ in max(lines.values(), key=len)]
     if plot.logarithmic:
         axes.set_xscale("log")
