@@ -176,7 +176,7 @@ def recompiled(explainer: Explainer, rules: RuleSet, top: Top | None = None) -> 
     """The same model and choices with another rule set, compiled when it is first asked."""
     choice = dataclasses.replace(explainer.programs.choice, rules=rules)
     query = dataclasses.replace(explainer.programs.query, bias="separate", top=top or explainer.programs.query.top)
-    return Explainer(Programs(explainer.programs.model, choice, query))
+    return Explainer(Programs(explainer.programs.model, choice, query, explainer.programs.dtype))
 
 
 def peak_bytes(program: fx.GraphModule) -> int:

@@ -196,7 +196,8 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     refusals, static = lowered.refusals, shared.captured.static_batch_reason
     if static:
         refusals = (*refusals, Refusal("a free batch size", "capture", static))
-    plan = dataclasses.replace(plan, footprint=footprint(lowered.program, query.columns))
+    if choice.backend.name != "inductor":  # which plans memory of its own
+        plan = dataclasses.replace(plan, footprint=footprint(lowered.program, query.columns))
     references = varying_references(assignment)
     return Compiled(lowered.program, assignment, plan, tuple(clock.stages), refusals, references, choice.backend)
 

@@ -103,7 +103,7 @@ class Plan:
         result: the node whose neurons are explained.
         wanted: nodes whose pulled relevance the program returns.
         pulled: nodes relevance is pulled through.
-        footprint: the memory a run takes, known once the program is lowered.
+        footprint: the memory a run takes, known once the program is lowered; not with Inductor.
     """
 
     query: Query
@@ -130,10 +130,10 @@ class Plan:
             columns: targets a sample.
 
         Raises:
-            OptionError: on a plan whose program was not lowered, as it stands among the stages.
+            OptionError: on a plan whose program was not lowered, as it stands among the stages, or that Inductor runs.
         """
         if self.footprint is None:
-            raise OptionError("Memory is known once the program is lowered: ask explainer.plan.")
+            raise OptionError("Memory is known once the program is lowered: ask explainer.plan. Inductor plans its own.")
         return self.footprint.bytes(batch, columns)
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ float64 it would round what is carried to float32, and its account with it.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:
 def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Makes a module compute in another floating-point type; what it takes and gives keeps the caller's.
 
+    The type is that of its parameters, so that ``.to(dtype)`` goes on meaning what it means.
+
     Args:
         model: changed in place: its parameters are converted, and its class becomes one that casts.
         dtype: a floating-point type.
@@ -81,17 +84,26 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not dtype.is_floating_point:
         raise OptionError(f"dtype={dtype} is no floating-point type; models compute in torch.bfloat16, torch.float64, ...")
     kind = type(model)
+    if not issubclass(kind, _Casting):
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = [x.dtype for x in pytree.tree_leaves((args, kwargs)) if _is_floating(x)]
-        inside_args, inside_kwargs = pytree.tree_map(lambda x: x.to(dtype) if _is_floating(x) else x, (args, kwargs))
-        found = kind.forward(self, *inside_args, **inside_kwargs)
-        outside = given[0] if given else torch.float32
-        return pytree.tree_map(lambda x: x.to(outside) if _is_floating(x) else x, found)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            tensors = itertools.chain(self.parameters(), self.buffers())
+            inside = next((t.dtype for t in tensors if t.is_floating_point()), dtype)
+            given = [x.dtype for x in pytree.tree_leaves((args, kwargs)) if _is_floating(x)]
+            found = kind.forward(self, *_cast(args, inside), **_cast(kwargs, inside))
+            return _cast(found, given[0] if given else torch.float32)
 
-    casting = functools.wraps(kind.forward)(forward)
-    model.__class__ = type(kind.__name__, (kind,), {"forward": casting, "__module__": kind.__module__})
+        casting = functools.wraps(kind.forward)(forward)
+        model.__class__ = type(kind.__name__, (_Casting, kind), {"forward": casting, "__module__": kind.__module__})
     return model.to(dtype)
+
+
+class _Casting:
+    """Marks modules that cast already."""
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda x: x.to(dtype) if _is_floating(x) else x, values)
 
 
 def _is_floating(x: Any) -> bool:

@@ -183,6 +183,8 @@ class Programs:
         if all((change(probe).dtype, change(probe).device) == kind for kind, probe in probes.items()):
             return
         with _TRACING:
+            if self.dtype is not None:
+                self.dtype = change(torch.empty(0, dtype=self.dtype)).dtype
             self._take(copy.deepcopy(self.model)._apply(change), {}, {})
 
     def copied(self, memo: dict[int, Any]) -> Programs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable
@@ -9,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import frpc
+from bench.machine import peak_memory
 from frpc.cudagraphs import Replayed
 from frpc.errors import OptionError
 
@@ -71,6 +72,8 @@ def test_inductor_gives_what_aten_gives(mode: str) -> None:
         assert relative(found.output, expected.output) <= 1e-5
     with torch.inference_mode():
         assert relative(other(X, target=1).relevance, plain(X, target=1).relevance) <= 1e-5
+    with pytest.raises(OptionError, match="Inductor plans its own"):
+        _ = other.plan.peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -113,16 +116,20 @@ def test_weights_can_be_renewed_in_another_dtype() -> None:
     assert relative(found.output, model(X).detach()) <= 16 * torch.finfo(torch.bfloat16).eps
 
 
-def allocated(way: Callable[[], object]) -> int:
-    """The most bytes that tensors made in one call take at one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+def test_other_types_later() -> None:
+    """What was compiled for one type inside moves to another, and takes weights any number of times."""
+    model = net()
+    explainer = frpc.compile(model, (X,), dtype=torch.bfloat16)
+    for _ in range(2):
+        explainer.load_state_dict(model.state_dict())
+    assert len([kind for kind in type(explainer.programs.model).__mro__ if kind.__name__ == "Sequential"]) == 2
+    assert relative(explainer(X, target=3).output, model(X).detach()) > 1e-5
+    rounded = copy.deepcopy(model).bfloat16().float()  # as any module, it keeps the rounded weights that it had
+    assert relative(explainer.float()(X, target=3).output, rounded(X).detach()) <= 1e-6
+    assert relative(explainer.refresh(model)(X, target=3).output, model(X).detach()) <= 1e-6
+    exact = explainer.double()(X.double(), target=3)
+    assert exact.output.dtype == torch.float64
+    assert relative(exact.output, model.double()(X.double()).detach()) <= 1e-12
 
 
 @pytest.mark.parametrize("columns", [None, 2, 6])
@@ -137,7 +144,7 @@ def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], mode: str, batch
     explainer(x, target=target)
     plan = next(c.plan for (_, query), c in explainer.programs.compiled.items() if query.columns == (columns is not None))
     with torch.inference_mode():
-        measured = allocated(lambda: explainer(x, target=target))
+        measured = peak_memory(lambda: explainer(x, target=target))
     assert plan.peak_bytes_for(batch, columns or 1) == pytest.approx(measured, rel=0.2)
 
 

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 
 from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
+from frpc_kernels import NAMESPACE
 
 __all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "is_number", "reuse_memory"]
 
@@ -176,7 +177,7 @@ def _writable(x: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     """Says whether a call's result is memory of its own, by the operator's signature."""
     op = node.target
-    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn"):
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn", NAMESPACE):
         return node.op != "call_function"
     if op in _WHOLE_VIEWS:
         return False  # _unsafe_view shares memory and does not say so
