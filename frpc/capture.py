@@ -36,7 +36,7 @@ from frpc.errors import (
     nearest,
 )
 from frpc.graph import Origin, set_layers
-from frpc.values import all_hold, whole
+from frpc.values import all_hold, is_traced, whole
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
 
@@ -177,7 +177,7 @@ def check_finite(x: Tensor, name: str | int) -> None:
 
 def _sum_is_finite(x: Tensor) -> bool:
     """Says whether numbers sum to one: then all are finite. The other way round it fails where a sum leaves the range."""
-    return not torch.compiler.is_compiling() and math.isfinite(whole(x).sum().item())
+    return not is_traced() and math.isfinite(whole(x).sum().item())
 
 
 def _pair(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from frpc.plan import Query
 from frpc.precision import computing_in
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
+from frpc.values import is_traced
 
 __all__ = ["Programs", "Signature", "empty_like", "layer_example", "layer_names"]
 
@@ -137,7 +138,7 @@ class Programs:
         self.choice.rules.check(inputs)
         query, fixed = compiled.plan.query, self.first_front().captured.inputs[0].batch is not None
         form = Form(len(inputs), query.columns, len(query.layers), fixed)
-        program = compiled.portable if torch.compiler.is_compiling() else compiled.function
+        program = compiled.portable if is_traced() else compiled.function
         return run(program, inputs, functional, compiled.references, form)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
@@ -217,7 +218,7 @@ class Programs:
 
 
 def _refuse_inside_torch_compile() -> None:
-    if torch.compiler.is_compiling():
+    if is_traced():
         raise InputError("This question is not compiled yet: call the explainer once before torch.compile traces it.")
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.values import is_traced
+
 __all__ = ["Form", "run"]
 
 Program = Callable[..., Sequence[Tensor]]
@@ -57,7 +59,7 @@ def run(
 
 
 def _call(program: Program, form: Form, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if torch.compiler.is_compiling() or not any(_transforms.is_batchedtensor(t) for t in tensors):
+    if is_traced() or not any(_transforms.is_batchedtensor(t) for t in tensors):
         return program(*tensors)
     results: Sequence[Tensor] = _Mapped.apply(program, form, *tensors)
     return results

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frpc.capture import InputSpec, check_finite
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
-from frpc.values import all_hold, is_transformed, whole
+from frpc.values import all_hold, is_traced, is_transformed, whole
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 
@@ -134,7 +134,7 @@ def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int
     columns = target.dim() == 2
     index = target.t().unsqueeze(-1) if columns else target.unsqueeze(-1)  # [K, B, 1] or [B, 1]
     seed = like.new_zeros([*index.shape[:-1], sizes[0]])
-    if torch.compiler.is_compiling() or is_transformed(index):  # neither writes what the other has made
+    if is_traced() or is_transformed(index):  # neither writes what the other has made
         return seed.scatter(-1, index, 1.0), columns
     return seed.scatter_(-1, index, 1.0), columns
 
@@ -145,7 +145,7 @@ _FEW = 64  # numbers that are read one by one as fast as one operator runs
 def _are_classes(target: Tensor, sizes: Sequence[int]) -> bool:
     """Says whether all numbers are indices of an output of one dimension."""
     count = sizes[0]
-    if not torch.compiler.is_compiling() and not is_transformed(target) and target.is_cpu and target.numel() <= _FEW:
+    if not is_traced() and not is_transformed(target) and target.is_cpu and target.numel() <= _FEW:
         return all(0 <= index < count for index in target.flatten().tolist())
     message = f"A target is out of range: the output {_outline(sizes)} has classes 0 to {count - 1}."
     return all_hold((target >= 0) & (target < count), message)

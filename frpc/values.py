@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["all_hold", "is_transformed", "whole"]
+__all__ = ["all_hold", "is_traced", "is_transformed", "whole"]
 
 _transforms = torch._C._functorch
 
@@ -20,10 +21,21 @@ def all_hold(conditions: Tensor, message: str) -> bool:
         conditions: a boolean tensor.
         message: what is wrong where one does not hold.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         torch._assert_async(conditions.all(), message)
         return True
     return bool(whole(conditions).all())
+
+
+def is_traced() -> bool:
+    """Says whether torch.compile or torch.export is reading the code that asks.
+
+    ``torch.compiler.is_compiling()`` says so to every thread while one of them exports: what this thread does is then no more
+    traced than before, and the values it has are real. Exporting works through a mode of its own thread.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import frpc
-from bench.machine import peak_memory
-from frpc.cudagraphs import Replayed
-from frpc.errors import OptionError
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # bench is run from a checkout and not installed
+
+import frpc  # noqa: E402
+from bench.machine import peak_memory  # noqa: E402
+from frpc.cudagraphs import Replayed  # noqa: E402
+from frpc.errors import OptionError  # noqa: E402
 
 X = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from frpc.errors import CompileError, InputError, PickleRefusedError, WeightsError
+from frpc.errors import CompileError, InputError, NonFiniteError, PickleRefusedError, TargetError, WeightsError
+from frpc.values import is_traced
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -435,3 +436,29 @@ def test_refresh_refuses_another_model() -> None:
     with pytest.raises(CompileError, match="computes something else than what was captured from it, with the same weights"):
         taken.refresh(changed)
     assert same(taken(X, target=1), before)
+
+
+def test_threads_are_not_traced_while_another_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread exports, PyTorch tells all of them that they are compiled; the others go on as before."""
+    inside, go, expected = threading.Event(), threading.Event(), explainer()(X, target=2)
+
+    class Waiting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            assert go.wait(60)
+            return x + 1
+
+    with ThreadPoolExecutor(2) as pool:
+        exporting = pool.submit(torch.export.export, Waiting(), (torch.zeros(1),), strict=False)
+        assert inside.wait(60)
+        try:
+            assert torch.compiler.is_compiling()
+            assert not is_traced()
+            with pytest.raises(NonFiniteError):
+                explainer()(X * float("nan"), target=1)
+            with pytest.raises(TargetError):
+                explainer()(X, target=torch.full((len(X),), 99))
+            assert same(explainer()(X, target=2), expected)
+        finally:
+            go.set()
+        exporting.result()

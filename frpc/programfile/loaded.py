@@ -24,6 +24,7 @@ from frpc.rules.ruleset import Box, check_boxes
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Top, as_top
+from frpc.values import is_traced
 
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
 
@@ -166,13 +167,13 @@ class LoadedExplainer(nn.Module):
     def _program(self, key: Key) -> Program:
         """What runs: torch.compile has its own way with operators, and gets those that are in the file."""
         found = self._prepared(key)
-        return found.portable if torch.compiler.is_compiling() else found.run
+        return found.portable if is_traced() else found.run
 
     def _prepared(self, key: Key) -> _Ready:
         """The program that answers a question, put into the form for this device when it is first wanted."""
         found = self._ready.get(key)
         if found is None:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 raise InputError(
                     "This question was not asked yet: call the loaded explainer once before torch.compile traces it."
                 )
