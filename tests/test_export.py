@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import frpc
 from frpc.errors import ExportError, InputError, LayerNameError, OptionError, PackageError, VerificationError
 from frpc.explainer import Explainer
-from frpc.export import Question, Signature, aoti, decompositions, onnx, open_file, torch_export, verification, verify
+from frpc.export import Question, Signature, aoti, blocked, decompositions, onnx, open_file, torch_export, verification, verify
+from frpc.export.blocked import gates_as_convolutions, means_as_convolutions, sums_as_averages, transposed_into_blocks
 from frpc.export.decompositions import gates_as_products, strided_as_convolutions, transposed_as_convolutions
+from frpc.export.separable import transposed_as_products
 from frpc.stages import copy_graph
 
 pytestmark = pytest.mark.export
@@ -52,6 +55,16 @@ def explainer() -> Explainer:
 @pytest.fixture(scope="module")
 def precise() -> Explainer:
     return frpc.compile(small_net().double(), (torch.randn(1, 3, 16, 16, dtype=torch.float64),))
+
+
+def optimized(explainer: Explainer) -> fx.GraphModule:
+    """A copy of the program before lowering, which is what is exported."""
+    return copy_graph(next(s for s in explainer.stages if s.name == "optimize").program)
+
+
+def called(program: fx.GraphModule) -> Counter[str]:
+    """How often each operator is called."""
+    return Counter(n.target.__name__.split(".")[0] for n in program.graph.nodes if n.op == "call_function")
 
 
 def relative_l1(found: Tensor, expected: Tensor) -> float:
@@ -376,8 +389,10 @@ def test_a_signature_survives_its_text() -> None:
 @pytest.mark.parametrize("rewrite", [transposed_as_convolutions, strided_as_convolutions, gates_as_products])
 def test_rewrites_keep_the_function(precise: Explainer, rewrite: Any) -> None:
     aten = torch.ops.aten
-    stage = next(s for s in precise.stages if s.name == "optimize")
-    program = copy_graph(stage.program)
+    program = optimized(precise)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    seed = precise.seed_for(x, target=3)
+    plain = program(x, seed)
     rewrite(program)
     program.recompile()
     gates = [n for n in program.graph.nodes if n.target is aten.threshold_backward.default]
@@ -387,9 +402,7 @@ def test_rewrites_keep_the_function(precise: Explainer, rewrite: Any) -> None:
         strided_as_convolutions: (True, {1}),
         gates_as_products: (False, {1, 2}),
     }[rewrite]
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    seed = precise.seed_for(x, target=3)
-    for found, expected in zip(program(x, seed), stage.program(x, seed), strict=True):
+    for found, expected in zip(program(x, seed), plain, strict=True):
         assert relative_l1(found, expected) <= 1e-13
 
 
@@ -407,6 +420,110 @@ def test_neighbours_read_their_own_taps(kernel: tuple[int, int], stride: int, pa
     found = F.pixel_shuffle(F.conv2d(F.pad(v, frame), neighbours), stride)
     assert found.shape == expected.shape == (2, 3, 6 * stride, 5 * stride)
     assert relative_l1(found, expected) <= 1e-13
+
+
+def test_each_neighbour_has_a_convolution_of_its_own() -> None:
+    """3x3 kernels, two pixels a step: neighbours read 1, 2, 2 and 4 taps, and a convolution for all four would read 16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(8 * 4 * 4, 3)).double().eval()
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    explainer = frpc.compile(model, (x,))
+    program = optimized(explainer)
+    expected = program(x, explainer.seed_for(x, target=1))
+    strided_as_convolutions(program)
+    program.recompile()
+    kernels = [
+        n.args[1].meta.get("val", getattr(program, n.args[1].target)).shape[2:].numel()
+        for n in program.graph.nodes
+        if n.target is torch.ops.aten.convolution.default
+    ]
+    assert sorted(kernels) == [1, 2, 2, 4, 9]  # the last is the layer's own
+    for found, one in zip(program(x, explainer.seed_for(x, target=1)), expected, strict=True):
+        assert relative_l1(found, one) <= 1e-13
+
+
+class Blocks(nn.Module):
+    """Whole blocks of channels: a residual, a stride, pools, and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.strided, self.beside = nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.Conv2d(16, 32, 1, stride=2)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(x + self.inner(x))
+        x = F.relu(self.strided(x) + self.beside(x))
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "gone"),
+    [
+        (gates_as_convolutions, "threshold_backward"),
+        (means_as_convolutions, "div"),
+        (sums_as_averages, "sum"),
+        (transposed_into_blocks, ""),
+    ],
+)
+def test_rewrites_into_blocks_keep_the_function(rewrite: Any, gone: str) -> None:
+    """In float32, which alone they are for: as far from float64 as the program that they are made of."""
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    x = torch.randn(2, 3, 12, 12)
+    explainer, exact = frpc.compile(model, (x,)), frpc.compile(Blocks().double().eval(), (x.double(),))
+    exact.refresh(model.double())
+    program = optimized(explainer)
+    before = called(program)
+    seed = explainer.seed_for(x, target=3)
+    plain = program(x, seed)
+    rewrite(program)
+    program.recompile()
+    after = called(program)
+    assert after.get("convolution", 0) > before["convolution"] or rewrite is sums_as_averages
+    assert not gone or after.get(gone, 0) < before[gone]
+    answer = exact(x.double(), target=3)
+    for found, one, true in zip(program(x, seed), plain, (answer.output, answer.relevance, answer.bias), strict=True):
+        assert relative_l1(found.double(), true) <= 2 * relative_l1(one.double(), true) + 1e-6
+
+
+def test_a_gate_is_1_or_0_for_normal_numbers() -> None:
+    limits = torch.finfo(torch.float32)
+    smallest = torch.tensor(limits.tiny)
+    values = torch.stack([torch.zeros(()), smallest, torch.tensor(1.0), torch.tensor(limits.max), torch.tensor(torch.inf)])
+    assert (values * blocked._STEEP).clamp(0, 1).tolist() == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2),
+        nn.AvgPool2d(3, stride=1, padding=1),
+        nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+        nn.AvgPool2d((3, 2), stride=2, ceil_mode=True, divisor_override=5),
+        nn.AdaptiveAvgPool2d(3),
+        nn.AdaptiveAvgPool2d((5, 7)),
+        nn.AdaptiveAvgPool2d((12, 10)),
+        nn.AdaptiveAvgPool2d((15, 13)),
+    ],
+    ids=str,
+)
+def test_transposed_pools_are_products(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 10, dtype=torch.float64)
+    features = pool(x).flatten(1).shape[1]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), pool, nn.Flatten(), nn.Linear(features, 4)).double().eval()
+    explainer = frpc.compile(model, (x,))
+    program = optimized(explainer)
+    seed = explainer.seed_for(x, target=3)
+    expected = program(x, seed)
+    assert any("backward" in name for name in called(program))
+    transposed_as_products(program)
+    program.recompile()
+    assert not any("backward" in name for name in called(program))
+    for found, one in zip(program(x, seed), expected, strict=True):
+        assert relative_l1(found, one) <= 1e-13
 
 
 def test_the_constants_share_is_measured_by_the_map() -> None:

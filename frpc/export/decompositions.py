@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor, fx
 
 from frpc.graph import fetch
 
-__all__ = ["ONNX_REWRITES", "gates_as_products", "strided_as_convolutions", "transposed_as_convolutions"]
+__all__ = ["BLOCK", "gates_as_products", "read", "strided_as_convolutions", "transposed_as_convolutions"]
 
 aten = torch.ops.aten
+
+BLOCK = 16
+"""Channels that ONNX Runtime computes together, at most; convolutions of fewer cost as much."""
 
 
 def transposed_as_convolutions(program: fx.GraphModule) -> None:
@@ -27,8 +32,8 @@ def transposed_as_convolutions(program: fx.GraphModule) -> None:
         border = [d * (int(k) - 1) - p for d, k, p in zip(dilation, value.shape[2:], padding, strict=True)]
         if min(border) < 0:
             continue
-        read = _read(program, node, f"{weight.target}_flipped_{groups}", _flipped(value, groups))
-        node.args = (v, read, bias, stride, border, dilation, False, output_padding, groups)
+        flipped = read(program, node, f"{weight.target}_flipped_{groups}", _flipped(value, groups))
+        node.args = (v, flipped, bias, stride, border, dilation, False, output_padding, groups)
     program.graph.eliminate_dead_code()
 
 
@@ -36,7 +41,8 @@ def strided_as_convolutions(program: fx.GraphModule) -> None:
     """``conv_transpose(v, w), stride s -> pixel_shuffle(conv(v, w'), s)``: each of s x s neighbours reads its own taps of w.
 
     ``y[s t + r] = sum_m v[t + d - m] w[s m + c]`` with ``r + p = s d + c``. Only where the result has s times the input's sides;
-    1x1 kernels, of which most neighbours read nothing, stay.
+    1x1 kernels, of which most neighbours read nothing, stay. Where neighbours read different numbers of taps, and channels fill
+    blocks, each has a convolution of its own, which multiplies by no zeros.
     """
     for node in list(program.graph.nodes):
         if node.target is not aten.convolution.default or not node.args[6] or node.args[2] is not None:
@@ -49,17 +55,64 @@ def strided_as_convolutions(program: fx.GraphModule) -> None:
         sides = [(int(a), int(b)) for a, b in zip(v.meta["val"].shape[2:], node.meta["val"].shape[2:], strict=True)]
         if any(step * a != b for a, b in sides) or max(value.shape[2:]) == 1:
             continue
-        kernel, frame = _neighbours(value, step, padding)
-        read = _read(program, node, f"{weight.target}_neighbours", kernel)
-        with program.graph.inserting_before(node):
-            framed = program.graph.call_function(aten.constant_pad_nd.default, (v, frame, 0.0))
-            plain = (framed, read, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-            found = program.graph.call_function(aten.convolution.default, plain)
-            shuffled = program.graph.call_function(aten.pixel_shuffle.default, (found, step))
+        apart = value.shape[1] % BLOCK == 0 and _taps_differ(value, step, padding)
+        shuffled = (_each_neighbour if apart else _all_neighbours)(program, node, v, value, step, padding)
         shuffled.meta = dict(node.meta)
         node.replace_all_uses_with(shuffled)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
+
+
+def _all_neighbours(
+    program: fx.GraphModule, node: fx.Node, v: fx.Node, weight: Tensor, step: int, padding: Sequence[int]
+) -> fx.Node:
+    """One convolution for all neighbours, whose kernels are filled up with zeros."""
+    kernel, frame = _neighbours(weight, step, padding)
+    found = _plain_convolution(program, node, v, frame, f"{node.args[1]}_neighbours", kernel)
+    with program.graph.inserting_before(node):
+        return program.graph.call_function(aten.pixel_shuffle.default, (found, step))
+
+
+def _each_neighbour(
+    program: fx.GraphModule, node: fx.Node, v: fx.Node, weight: Tensor, step: int, padding: Sequence[int]
+) -> fx.Node:
+    """A convolution for each neighbour, side by side in the channels."""
+    rows, columns = (_taps(int(size), step, p) for size, p in zip(weight.shape[2:], padding, strict=True))
+    parts = []
+    for i, j in product(range(step), repeat=2):
+        kernel, frame = _neighbour(weight, [t for t in rows if t[1] == i], [t for t in columns if t[1] == j])
+        parts.append(_plain_convolution(program, node, v, frame, f"{node.args[1]}_neighbour_{i}_{j}", kernel))
+    with program.graph.inserting_before(node):
+        joined = program.graph.call_function(aten.cat.default, (parts, 1))  # [B, s s O, H, W]
+        by_channel = program.graph.call_function(aten.channel_shuffle.default, (joined, step * step))  # [B, O s s, H, W]
+        return program.graph.call_function(aten.pixel_shuffle.default, (by_channel, step))
+
+
+def _plain_convolution(
+    program: fx.GraphModule, node: fx.Node, v: fx.Node, frame: Sequence[int], name: str, kernel: Tensor
+) -> fx.Node:
+    weight = read(program, node, name, kernel)
+    with program.graph.inserting_before(node):
+        framed = program.graph.call_function(aten.constant_pad_nd.default, (v, frame, 0.0)) if any(frame) else v
+        plain = (framed, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        return program.graph.call_function(aten.convolution.default, plain)
+
+
+def _taps_differ(weight: Tensor, step: int, padding: Sequence[int]) -> bool:
+    """Says whether some neighbours read fewer taps than others, and all read some."""
+    axes = [_taps(int(size), step, p) for size, p in zip(weight.shape[2:], padding, strict=True)]
+    counts = [Counter(neighbour for _, neighbour, _ in axis) for axis in axes]
+    return all(len(c) == step for c in counts) and any(len(set(c.values())) > 1 for c in counts)
+
+
+Taps = list[tuple[int, int, int]]
+
+
+def _neighbour(weight: Tensor, rows: Taps, columns: Taps) -> tuple[Tensor, list[int]]:
+    """The kernel ``[O, I, *l]`` of one neighbour's own taps, and the frame of zeros that it wants around v (negative: cut)."""
+    chosen = [sorted((offset, tap) for offset, _, tap in axis) for axis in (rows, columns)]
+    kernel = weight[:, :, [tap for _, tap in chosen[0]]][..., [tap for _, tap in chosen[1]]].transpose(0, 1)
+    return kernel.contiguous(), [side for axis in reversed(chosen) for side in (-axis[0][0], axis[-1][0])]
 
 
 def _neighbours(weight: Tensor, step: int, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -75,7 +128,7 @@ def _neighbours(weight: Tensor, step: int, padding: Sequence[int]) -> tuple[Tens
     return kernel.flatten(0, 2), frame
 
 
-def _taps(size: int, step: int, padding: int) -> list[tuple[int, int, int]]:
+def _taps(size: int, step: int, padding: int) -> Taps:
     """``(offset, neighbour, tap)`` of every tap along one axis: neighbour r reads ``v[t + offset]`` by tap ``s m + c``."""
     found = []
     for neighbour in range(step):
@@ -90,7 +143,8 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
     return grouped.flip(list(range(2, weight.dim()))).contiguous()
 
 
-def _read(program: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+def read(program: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """Reads a constant of the program, which is added under a name unless it is there: the same name, the same constant."""
     free = name.replace(".", "_")
     if not hasattr(program, free):
         program.register_buffer(free, value)
@@ -110,11 +164,7 @@ def gates_as_products(program: fx.GraphModule) -> None:
         with program.graph.inserting_before(node):
             gate: Any = program.graph.call_function(aten.gt.Scalar, (rectified, threshold))
             gate = program.graph.call_function(aten._to_copy.default, (gate,), {"dtype": node.meta["val"].dtype})
-            product = program.graph.call_function(aten.mul.Tensor, (v, gate))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
+            gated = program.graph.call_function(aten.mul.Tensor, (v, gate))
+        gated.meta = dict(node.meta)
+        node.replace_all_uses_with(gated)
         program.graph.erase_node(node)
-
-
-ONNX_REWRITES = (transposed_as_convolutions, strided_as_convolutions, gates_as_products)
-"""In this order."""

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from frpc.errors import ExportError, InputError, PackageError
 from frpc.explainer import Explainer
-from frpc.export.decompositions import ONNX_REWRITES
+from frpc.export.blocked import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
 from frpc.export.translations import translations

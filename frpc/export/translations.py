@@ -34,4 +34,31 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         plane = int(x.shape[-2]) * int(x.shape[-1])
         return values, op.Mod(winners, op.Constant(value_ints=[plane]))
 
-    return {torch.ops.aten.max_pool2d_with_indices.default: max_pool2d_with_indices}
+    def hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+        """Bounds that are constants, which a runtime can take into the convolution before it; the exporter casts them first."""
+        return op.Clip(x, op.Constant(value_float=min_val), op.Constant(value_float=max_val))
+
+    by_channel: dict[int, tuple[Any, Any, int]] = {}  # what was shuffled, what came of it, groups; held, so that ids stay its own
+
+    def channel_shuffle(x: Any, groups: int) -> Any:
+        channels, height, width = (int(n) for n in x.shape[1:])
+        grouped = op.Reshape(x, op.Constant(value_ints=[-1, groups, channels // groups, height, width]))
+        turned = op.Transpose(grouped, perm=[0, 2, 1, 3, 4])
+        shuffled = op.Reshape(turned, op.Constant(value_ints=[-1, channels, height, width]))
+        by_channel[id(shuffled)] = (x, shuffled, groups)
+        return shuffled
+
+    def pixel_shuffle(x: Any, upscale_factor: int) -> Any:
+        """One operator, also where neighbours lie side by side before each channel: PyTorch moves those first."""
+        before, _, groups = by_channel.get(id(x), (x, x, 1))
+        if groups == upscale_factor**2:
+            return op.DepthToSpace(before, blocksize=upscale_factor, mode="DCR")
+        return op.DepthToSpace(x, blocksize=upscale_factor, mode="CRD")
+
+    aten = torch.ops.aten
+    return {
+        aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
+        aten.hardtanh.default: hardtanh,
+        aten.channel_shuffle.default: channel_shuffle,
+        aten.pixel_shuffle.default: pixel_shuffle,
+    }
