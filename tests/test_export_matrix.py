@@ -77,13 +77,13 @@ def bert() -> tuple[nn.Module, Any]:
     return transformers.BertForSequenceClassification(config).eval(), {"input_ids": ids, "attention_mask": mask}
 
 
-def explainer_of(net: str, method: str) -> tuple[Explainer, tuple[Tensor, ...]]:
+def explainer_of(net: str, method: str, dtype: torch.dtype = torch.float32) -> tuple[Explainer, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     makers: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"vit": vit, "lstm": lstm, "bert": bert}
     if net in makers:
         model, example = makers[net]()
     else:
-        model, example = built(net, torch.float32), (torch.randn(1, 3, SIZES[net], SIZES[net]),)
+        model, example = built(net, dtype), (torch.randn(1, 3, SIZES[net], SIZES[net], dtype=dtype),)
     explainer = frpc.compile(model, example, rule=METHODS[method]())
     return explainer, tuple(example.values()) if isinstance(example, dict) else example
 
@@ -99,8 +99,17 @@ CELLS = [
 ]
 
 
-def check(report: Report, method: str) -> None:
-    assert report.error <= 1e-5
+ON_EDGES = {(net, "lid") for net in ("resnet50", "vgg16", "mobilenet_v2")}
+"""Where every sample lies on an edge in float32. The quotient of increments relu(x) - relu(x0) over x - x0 is as exact as x is
+far from x0, and at a blank reference the elements of a pool's window are equal but for rounding, which chooses the winner.
+`verify` holds those to twice what the explainer's own map does when its input moves by a few roundings."""
+
+
+def check(report: Report, net: str, method: str) -> None:
+    if (net, method) in ON_EDGES and report.edges == report.samples:
+        assert max(row.edge for row in report.rows) <= 1e-4
+    else:
+        assert report.error <= 1e-5
     if method == "frp":
         assert report.conservation is not None and report.conservation <= 1e-6
     print(report)
@@ -112,7 +121,7 @@ def test_onnx(net: str, method: str, targets: Any, tmp_path: Path) -> None:
     explainer, example = explainer_of(net, method)
     cam = CAMS[net] if method == "grad-cam" else ""
     onnx(explainer, tmp_path / "a.onnx", example, targets=targets, grad_cam=cam)
-    check(verify(tmp_path / "a.onnx", explainer), method)
+    check(verify(tmp_path / "a.onnx", explainer), net, method)
 
 
 @pytest.mark.parametrize("targets", ["one", "several"])
@@ -121,7 +130,16 @@ def test_torch_export(net: str, method: str, targets: Any, tmp_path: Path) -> No
     explainer, example = explainer_of(net, method)
     cam = CAMS[net] if method == "grad-cam" else ""
     torch_export(explainer, tmp_path / "a.pt2", example, targets=targets, grad_cam=cam)
-    check(verify(tmp_path / "a.pt2", explainer), method)
+    check(verify(tmp_path / "a.pt2", explainer), net, method)
+
+
+@pytest.mark.parametrize(("net", "method"), sorted(ON_EDGES))
+def test_rounding_alone_parts_them(net: str, method: str, tmp_path: Path) -> None:
+    """In float64, of which ONNX Runtime has no convolutions, the same program is the same map."""
+    explainer, example = explainer_of(net, method, torch.float64)
+    torch_export(explainer, tmp_path / "a.pt2", example)
+    report = verify(tmp_path / "a.pt2", explainer, bound=1e-10)
+    assert report.error <= 1e-10
 
 
 AOTI_CELLS = [(net, method) for net, method in CELLS if method == "frp" or net in ("squeezenet1_0", "lstm")]
@@ -132,4 +150,4 @@ def test_aoti(net: str, method: str, tmp_path: Path) -> None:
     explainer, example = explainer_of(net, method)
     cam = CAMS[net] if method == "grad-cam" else ""
     aoti(explainer, tmp_path / "a.pt2", example, grad_cam=cam)
-    check(verify(tmp_path / "a.pt2", explainer), method)
+    check(verify(tmp_path / "a.pt2", explainer), net, method)

@@ -293,10 +293,8 @@ def test_a_field_in_space_is_sliced_with_the_rows() -> None:
     assert relative(cones[0, 0, 0], dense[0, 1, 9, 0]) <= 1e-10
 
 
-@settings(QUICK, max_examples=25)
-@given(cases(head=False), st.data())
-def test_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
-    """On random chains, sums, concats and pools, every layer with windows has the maps of dense columns."""
+def check_a_layer(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    """Every layer with windows has the maps of dense columns, and those of transposed passes."""
     module, x = case
     assume(x.dim() < 5)  # volumes are refused: windows cover one or two spatial axes
     explainer = frpc.compile(module, (x,))
@@ -312,6 +310,21 @@ def test_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) ->
         assert "windows end at" in str(ended)  # noqa: PT017
         return
     assert relative(windows.dense(), whole) <= 1e-10
+
+
+@settings(QUICK, max_examples=15)
+@given(cases(head=False), st.data())
+def test_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    """Random chains, sums, concats and pools."""
+    check_a_layer(case, data)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=150, derandomize=False, print_blob=True)
+@given(cases(head=False), st.data())
+def test_many_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    """The same for more networks, new ones each time."""
+    check_a_layer(case, data)
 
 
 @pytest.mark.parametrize("large", [1, 256])
