@@ -36,7 +36,7 @@ SIZES = {
 }  # fmt: skip
 CAMS = {
     "resnet18": "layer4", "resnet50": "layer4", "vgg16": "features.29", "alexnet": "features.11", "squeezenet1_0": "features.12",
-    "mobilenet_v2": "features.18", "densenet121": "features.denseblock4", "inception_v3": "Mixed_7c", "googlenet": "inception5b",
+    "mobilenet_v2": "features.18", "densenet121": "features.denseblock4", "inception_v3": "Mixed_6e", "googlenet": "inception5b",
     "convnext_tiny": "features.7",
 }  # fmt: skip
 OTHERS = ("vit", "lstm", "bert")
