@@ -526,6 +526,56 @@ def test_transposed_pools_are_products(pool: nn.Module) -> None:
         assert relative_l1(found, one) <= 1e-13
 
 
+class Stacked(nn.Module):
+    """Pixels shuffled in pictures that lie one below another, ``[B, 2, C, H, W]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Linear(2 * 2 * 12 * 12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pictures = F.relu(self.first(x)).unflatten(1, (2, 8))
+        return self.last(F.pixel_shuffle(pictures, 2).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Conv1d(4, 8, 3), nn.ChannelShuffle(2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)), torch.ones(1, 4, 8)),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 16, 3), nn.ChannelShuffle(4), nn.PixelShuffle(2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 3)
+            ),
+            torch.ones(1, 3, 8, 8),
+        ),
+        (Stacked(), torch.ones(1, 3, 8, 8)),
+        (
+            nn.Sequential(nn.Linear(6, 5), nn.Hardtanh(-0.5, 0.75), nn.Linear(5, 3)).double(),
+            torch.ones(1, 6, dtype=torch.float64),
+        ),
+    ],
+    ids=["channels of signals", "channels, then pixels", "pixels in five dimensions", "bounds in float64"],
+)
+def test_models_own_shuffles_and_bounds(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    """What rewrites use, models use in other ranks and types."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    x = torch.cat([x, -x])
+    explainer = frpc.compile(model.eval(), (x,))
+    onnx(explainer, tmp_path / "a.onnx", (x,))
+    assert verify(tmp_path / "a.onnx", explainer).error <= (1e-5 if x.dtype == torch.float32 else 1e-12)
+
+
+def test_a_third_is_repeated_as_well_as_a_half() -> None:
+    """A pool without overlap gives each number back s x s times, whatever s is: no product is needed."""
+    x = torch.randn(2, 3, 12, 12)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(48, 4)).eval()
+    program = optimized(frpc.compile(model, (x,)))
+    transposed_as_products(program)
+    assert called(program)["upsample_nearest2d"] == 1
+    assert "matmul" not in called(program)
+
+
 def test_the_constants_share_is_measured_by_the_map() -> None:
     """Much cancels in it: an error of 1e-7 in a share of 1e-6 beside a map of 1 is none."""
     asker = verification._Asker(None, SimpleNamespace(outputs=("relevance", "bias")), None, 1, None)  # type: ignore[arg-type]

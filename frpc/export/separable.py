@@ -95,7 +95,8 @@ def _repeats(*matrices: Tensor) -> list[int] | None:
     found = []
     for matrix in matrices:
         times, rest = divmod(matrix.shape[0], matrix.shape[1])
-        if rest or not torch.equal(matrix, torch.eye(matrix.shape[1]).repeat_interleave(times, 0) * matrix[0, 0]):
+        repeated = torch.eye(matrix.shape[1], dtype=matrix.dtype).repeat_interleave(times, 0) * matrix[0, 0]
+        if rest or not torch.equal(matrix, repeated):
             return None
         found.append(times)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = ["translations"]
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Returns how operators are written in place of the exporter's own way; needs onnxscript."""
+    from onnxscript import ir
     from onnxscript import opset18 as op
 
     def max_pool2d_with_indices(
@@ -36,24 +38,31 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
         """Bounds that are constants, which a runtime can take into the convolution before it; the exporter casts them first."""
-        return op.Clip(x, op.Constant(value_float=min_val), op.Constant(value_float=max_val))
+        low, high = (op.Constant(value=ir.tensor(bound, dtype=x.dtype)) for bound in (min_val, max_val))
+        return op.Clip(x, low, high)
 
     by_channel: dict[int, tuple[Any, Any, int]] = {}  # what was shuffled, what came of it, groups; held, so that ids stay its own
 
     def channel_shuffle(x: Any, groups: int) -> Any:
-        channels, height, width = (int(n) for n in x.shape[1:])
-        grouped = op.Reshape(x, op.Constant(value_ints=[-1, groups, channels // groups, height, width]))
-        turned = op.Transpose(grouped, perm=[0, 2, 1, 3, 4])
-        shuffled = op.Reshape(turned, op.Constant(value_ints=[-1, channels, height, width]))
+        channels, *spatial = (int(n) for n in x.shape[1:])
+        grouped = op.Reshape(x, op.Constant(value_ints=[-1, groups, channels // groups, math.prod(spatial)]))
+        turned = op.Transpose(grouped, perm=[0, 2, 1, 3])
+        shuffled = op.Reshape(turned, op.Constant(value_ints=[-1, channels, *spatial]))
         by_channel[id(shuffled)] = (x, shuffled, groups)
         return shuffled
 
     def pixel_shuffle(x: Any, upscale_factor: int) -> Any:
         """One operator, also where neighbours lie side by side before each channel: PyTorch moves those first."""
-        before, _, groups = by_channel.get(id(x), (x, x, 1))
-        if groups == upscale_factor**2:
-            return op.DepthToSpace(before, blocksize=upscale_factor, mode="DCR")
-        return op.DepthToSpace(x, blocksize=upscale_factor, mode="CRD")
+        if len(x.shape) == 4:
+            before, _, groups = by_channel.get(id(x), (x, x, 1))
+            joined = groups == upscale_factor**2
+            return op.DepthToSpace(before if joined else x, blocksize=upscale_factor, mode="DCR" if joined else "CRD")
+        channels, height, width = (int(n) for n in x.shape[-3:])
+        pictures = op.Reshape(x, op.Constant(value_ints=[-1, channels, height, width]))
+        shuffled = op.DepthToSpace(pictures, blocksize=upscale_factor, mode="CRD")
+        sides = [channels // upscale_factor**2, height * upscale_factor, width * upscale_factor]
+        lead = op.Shape(x, start=0, end=-3)
+        return op.Reshape(shuffled, op.Concat(lead, op.Constant(value_ints=sides), axis=0))
 
     aten = torch.ops.aten
     return {
