@@ -23,7 +23,7 @@ Operand = str | tuple[str, int]
 """Names an operand by its schema name, or ``(name, position)`` inside a list argument such as ``cat``'s."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
     """``z = sum_k M_k a_k + c`` for one call.
 

@@ -95,7 +95,7 @@ def versions(model: nn.Module) -> tuple[Any, ...]:
     return tuple((id(t), t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     """What one call of ``attribute`` asks.
 

@@ -28,9 +28,10 @@ def ask_neurons(
     """Explains K neurons of a layer; see :meth:`frpc.Explainer.neurons`."""
     front = programs.front(inputs)
     programs.check_layers(front, (layer,))
-    node = layer_example(front, layer)
-    sizes = [int(n) for n in node.shape[1:]]
-    seeds = [make_seed(tuple(index), None, empty_like(node), int(inputs[0].shape[0]))[0] for index in indices]
+    with programs.reading_graphs():
+        example = empty_like(layer_example(front, layer))
+    sizes = [int(n) for n in example.shape[1:]]
+    seeds = [make_seed(tuple(index), None, example, int(inputs[0].shape[0]))[0] for index in indices]
     if not seeds:
         raise InputError(f"Name at least one neuron of {layer} {sizes}.")
     if (found := _cones(programs, front, layer, indices, inputs, strategy)) is not None:
@@ -57,13 +58,15 @@ def _cones(
         return None
     query = programs.asked(columns=True, of=layer, bias="separate")
     assignment = programs.assignment(front, inputs, query)
-    node = layer_node(assignment, layer)
-    assert node is not None
-    context = layer_context(assignment, node, inputs)
+    with programs.reading_graphs():
+        node = layer_node(assignment, layer)
+        assert node is not None
+        context = layer_context(assignment, node, inputs)
     if strategy == "windows" and (context.rows is None or not possible):
         raise OptionError(f'strategy="windows" cannot answer for {layer}: windows end at {context.ended}.')
-    if strategy == "auto" and not cones_are_cheaper(context, indices):
-        return None
+    with programs.reading_graphs():
+        if strategy == "auto" and not cones_are_cheaper(context, indices):
+            return None
     values, local, bias = neuron_maps(context, indices)
     if policy == "uniform":
         local = local + (bias / inputs[0][0].numel()).reshape([*bias.shape, *[1] * (inputs[0].dim() - 1)])
@@ -76,8 +79,6 @@ def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strateg
     programs.check_layers(front, (name,))
     query = programs.asked(columns=True, of=name, bias="separate")
     assignment = programs.assignment(front, inputs, query)
-    node = layer_node(assignment, name)
-    assert node is not None
 
     def pulled(seeds: Tensor) -> Tensor:
         """Local pixel maps ``[K, B, H0, W0]`` of seeds at the layer."""
@@ -85,4 +86,7 @@ def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strateg
         pixels = relevance.sum(2) if relevance.dim() > 3 else relevance.unsqueeze(-2)
         return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
 
-    return layer_maps(assignment, name, node, inputs, programs.query.bias, strategy, memory_limit, pulled)
+    with programs.reading_graphs():
+        node = layer_node(assignment, name)
+        assert node is not None
+        return layer_maps(assignment, name, node, inputs, programs.query.bias, strategy, memory_limit, pulled)

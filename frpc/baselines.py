@@ -22,7 +22,7 @@ from frpc.scales import picture_size
 __all__ = ["Baseline", "attribute", "feature_ablation", "kernel_shap", "lime", "partition_shap", "segments", "shapley_values"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Baseline:
     """What a library said; unpacks as ``output, relevance``.
 

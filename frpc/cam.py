@@ -22,7 +22,7 @@ from frpc.targets import Target
 __all__ = ["ClassActivation", "Guided", "cam", "grad_cam", "grad_cam_plus_plus", "guided_grad_cam", "layer_cam", "score_cam"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassActivation:
     """A map of a layer's places; unpacks as ``output, map``.
 
@@ -48,7 +48,7 @@ class ClassActivation:
         return resized(self.map, size or self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Seen:
     """A layer in one pass: A and G, ``[B, C, h, w]``, or ``[B, 1, C, h, w]`` and ``[B, K, C, h, w]`` for K targets."""
 
@@ -205,7 +205,7 @@ def layer_cam(
     return seen.map(seen.g.relu() * seen.a, None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Guided:
     """Guided backpropagation where a class activation map is; unpacks as ``output, relevance``.
 

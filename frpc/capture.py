@@ -60,7 +60,7 @@ class InputSpec:
     batch: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """A model as one graph.
 

@@ -67,7 +67,9 @@ class Conservation:
         return f"{head}\n{columns(cells)}"
 
 
-def check(explainer: Explainer, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Conservation:
+def check(
+    explainer: Explainer, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor
+) -> Conservation:
     """Reports conservation end to end and for every layer.
 
     The end-to-end figure is the compiled program's; the figures of the layers come from running the same rules operator by
@@ -75,7 +77,7 @@ def check(explainer: Explainer, *inputs: Tensor, target: Target | None = None, s
 
     Args:
         explainer: a compiled explainer.
-        inputs, target, seed: as for calling it, with one target a sample.
+        inputs, named, target, seed: as for calling it, with one target a sample.
 
     Raises:
         TargetError: for several targets a sample.
@@ -86,9 +88,10 @@ def check(explainer: Explainer, *inputs: Tensor, target: Target | None = None, s
             f"check holds maps against the whole output, which {explainer.rules.name} does not explain (it conserves "
             f"{explainer.rules.account.conserves}); what its map leaves out is explanation.bias."
         )
-    explanation = explainer(*inputs, target=target, seed=seed)
+    explanation = explainer(*inputs, target=target, seed=seed, **named)
     if explanation.bias.dim() != 1:
         raise TargetError("check takes one target a sample; call it for each of the K targets.")
+    inputs = explanation.inputs
     compiled = explainer.compiled(*inputs)
     functional = explainer.seed_for(*inputs, target=target, seed=seed)
     explained = (explanation.output.double() * functional.double()).flatten(1).sum(1)

@@ -52,7 +52,9 @@ def compile(
             explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
         bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
             ``"separate"``, beside the map. Rule sets that follow no constants leave what they absorb beside the map by default.
-        strategy: ``"auto"``, or ``"transposed"`` to force it.
+        strategy: how neurons of inner layers are answered (:meth:`Explainer.layer`, :meth:`Explainer.neurons`) where the
+            question does not say: ``"auto"`` by cost, or ``"windows"``, ``"forward"`` or ``"transposed"``. Relevance of the
+            input, for one target or K, is always one transposed pass.
         constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
         output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
             default where there are any.
@@ -74,8 +76,8 @@ def compile(
     policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
     if policy == "receptive_field" and not rules.account.constants:
         raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
-    query = Query(bias=policy, strategy=check_strategy(strategy), top=top)
-    choice = Choice(rules, _names(constant) or (), _names(source), output, check_backend(backend, mode))
+    query = Query(bias=policy, top=top)
+    choice = Choice(rules, _names(constant) or (), _names(source), output, check_backend(backend, mode), check_strategy(strategy))
     explainer = Explainer(Programs(model, choice, query, dtype))
     if inputs is None:
         return explainer

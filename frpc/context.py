@@ -20,7 +20,7 @@ from frpc.windows import LocalityEndsError, Rows, build_rows
 __all__ = ["LayerContext", "layer_context"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerContext:
     """What every strategy for a layer starts from.
 

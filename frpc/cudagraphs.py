@@ -19,21 +19,37 @@ WARM_UP = 3  # calls before recording: kernels are tuned, libraries take their w
 KEPT = 8  # recordings; each holds the memory of one run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Recording:
+    """A recorded program with the memory that it reads and writes.
+
+    Attributes:
+        graph: the CUDA graph.
+        given, results: its memory.
+        free: the event after which that memory may be written again. A call returns once its work is queued, on the stream of
+            its caller: a call on another stream has to wait for this event there, whatever lock it holds here.
+    """
+
     graph: Any
     given: tuple[Tensor, ...]
     results: tuple[Tensor, ...]
+    free: Any
 
     def replay(self, given: Sequence[Tensor]) -> list[Tensor]:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.free)
         for place, value in zip(self.given, given, strict=True):
             place.copy_(value)
         self.graph.replay()
-        return [result.clone() for result in self.results]
+        copies = [result.clone() for result in self.results]
+        self.free.record(stream)
+        return copies
 
 
 class Replayed:
-    """A program recorded once for each set of shapes; threads take turns, for a recording runs in memory of its own.
+    """A program recorded once for each set of shapes; a recording runs in memory of its own.
+
+    Threads take turns to queue a run, and streams wait on the device for the run before: what one reads no other overwrites.
 
     Shapes beyond the last :data:`KEPT` push the oldest recording out.
 
@@ -54,7 +70,7 @@ class Replayed:
             found = self._recordings.get(key) or self._recordings.setdefault(key, self._record(given))
             self._recordings.move_to_end(key)
             while len(self._recordings) > KEPT:
-                self._recordings.popitem(last=False)
+                self._recordings.popitem(last=False)[1].free.synchronize()  # its memory goes back when nothing uses it
             return found.replay(given)
 
     def _record(self, given: Sequence[Tensor]) -> _Recording:
@@ -66,7 +82,9 @@ class Replayed:
             for _ in range(WARM_UP):
                 self._program(*places)
         torch.cuda.current_stream().wait_stream(stream)
+        free = torch.cuda.Event()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = tuple(self._program(*places))
-        return _Recording(graph, places, results)
+        free.record(torch.cuda.current_stream())
+        return _Recording(graph, places, results, free)

@@ -60,7 +60,7 @@ class DigitNet(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Digit:
     """One explained digit.
 

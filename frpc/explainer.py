@@ -101,7 +101,7 @@ class Explainer(nn.Module):
         return layer_relevance_of(self.programs.run(compiled, inputs, functional), columns, names)
 
     def neurons(
-        self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str = "auto", **named: Tensor
+        self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str | None = None, **named: Tensor
     ) -> Explanation:
         """Explains K neurons of a layer, for each sample.
 
@@ -112,30 +112,33 @@ class Explainer(nn.Module):
             indices: ``(c, i, j)`` of each neuron; ``(c,)`` in linear layers.
             inputs: as for calling the explainer.
             strategy: ``"transposed"`` runs a whole transposed pass for each neuron, ``"windows"`` pulls each back through its
-                receptive field alone, ``"auto"`` takes the cheaper.
+                receptive field alone, ``"auto"`` takes the cheaper. By default what ``compile`` was told.
 
         Raises:
             LayerNameError: if no layer has that path.
             OptionError: if a forced strategy cannot answer.
             TargetError: if an index is out of range.
         """
+        strategy = strategy or self.programs.choice.strategy
         return ask_neurons(self.programs, layer, indices, self.programs.given(inputs, named), strategy)
 
     def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
-        found = self.neurons(layer, [index], *self.programs.given(inputs, named))
+        found = self.neurons(layer, [index], *inputs, strategy=None, **named)
         relevance = found.relevance
         one = tuple(r[:, 0] for r in relevance) if isinstance(relevance, tuple) else relevance[:, 0]
         return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs)
 
-    def layer(self, name: str, *inputs: Tensor, strategy: str = "auto", memory_limit: int = 4 * 10**9) -> LayerMaps:
+    def layer(
+        self, name: str, *inputs: Tensor, strategy: str | None = None, memory_limit: int = 4 * 10**9, **named: Tensor
+    ) -> LayerMaps:
         """Returns the relevance map of every neuron of a layer.
 
         Args:
             name: module path, e.g. ``"features.3"``.
-            inputs: the input, batch first.
+            inputs, named: as for calling the explainer.
             strategy: ``"auto"`` chooses by cost; ``"windows"``, ``"forward"`` (dense columns, thesis algorithm 1) and
-                ``"transposed"`` force one.
+                ``"transposed"`` force one. By default what ``compile`` was told.
             memory_limit: bytes that maps held at one time may take; larger layers are streamed by ``maps.blocks()``.
 
         Raises:
@@ -144,7 +147,8 @@ class Explainer(nn.Module):
 
         Source: thesis ch. 3; windows beyond it.
         """
-        return ask_layer(self.programs, name, inputs, strategy, memory_limit)
+        strategy = strategy or self.programs.choice.strategy
+        return ask_layer(self.programs, name, self.programs.given(inputs, named), strategy, memory_limit)
 
     def _top(self, seed: Tensor | Top | str | None) -> tuple[Top, Tensor | None]:
         """Tells how relevance starts from where: a top or its name says how, a tensor says where."""
@@ -201,8 +205,9 @@ class Explainer(nn.Module):
         """The compiled program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
         return self.programs.first().program
 
-    def compiled(self, *inputs: Tensor) -> Compiled:
+    def compiled(self, *inputs: Tensor, **named: Tensor) -> Compiled:
         """Returns everything known about the program for inputs like these."""
+        inputs = self.programs.given(inputs, named)
         return self.programs.program(self.programs.front(inputs), inputs, self.programs.asked())
 
     @property
@@ -215,8 +220,9 @@ class Explainer(nn.Module):
         """The rule set it was compiled with."""
         return self.programs.choice.rules
 
-    def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None) -> Tensor:
+    def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor) -> Tensor:
         """Returns the linear functional of the output that a target stands for, ``[B, ...]`` or ``[K, B, ...]``."""
+        inputs = self.programs.given(inputs, named)
         return self.programs.seed(self.programs.front(inputs), inputs, target, seed)[0]
 
     def table(self) -> str:

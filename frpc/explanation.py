@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "LayerRelevance", "explanation_of", "layer_relevance_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: tensors have no single truth value
 class Explanation:
     """A model's output and where it comes from; unpacks as ``output, relevance = explainer(...)``.
 
@@ -60,7 +60,7 @@ class Explanation:
         return heatmap.to_html(None, self.map())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerRelevance(Mapping[str, Tensor]):
     """Relevance of inner layers: ``R = a * G_a`` for every neuron of each layer asked for (constants not spread).
 
@@ -76,6 +76,9 @@ class LayerRelevance(Mapping[str, Tensor]):
     output: Tensor
     layers: dict[str, Tensor]
     activations: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    __eq__ = object.__eq__  # a mapping would compare its tensors, which have no single truth value
+    __hash__ = object.__hash__
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.layers[layer]

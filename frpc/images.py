@@ -44,7 +44,7 @@ class Recipe:
 IMAGENET = Recipe(resize=256, crop=224)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """A picture as the model sees it.
 

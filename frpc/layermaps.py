@@ -19,7 +19,7 @@ __all__ = ["Block", "LayerMaps", "human_bytes"]
 Grids = tuple[Grid, Grid]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """The maps of some neighbouring neurons of a layer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -229,17 +230,24 @@ def _producer(
         order = producers(rows)
         return lambda span, columns: stream(rows, order, columns, span), rows.grids
     if strategy == "forward":
-        return lambda span, columns: _dense_rows(context, span, columns), whole
+        chunk = _cells_at_once(context)
+        return lambda span, columns: _dense_rows(context, chunk, span, columns), whole
     return lambda span, columns: _transposed_rows(context, pulled, span, columns), whole
 
 
-def _dense_rows(context: LayerContext, span: tuple[int, int], columns: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+def _cells_at_once(context: LayerContext) -> int:
+    """How many input cells go forward together, so that the largest value stays near 64 MB."""
+    shapes = (first_result(n.meta["val"]).shape[1:] for n in context.nodes)
+    return max(1, min(64, (1 << 24) // max((math.prod(int(n) for n in shape) for shape in shapes), default=1)))
+
+
+def _dense_rows(
+    context: LayerContext, chunk: int, span: tuple[int, int], columns: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
     """Thesis algorithm 1: every input cell is a column of a batch that goes through the net's own operators."""
     x, source = context.x, context.assignment.sources[0]
     flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(1)  # [B, C, cells]
     cells = int(flat.shape[-1])
-    largest = max(first_result(n.meta["val"])[:1].numel() for n in context.nodes)
-    chunk = max(1, min(64, (1 << 24) // max(1, largest)))
     parts = []
     for low in range(0, cells, chunk):
         index = torch.arange(low, min(low + chunk, cells))

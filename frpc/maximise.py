@@ -19,7 +19,7 @@ from frpc.explainer import Explainer
 __all__ = ["Feature", "feature"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feature:
     """An input that excites what was asked for.
 

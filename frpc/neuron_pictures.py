@@ -54,7 +54,7 @@ class Box:
         return self.height * self.width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Portrait:
     """One map of a sheet.
 

@@ -35,7 +35,7 @@ MEMORY_LIMIT = 4 * 10**9
 _TOPS: dict[Score, Top] = {"logit": Logit(), "probability": SoftmaxTaylor()}  # multipliers are the gradients of these numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """One number of the output for each sample, or K, ready to be asked of many variants of the samples.
 

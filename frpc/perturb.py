@@ -25,7 +25,7 @@ __all__ = ["Perturbed", "meaningful_perturbation", "occlusion", "rise", "rise_ma
 Size = int | tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Perturbed:
     """What perturbations tell; unpacks as ``output, relevance``.
 

@@ -29,14 +29,14 @@ from frpc.lineage import Ledger
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
 from frpc.mixing import mixing
-from frpc.plan import Plan, Query, make_plan
+from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.rules.ruleset import RuleSet
 from frpc.stages import Clock, Stage, copy_graph, named, run_passes
 
 __all__ = ["Choice", "Compiled", "Front", "Stage", "assign_rules", "compile_query", "duplicated", "front", "renewed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Front:
     """What all queries about one model share: its graph, captured and in canonical form before folding.
 
@@ -63,6 +63,7 @@ class Choice:
         source: ``("input",)`` or module paths relevance is asked about; None for the usual ones.
         output: which of several outputs is explained.
         backend: who runs the programs.
+        strategy: how neurons of inner layers are answered where the question does not say.
     """
 
     rules: RuleSet
@@ -70,9 +71,10 @@ class Choice:
     source: tuple[str, ...] | None = None
     output: str | int | None = None
     backend: Backend = field(default_factory=Backend)
+    strategy: Strategy = "auto"
 
 
-@dataclass
+@dataclass(eq=False)
 class Compiled:
     """The answer to one query.
 
@@ -85,6 +87,7 @@ class Compiled:
         references: what else the program takes, for each reference input that maps are averaged over: the value of every source;
             nothing where the reference is part of the program.
         backend: who runs it.
+        fixed_batch: it takes one batch size only.
     """
 
     program: fx.GraphModule
@@ -94,6 +97,7 @@ class Compiled:
     refusals: tuple[Refusal, ...] = field(default_factory=tuple)
     references: tuple[tuple[Tensor, ...], ...] = ((),)
     backend: Backend = field(default_factory=Backend)
+    fixed_batch: bool = False
 
     @cached_property
     def function(self) -> Program:
@@ -199,7 +203,7 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     if choice.backend.name != "inductor":  # which plans memory of its own
         plan = dataclasses.replace(plan, footprint=footprint(lowered.program, query.columns))
     references = varying_references(assignment)
-    return Compiled(lowered.program, assignment, plan, tuple(clock.stages), refusals, references, choice.backend)
+    return Compiled(lowered.program, assignment, plan, tuple(clock.stages), refusals, references, choice.backend, bool(static))
 
 
 def assign_rules(shared: Front, choice: Choice, query: Query, clock: Clock | None = None) -> Assignment:

@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Query",
     "Segment",
+    "Strategy",
     "check_strategy",
     "feeding",
     "layer_node",
@@ -33,8 +34,8 @@ __all__ = [
     "total_cost",
 ]
 
-Strategy = Literal["auto", "transposed"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "transposed")
+Strategy = Literal["auto", "windows", "forward", "transposed"]
+STRATEGIES: tuple[Strategy, ...] = ("auto", "windows", "forward", "transposed")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Query:
         layers: module paths whose relevance is asked for; empty means the inputs.
         of: module path of the layer whose neurons are explained; empty means the model's output.
         bias: where constants go.
-        strategy: ``auto`` or a forced one.
         top: what is said of the output before anything is pulled back.
     """
 
@@ -54,7 +54,6 @@ class Query:
     layers: tuple[str, ...] = ()
     of: str = ""
     bias: BiasPolicy = "uniform"
-    strategy: Strategy = "auto"
     top: Top = field(default_factory=Logit)
 
     def __str__(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +25,22 @@ from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.values import is_traced
 
-__all__ = ["Programs", "Signature", "empty_like", "layer_example", "layer_names"]
+__all__ = ["NamedInputs", "Programs", "Signature", "empty_like", "layer_example", "layer_names"]
 
 # Tracing swaps interpreter-wide state inside torch, so two compilations in one process must take turns, whoever asks.
-_TRACING = threading.Lock()
+_TRACING = threading.RLock()
 
 Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+
+
+class NamedInputs(tuple[Tensor, ...]):
+    """Inputs that were given by keyword, in the order of the model's ``forward``.
+
+    Attributes:
+        names: the name of each.
+    """
+
+    names: tuple[str, ...] = ()
 
 
 class Programs:
@@ -53,6 +64,7 @@ class Programs:
         self._assignments: dict[tuple[Signature, str], Assignment] = {}
         self._names: tuple[str, ...] | None = None  # of the inputs, once they were given by keyword
         self._ahead = False
+        self._graphs = threading.RLock()
         self.conservation: float | None = None  # |sum V - y| / sum|V| of the example inputs, once they were given
 
     def _snapshot(self, model: nn.Module) -> nn.Module:
@@ -68,6 +80,15 @@ class Programs:
     def model_name(self) -> str:
         return type(self.model).__name__
 
+    @contextmanager
+    def reading_graphs(self) -> Iterator[None]:
+        """Keeps other threads from these graphs: their example values are fake tensors, which know one thread at a time.
+
+        Whatever reads ``node.meta`` after compilation does so in here; running a program needs no graph and takes no turns.
+        """
+        with self._graphs:
+            yield
+
     def asked(self, **changes: Any) -> Query:
         """The usual question with changes."""
         if all(getattr(self.query, name) == value for name, value in changes.items()):
@@ -75,20 +96,20 @@ class Programs:
         return dataclasses.replace(self.query, **changes)
 
     def given(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Puts keyword inputs into the order in which the graph takes them; the first call settles their names."""
+        """Puts keyword inputs into the order in which the graph takes them; the first that are captured settle their names."""
         if not named:
             return inputs
         if inputs:
             raise InputError("Give all inputs by position or all by name, not some of each.")
-        with _TRACING:
-            if self._names is None and not self.fronts:
-                self._names = argument_order(self.model, list(named))
-        known = self._names or ()
-        if set(known) != set(named):
+        settled = self._names is not None or bool(self.fronts)
+        names = self._names or () if settled else argument_order(self.model, list(named))
+        if set(names) != set(named):
             raise InputError(
-                f"Inputs {', '.join(named)} given; the explainer takes {', '.join(known) or 'its inputs by position'}."
+                f"Inputs {', '.join(named)} given; the explainer takes {', '.join(names) or 'its inputs by position'}."
             )
-        return tuple(named[name] for name in known)
+        ordered = NamedInputs(named[name] for name in names)
+        ordered.names = names
+        return ordered
 
     def front(self, inputs: Sequence[Tensor]) -> Front:
         """Finds or makes the captured graph for inputs of this signature, and checks the inputs against it."""
@@ -104,9 +125,13 @@ class Programs:
         found = self.fronts.get(signature)
         if found is None:
             _refuse_inside_torch_compile()
-            with _TRACING:
-                found = self.fronts.get(signature) or pipeline.front(self.model, inputs, self.choice.output, self._names or ())
-                self.fronts[signature] = found
+            with self._graphs, _TRACING:
+                found = self.fronts.get(signature)
+                if found is None:
+                    names = self._names or (inputs.names if isinstance(inputs, NamedInputs) else ())
+                    found = pipeline.front(self.model, inputs, self.choice.output, names)
+                    self._names = names or None
+                    self.fronts[signature] = found
         return found
 
     def program(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Compiled:
@@ -120,24 +145,32 @@ class Programs:
 
     def _compile(self, signature: Signature, front: Front, query: Query) -> Compiled:
         _refuse_inside_torch_compile()
-        with _TRACING:
-            found = self.compiled.get((signature, query)) or pipeline.compile_query(front, self.choice, query)
-            self.compiled[signature, query] = found
+        with self._graphs, _TRACING:
+            found = self.compiled.get((signature, query))
+            if found is None:
+                front = self.fronts.get(signature, front)  # it may have been renewed while this thread waited
+                found = pipeline.compile_query(front, self.choice, query)
+                if front is self.fronts.get(signature):
+                    self.compiled[signature, query] = found
         return found
 
     def assignment(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Assignment:
         """Finds or makes the rules of the graph's nodes for a question about one layer."""
         key = (_signature(inputs), query.of)
-        found = self._assignments.get(key)
-        if found is None:
-            found = self._assignments[key] = pipeline.assign_rules(front, self.choice, query)
+        with self._graphs:
+            found = self._assignments.get(key)
+            if found is None:
+                with _TRACING:
+                    found = pipeline.assign_rules(front, self.choice, query)
+                if front is self.fronts.get(key[0]):
+                    self._assignments[key] = found
         return found
 
     def run(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> list[Tensor]:
         """Runs a program; maps are averaged over reference inputs where there are several."""
         self.choice.rules.check(inputs)
-        query, fixed = compiled.plan.query, self.first_front().captured.inputs[0].batch is not None
-        form = Form(len(inputs), query.columns, len(query.layers), fixed)
+        query = compiled.plan.query
+        form = Form(len(inputs), query.columns, len(query.layers), compiled.fixed_batch)
         program = compiled.portable if is_traced() else compiled.function
         return run(program, inputs, functional, compiled.references, form)
 
@@ -166,7 +199,7 @@ class Programs:
 
     def refresh(self, model: nn.Module) -> None:
         """Takes the weights of ``model`` into everything that was captured and compiled; see :meth:`frpc.Explainer.refresh`."""
-        with _TRACING:
+        with self._graphs, _TRACING:
             fresh = self._snapshot(model)
             fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
             for front in fronts.values():
@@ -183,14 +216,18 @@ class Programs:
         probes = {(t.dtype, t.device): torch.empty(0, dtype=t.dtype, device=t.device) for t in tensors}
         if all((change(probe).dtype, change(probe).device) == kind for kind, probe in probes.items()):
             return
-        with _TRACING:
+        with self._graphs, _TRACING:
             if self.dtype is not None:
                 self.dtype = change(torch.empty(0, dtype=self.dtype)).dtype
             self._take(copy.deepcopy(self.model)._apply(change), {}, {})
 
     def copied(self, memo: dict[int, Any]) -> Programs:
         """Returns a copy with tensors of its own, compiled as far as this one."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # which also waits its turn at the graphs: their fake tensors stay common to both
+        with self._graphs:
+            return self._copied_into(other, memo)
+
+    def _copied_into(self, other: Programs, memo: dict[int, Any]) -> Programs:
         fronts: dict[Signature, Front] = {}
         programs: dict[tuple[Signature, Query], Compiled] = {}
         for signature, front in self.fronts.items():

@@ -23,7 +23,7 @@ from frpc.targets import Target
 __all__ = ["Repeated", "expected_gradients", "integrated_gradients", "smoothgrad"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repeated:
     """An average of gradients; unpacks as ``output, relevance``.
 

@@ -19,7 +19,7 @@ __all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized
 SHOWN = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MultiScale:
     """A map made of several layers; unpacks as ``output, relevance``.
 

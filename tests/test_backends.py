@@ -7,7 +7,10 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ sys.path.append(str(ROOT))  # bench is run from a checkout and not installed
 
 import frpc  # noqa: E402
 from bench.machine import peak_memory  # noqa: E402
+from frpc import cudagraphs  # noqa: E402
 from frpc.cudagraphs import Replayed  # noqa: E402
 from frpc.errors import OptionError  # noqa: E402
 
@@ -160,6 +164,77 @@ def test_the_plan_tells_its_memory() -> None:
     stage = next(s.program for s in frpc.compile(net(), (X,)).stages if s.name == "plan")
     with pytest.raises(OptionError, match="once the program is lowered"):
         _ = stage.peak_bytes
+
+
+class Device:
+    """Stands in for ``torch.cuda``: work is done at once, and what each stream was told is written down."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.now = SimpleNamespace(name="one", wait_event=lambda event: self.log.append(("wait", self.now.name, event)))
+        self.now.wait_stream = lambda other: None
+
+    def __getattr__(self, name: str) -> Any:
+        known: dict[str, Any] = {
+            "is_current_stream_capturing": lambda: False,
+            "current_stream": lambda: self.now,
+            "Stream": lambda: self.now,
+            "device": lambda device: nullcontext(),
+            "stream": lambda stream: nullcontext(),
+            "graph": lambda graph: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append(("replay", self.now.name))),
+            "Event": self.event,
+        }
+        return known[name]
+
+    def event(self) -> Any:
+        made = SimpleNamespace()
+        made.record = lambda stream: self.log.append(("record", stream.name, made))
+        made.synchronize = lambda: self.log.append(("synchronize", made))
+        return made
+
+
+def test_a_replay_waits_for_the_one_before_on_any_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock orders the queueing alone: on the device it is an event that keeps one run from another's memory."""
+    device = Device()
+    monkeypatch.setattr(cudagraphs, "torch", SimpleNamespace(cuda=device, no_grad=torch.no_grad))
+    replayed, x = Replayed(lambda x: [2 * x]), torch.ones(2)
+    assert torch.equal(replayed(x)[0], 2 * x)
+    device.log.clear()
+    for name in ("one", "two"):
+        device.now.name = name
+        replayed(x)
+    (_, _, first), *_, (_, _, last) = device.log
+    assert [entry[:2] for entry in device.log] == [
+        (what, name) for name in ("one", "two") for what in ("wait", "replay", "record")
+    ]
+    assert first is last, "both calls wait for, and then set, the one event of the recording"
+
+
+def test_a_recording_goes_when_its_last_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(cudagraphs, "torch", SimpleNamespace(cuda=device, no_grad=torch.no_grad))
+    replayed = Replayed(lambda x: [2 * x])
+    for size in range(cudagraphs.KEPT + 1):
+        replayed(torch.ones(size + 1))
+    assert [entry[0] for entry in device.log].count("synchronize") == 1
+
+
+@pytest.mark.gpu
+def test_replayed_programs_give_what_they_give_on_two_streams() -> None:
+    """Calls that are queued on two streams and not waited for: each has results of its own."""
+    quick = frpc.compile(net().cuda(), backend="aten", mode="latency")
+    inputs = [torch.randn(2, 3, 24, 24, device="cuda", generator=torch.Generator("cuda").manual_seed(k)) for k in range(2)]
+    expected = [quick(x, target=3).relevance.clone() for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(50):
+        for stream, x, kept in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(quick(x, target=3).relevance)
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, value) for kept, value in zip(found, expected, strict=True) for one in kept)
 
 
 @pytest.mark.gpu

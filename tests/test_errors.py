@@ -487,7 +487,7 @@ def test_unknown_options() -> None:
     for inputs in (None, (x,)):
         with pytest.raises(OptionError, match="bias='even' is no policy; choose one of uniform, receptive_field, separate"):
             frpc.compile(model, inputs, bias="even")
-        with pytest.raises(OptionError, match="strategy='fast' is unknown; choose one of auto, transposed"):
+        with pytest.raises(OptionError, match="strategy='fast' is unknown; choose one of auto, windows, forward, transposed"):
             frpc.compile(model, inputs, strategy="fast")
 
 

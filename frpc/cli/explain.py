@@ -44,7 +44,7 @@ class Request:
     scales: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     """One picture, ready to be explained: its input ``[1, 3, H, W]`` and the classes asked for."""
 

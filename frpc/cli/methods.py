@@ -22,7 +22,7 @@ CAMS = ("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam", "score-cam")
 REPEATED = ("integrated-gradients", "smoothgrad", "occlusion")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Said:
     """What a method says of one picture.
 

@@ -49,7 +49,7 @@ class Request:
     dtype: Dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     """An explainer and the picture it is asked about: ``x`` is ``[1, 3, H, W]``."""
 
@@ -58,7 +58,7 @@ class Question:
     x: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranked:
     """A channel and what it is sorted by.
 

@@ -25,7 +25,7 @@ __all__ = ["Explained", "describe", "show", "stems", "write"]
 SHOWN_CLASSES = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explained:
     """The maps of one picture.
 

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Rewrite = Callable[[fx.GraphModule], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exportable:
     """What is handed to an exporter.
 

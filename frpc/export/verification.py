@@ -171,7 +171,7 @@ def _largest(errors: Tensor) -> float:
     return float(errors.max()) if len(errors) else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Found:
     """One batch: errors ``[results, B]``, which samples lie on an edge and which are off ``[B]``, and conservation."""
 

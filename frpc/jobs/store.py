@@ -47,7 +47,7 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """The samples ``start .. stop - 1``, each either done or failed.
 

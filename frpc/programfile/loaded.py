@@ -29,7 +29,7 @@ from frpc.values import is_traced
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signature:
     """Inputs that programs take, and the output they explain.
 

@@ -33,6 +33,11 @@ def save(programs: Programs, path: str | Path, columns: bool, weights: str) -> P
     """Writes what an explainer has compiled; see :meth:`frpc.Explainer.save`."""
     if weights not in ("stored", "reference"):
         raise OptionError(f'weights={weights!r} is unknown; choose "stored" or "reference".')
+    with programs.reading_graphs():
+        return _save(programs, Path(path), columns, weights)
+
+
+def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path:
     programs.first_front()
     if type(programs.choice.rules).check is not RuleSet.check:
         raise ProgramFileError(f"{programs.choice.rules.name} checks inputs in its own way, which a file cannot hold.")
@@ -48,7 +53,6 @@ def save(programs: Programs, path: str | Path, columns: bool, weights: str) -> P
         document = _document(programs, signatures, saved, gathered, weights)
     except FaultError as fault:
         raise ProgramFileError(f"{programs.model_name} cannot be saved: it holds {fault}.") from fault
-    target = Path(path)
     write(target, document, gathered.stored)
     return target
 

@@ -30,7 +30,7 @@ Bound = float | Tensor
 LayerRule = Callable[..., Affine]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A call that multiplies by parameters.
 

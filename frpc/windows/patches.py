@@ -22,7 +22,7 @@ from frpc.windows.taps import ConvRows, CutRows, MeanRows, TapRows, WinnerRows
 __all__ = ["Patch", "cone_flops", "pull_patch"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """Relevance ``[n, B, C, h, w]`` at the positions from ``(row, column)`` on."""
 
