@@ -7,20 +7,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from frpc.errors import OptionError
+from frpc.errors import OptionError, nearest
 from frpc.maps import LinearMap, LinearOp, Pool, Scale
+from frpc.traits import NAMES, UNKNOWN, Operand, Traits
 
-__all__ = ["TABLE", "Affine", "Call", "Operand", "Rule", "RuleTable", "bind", "elementwise", "linear_op", "rule"]
-
-Operand = str | tuple[str, int]
-"""Names an operand by its schema name, or ``(name, position)`` inside a list argument such as ``cat``'s."""
+__all__ = [
+    "TABLE",
+    "Affine",
+    "Call",
+    "Operand",
+    "Rule",
+    "RuleTable",
+    "bind",
+    "declare",
+    "elementwise",
+    "linear_op",
+    "rule",
+    "traits_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +97,7 @@ class Rule:
         carries: names of the arguments that may carry relevance.
         formula: ``M`` and ``c`` in one line of text, for the rule table.
         source: paper and equation.
-        elementwise: the operator is a function of one number, applied to every element of its first argument.
-        linear: the operator is linear in the operands it carries, at least where choices made by their values stay as they are:
-            M is its Jacobian.
+        traits: what is true of the operator beside its rule.
     """
 
     op: OpOverload
@@ -96,8 +105,7 @@ class Rule:
     carries: tuple[str, ...]
     formula: str
     source: str
-    elementwise: bool = False
-    linear: bool = False
+    traits: Traits = UNKNOWN
 
     @property
     def name(self) -> str:
@@ -109,9 +117,15 @@ class Rule:
 
 @dataclass
 class RuleTable:
-    """Rules by operator. Registering an operator twice is refused unless ``override`` says so."""
+    """Rules by operator. Registering an operator twice is refused unless ``override`` says so.
+
+    Attributes:
+        rules: the rules, each with the traits of its operator.
+        described: traits of operators that have no rule.
+    """
 
     rules: dict[OpOverload, Rule] = field(default_factory=dict)
+    described: dict[OpOverload, Traits] = field(default_factory=dict)
 
     def add(self, new: Rule, override: bool = False) -> None:
         if new.op in self.rules and not override:
@@ -126,14 +140,40 @@ TABLE = RuleTable()
 """The rules of forward relevance propagation, filled by the modules of :mod:`frpc.rules` and by :func:`rule`."""
 
 
+def traits_of(op: Any) -> Traits:
+    """Returns what is known of an operator: its traits, or those of an unknown one, which are the most cautious."""
+    found = TABLE.rules.get(op)
+    return found.traits if found is not None else TABLE.described.get(op, UNKNOWN)
+
+
+def declare(*ops: OpOverload, **traits: Any) -> None:
+    """Gives traits to operators that have no rule; see :class:`~frpc.traits.Traits` for their names.
+
+    Raises:
+        OptionError: for a trait that does not exist, or an operator with a rule: its traits are given there.
+    """
+    record = _record(UNKNOWN, traits)
+    for op in ops:
+        if op in TABLE.rules or op in TABLE.described:
+            raise OptionError(f"{op} has traits already: give all of them where its rule is registered.")
+        TABLE.described[op] = record
+
+
+def _record(known: Traits, given: Mapping[str, Any]) -> Traits:
+    """Adds traits to those that are known."""
+    for name in given:
+        if name not in NAMES:
+            raise OptionError(f"{name!r} is no trait of operators; {nearest(name, sorted(NAMES))}.")
+    return replace(known, **given)
+
+
 def rule(
     *ops: OpOverload,
     carries: str | Sequence[str] | None = None,
     formula: str = "",
     source: str = "",
     override: bool = False,
-    elementwise: bool = False,
-    linear: bool = False,
+    **traits: Any,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Registers a function as the rule of one or more operators.
 
@@ -145,12 +185,14 @@ def rule(
         carries: names of the arguments that may carry relevance; by default the first tensor argument.
         formula: ``M`` and ``c`` in words, shown in tables.
         source: where the rule comes from.
-        override: replace an existing rule.
-        elementwise: the operator is a function of one number, applied to every element of its first argument.
-        linear: M is the operator's Jacobian, so that gradients and increments can use the rule too.
+        override: replace an existing rule. What was known of the operator stays known, but for ``linear``.
+        traits: what is true of the operator, by the names of :class:`~frpc.traits.Traits`: ``elementwise=True``, ``linear=True``
+            (M is the Jacobian, so that gradients and increments can use the rule too), ``nonnegative=always``, ... What is not
+            given is taken to be false.
 
     Raises:
-        OptionError: for something that is no operator overload, an argument the operator does not have, or a second rule.
+        OptionError: for something that is no operator overload, an argument the operator does not have, a trait that does not
+            exist, or a second rule.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -162,7 +204,8 @@ def rule(
             unknown = [n for n in chosen if n not in names]
             if unknown:
                 raise OptionError(f"{op} has no argument {unknown[0]!r}; it has {', '.join(names)}.")
-            TABLE.add(Rule(op, function, chosen, formula, source or "method: affine form", elementwise, linear), override)
+            record = _record(replace(traits_of(op), linear=False) if override else TABLE.described.get(op, UNKNOWN), traits)
+            TABLE.add(Rule(op, function, chosen, formula, source or "method: affine form", record), override)
         return function
 
     return register
@@ -187,6 +230,7 @@ def elementwise(
     at_zero: float | Callable[..., float] = 0.0,
     *,
     formula: str,
+    **traits: Any,
 ) -> None:
     """Registers ``z = f(a)`` elementwise: ``M = (f(a) - f(0)) / a``, the secant through 0, and ``c = f(0)``.
 
@@ -195,6 +239,7 @@ def elementwise(
         secant: ``secant(a, *arguments)``, the closed form of M: finite and accurate at every a.
         at_zero: ``f(0)``, a number or a function of the arguments.
         formula: the closed form in text.
+        traits: what else is true of the operator, see :func:`rule`.
     """
 
     def function(call: Call, a: Tensor, *arguments: Any) -> Affine:
@@ -202,11 +247,11 @@ def elementwise(
         return Affine({_first(op): Scale(secant(a, *arguments), a.shape)}, constant or None)
 
     function.__name__ = op._schema.name.split("::")[1]
-    rule(op, formula=formula, source="T 3.8, method §2: secant through 0", elementwise=True)(function)
+    rule(op, formula=formula, source="T 3.8, method §2: secant through 0", elementwise=True, **traits)(function)
 
 
 def linear_op(
-    op: OpOverload, function: Callable[..., Callable[[Tensor], Tensor]], *, formula: str = "", pool: bool = False
+    op: OpOverload, function: Callable[..., Callable[[Tensor], Tensor]], *, formula: str = "", pool: bool = False, **traits: Any
 ) -> None:
     """Registers an operator that is linear in its first argument; ``c`` is zero.
 
@@ -215,6 +260,7 @@ def linear_op(
         function: ``function(call, a, *arguments)`` returns the linear function, which takes ``[*L, *a.shape]``.
         formula: M in text.
         pool: the function treats samples apart and takes no column dimensions itself: fold them into the batch.
+        traits: what else is true of the operator, see :func:`rule`.
     """
     kind = Pool if pool else LinearOp
 
@@ -222,7 +268,7 @@ def linear_op(
         return Affine({_first(op): kind(function(call, a, *arguments), a.shape, call.value.shape)})
 
     build.__name__ = op._schema.name.split("::")[1]
-    rule(op, formula=formula or "the operator itself", source="method §2: linear", linear=True)(build)
+    rule(op, formula=formula or "the operator itself", source="method §2: linear", linear=True, **traits)(build)
 
 
 def _first(op: OpOverload) -> str:

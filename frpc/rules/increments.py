@@ -295,9 +295,11 @@ def increment_rule(op: Any, path: Path) -> Rule | None:
         return Rule(op, _named(function, path, standard), carries, formula, "L 12, 19-21; method §4")
     if standard is None:
         return None
-    if standard.elementwise:
+    if standard.traits.elementwise:
         return Rule(op, _named(_elementwise, path, standard), standard.carries[:1], "(f(a) - f(r)) / (a - r)", "L 19-21")
-    return Rule(op, _linear_part(standard), standard.carries, standard.formula, standard.source) if standard.linear else None
+    return (
+        Rule(op, _linear_part(standard), standard.carries, standard.formula, standard.source) if standard.traits.linear else None
+    )
 
 
 def _named(function: Increment, path: Path, standard: Rule | None) -> Callable[..., Affine]:

@@ -53,14 +53,14 @@ def _passing(op: Any) -> Rule | None:
 
     def passed(call: Call, *arguments: Any) -> Affine:
         affine = standard(call)
-        if standard.elementwise and affine.constant is not None:
+        if standard.traits.elementwise and affine.constant is not None:
             (name,) = affine.terms
             a = call.args[str(name)]
             return Affine({name: Scale(over(call.value, a), a.shape)})
         return Affine(affine.terms)
 
     passed.__name__ = standard.name
-    return Rule(op, passed, standard.carries, standard.formula, standard.source, standard.elementwise, standard.linear)
+    return Rule(op, passed, standard.carries, standard.formula, standard.source, standard.traits)
 
 
 @dataclass(frozen=True)
