@@ -19,6 +19,7 @@ from frpc.graph import RESHAPES, Batch, batches_of, describe, origin_of
 from frpc.maps import LinearMap
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.signs import never_negative
+from frpc.stopped import stopped_by
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
 
@@ -143,6 +144,7 @@ def assign(
     fixed_batch: int | None,
     source: Sequence[str] | None = None,
     of: str = "",
+    layers: Sequence[str] = (),
 ) -> Assignment:
     """Gives every node that carries relevance its rule.
 
@@ -153,9 +155,11 @@ def assign(
         fixed_batch: the batch size where it is fixed.
         source: see :func:`frpc.carriers.find_sources`.
         of: module path of the layer whose neurons are explained; empty for the model's output.
+        layers: module paths of inner layers that are asked about.
     """
     sources = find_sources(graph_module.graph, source)
-    live = _live(graph_module, rules, constant, sources, of)
+    starts = [*sources, *(n for n in graph_module.graph.nodes if layers and stopped_by(n) == "")]
+    live = _live(graph_module, rules, constant, starts, of)
     batches = batches_of(graph_module.graph, fixed_batch)
     positive, reading = never_negative(graph_module.graph), _reading(graph_module.graph, sources)
     found: dict[fx.Node, Assigned] = {}
@@ -203,10 +207,13 @@ def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _live(
-    graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str], sources: Sequence[fx.Node], of: str
+    graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str], starts: Sequence[fx.Node], of: str
 ) -> dict[fx.Node, dict[Operand, fx.Node]]:
-    """Returns the calls that relevance passes on its way from the output to a source, with the operands it goes to."""
-    carried: set[fx.Node] = set(sources)
+    """Returns the calls that relevance passes on its way from the output to a start, with the operands it goes to.
+
+    It starts at the sources; an inner layer behind a ``detach`` has a gradient too, though none of it reaches the input.
+    """
+    carried: set[fx.Node] = set(starts)
     all_carry = rules.account.spelled_out
     operands: dict[fx.Node, dict[Operand, fx.Node]] = {}
     for node in graph_module.graph.nodes:
@@ -243,6 +250,8 @@ def _assign_one(
         raise RuleDeclinedError("not an ATen operator")
     if node.target._schema.is_mutable:
         raise RuleDeclinedError("it writes into its operand")
+    if reason := stopped_by(node):
+        raise RuleDeclinedError(reason)
     (feed, *others) = operands.values()
     before = not others and feed.target in _WEIGHTED and _behind(feed, of) is node.target
     rule = rules.rule_for(Site(node.target, origin_of(node).module, first, _is_weighted(node, operands), hints.behind, before))
@@ -270,4 +279,11 @@ def _assign_one(
 
 def _gap(node: fx.Node, reason: str) -> Gap:
     origin = origin_of(node)
-    return Gap(node.name, str(node.target), reason, origin.module, origin.where, origin.source, describe(node.meta["val"]))
+    op, fix = (str(node.target), "") if not stopped_by(node) else ("autograd", _STOPPED)
+    return Gap(node.name, op, reason, origin.module, origin.where, origin.source, describe(node.meta["val"]), fix)
+
+
+_STOPPED = (
+    "write it in plain operators, whose derivatives are known (detach() is followed);\n"
+    "       or explain values, which do not ask for a backward: frpc.rules.FRP(), LID(), LRP()"
+)

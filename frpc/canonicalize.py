@@ -30,6 +30,7 @@ from frpc.fused import (
 from frpc.graph import fetch, origin_of, replace
 from frpc.precision import keep_float64
 from frpc.recurrent import unroll_recurrent_layers
+from frpc.stopped import stopped_by
 
 __all__ = ["PASSES", "Pass"]
 
@@ -91,14 +92,15 @@ def _draws(node: fx.Node) -> bool:
 
 
 def remove_copies(graph_module: fx.GraphModule) -> bool:
-    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``to(x, its own dtype) -> x``, ``x[:] -> x``.
+    """``dropout(x) -> x``, ``contiguous(x) -> x``, ``detach(x) -> x``, ``to(x, its own dtype) -> x``, ``x[:] -> x``.
 
-    ``x + 0`` stays: values are not looked at.
+    ``x + 0`` stays: values are not looked at. A ``detach`` at which gradients stop stays too; see :mod:`frpc.stopped`.
     """
     changed = False
     for node in graph_module.graph.nodes:
         cast = node.target in (aten._to_copy.default, aten.to.dtype) and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        copies = node.target in _COPIES or cast or (node.target is aten.slice.Tensor and _takes_all(node))
+        detached = node.target is aten.detach.default and stopped_by(node) is None
+        copies = node.target in _COPIES or cast or detached or (node.target is aten.slice.Tensor and _takes_all(node))
         if node.op == "call_function" and copies and isinstance(node.args[0], fx.Node):
             replace(node, node.args[0])
             changed = True

@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from frpc import stopped
 from frpc.errors import (
     CaptureError,
     EmptyBatchError,
@@ -36,6 +37,7 @@ from frpc.errors import (
     nearest,
 )
 from frpc.graph import Origin, set_layers
+from frpc.stopped import settle, watching
 from frpc.values import all_hold, is_traced, whole
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
@@ -118,7 +120,13 @@ def argument_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
     return (*(n for n in parameters if n in names), *(n for n in names if n not in parameters))
 
 
-def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None = None, names: Sequence[str] = ()) -> Captured:
+def capture(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    output: str | int | None = None,
+    names: Sequence[str] = (),
+    gradients: bool = False,
+) -> Captured:
     """Captures ``model`` at ``inputs`` as one functional ATen graph with a free batch size where the model allows it.
 
     Args:
@@ -126,6 +134,7 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None
         inputs: example inputs, batch first.
         output: which output to explain, for models that return several.
         names: names to pass the inputs by, in the order of ``forward``; empty to pass them by position.
+        gradients: note where autograd would stop; see :mod:`frpc.stopped`.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model; carries its reason and the user's line.
@@ -137,10 +146,10 @@ def capture(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None
     pair = tuple(_pair(x) for x in inputs)
     reason = None
     try:
-        program = _export(model, pair, names, dynamic=True)
+        program = _export(model, pair, names, gradients, dynamic=True)
     except Exception as error:
         reason = _first_line(error)
-        program = _export_static(model, tuple(inputs), names, error)
+        program = _export_static(model, tuple(inputs), names, gradients, error)
     graph_module = _plain_graph(program, model, output)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     specs = tuple(_spec(node, reason is None) for node in placeholders)
@@ -185,14 +194,17 @@ def _pair(x: Tensor) -> Tensor:
     return torch.cat([x[:1], x[:1]]) if x.shape[0] == 1 else x[:2]
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: bool) -> ExportedProgram:
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], gradients: bool, dynamic: bool
+) -> ExportedProgram:
     batch = Dim("batch", min=1)
     named = dict(zip(names, inputs, strict=True)) if names else {}
     shapes: Any = {n: {0: batch} for n in names} if names else _positional(model, [{0: batch} for _ in inputs])
     with torch.no_grad(), _quiet("The tensor attributes"):  # recurrent layers note their weights anew at every call
-        program = torch.export.export(
-            model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
-        )
+        with watching(gradients):
+            program = torch.export.export(
+                model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
+            )
         return program.run_decompositions({})  # functional: in-place operators become plain ones, nothing else is unrolled
 
 
@@ -204,9 +216,13 @@ def _positional(model: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:
     return (*shapes[:first], *rest)
 
 
-def _export_static(model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], first: Exception) -> ExportedProgram:
+def _export_static(
+    model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], gradients: bool, first: Exception
+) -> ExportedProgram:
     try:
-        return _export(model, inputs, names, dynamic=False)
+        return _export(model, inputs, names, gradients, dynamic=False)
+    except CaptureError:  # it says what is wrong in the model
+        raise
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}\n"
@@ -259,6 +275,7 @@ def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int |
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             copies[node].meta["origin"] = _origin(node)
+    settle(graph)
     set_layers(graph, {name for name, _ in model.named_modules(remove_duplicate=False) if name})
     return fx.GraphModule(tree(constants), graph, class_name="Captured")
 
@@ -362,7 +379,7 @@ def _origin(node: fx.Node) -> Origin:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
     inside_torch = f"{torch.__path__[0]}/nn/"
-    user = [f for f in frames if not f[0].startswith(inside_torch)] or frames
+    user = [f for f in frames if not f[0].startswith((inside_torch, stopped.__file__, "<eval_with_key>"))] or frames
     file, line, source = user[-1] if user else ("", "0", "")
     return Origin(stack[-1][0] if stack else "", tuple(s[0] for s in stack if s[0]), file, int(line), source.strip())
 

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from frpc.affine import Operand, bind
 from frpc.errors import LayerNameError, OptionError, nearest
 from frpc.graph import RESHAPES, first_result, origin_of
+from frpc.stopped import stopped_by
 
 __all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "is_first_result", "may_carry", "operands_of"]
 
@@ -125,6 +126,8 @@ def may_carry(node: fx.Node, carried: Collection[fx.Node], constant: Sequence[st
     """Says whether a call's result depends on carried values by more than their shapes."""
     first = first_result(node.meta.get("val"))
     if not isinstance(first, torch.Tensor) or not first.is_floating_point() or node.target in _VALUE_FREE:
+        return False
+    if stopped_by(node) == "":
         return False
     modules = origin_of(node).modules or ("",)
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):

@@ -160,6 +160,7 @@ class Gap:
         where: ``file:line`` of the user's code.
         source: that line's text.
         shape: dtype and shape of the result.
+        fix: what to do, where a rule for the operator is not the answer.
     """
 
     node: str
@@ -169,6 +170,7 @@ class Gap:
     where: str
     source: str
     shape: str
+    fix: str = ""
 
 
 class UnsupportedOpError(FrpcError):
@@ -198,6 +200,8 @@ def _describe_gaps(gaps: Sequence[Gap], total: int) -> str:
         for gap in members:
             lines.append(f"    {gap.module or '(top level)'}   {gap.where}   {gap.source}   {gap.shape}")
     first = gaps[0]
+    if first.fix:
+        return "\n".join([*lines, f"  Fix: {first.fix}"])
     lines.append(f"  Fix: register a rule with @frpc.rule(torch.ops.{first.op}) — docs/adding_a_rule.md;")
     lines.append(f'       or let it count as a constant: frpc.compile(..., constant=["{first.module or "*"}"])')
     return "\n".join(lines)

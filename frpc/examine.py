@@ -75,9 +75,10 @@ def examine(
     """
     names = argument_order(model, list(inputs)) if isinstance(inputs, Mapping) else ()
     examples = [inputs[n] for n in names] if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs
-    front = pipeline.front(snapshot(model), examples, output, names)
+    rules = rule or FRP()
+    front = pipeline.front(snapshot(model), examples, output, names, rules.account.gradients)
     asked = (source,) if isinstance(source, str) else source
-    found = assign(front.canonical, rule or FRP(), constant, front.captured.inputs[0].batch, asked)
+    found = assign(front.canonical, rules, constant, front.captured.inputs[0].batch, asked)
     gaps = {gap.node: gap for gap in found.gaps}
     rows = []
     for node in front.canonical.graph.nodes:
@@ -89,6 +90,6 @@ def examine(
             )
         elif node.name in gaps:
             gap = gaps[node.name]
-            fix = f'{gap.reason}: @frpc.rule(torch.ops.{gap.op}), or constant=["{gap.module}"]'
+            fix = gap.fix or f'{gap.reason}: @frpc.rule(torch.ops.{gap.op}), or constant=["{gap.module}"]'
             rows.append(CoverageRow(node.name, gap.op, "", *place, gap.shape, fix))
     return Coverage(type(model).__name__, tuple(rows))

@@ -112,10 +112,12 @@ class Compiled:
         return found
 
 
-def front(model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = ()) -> Front:
+def front(
+    model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = (), gradients: bool = False
+) -> Front:
     """Captures and canonicalizes a model; see :func:`frpc.capture.capture`."""
     start = time.perf_counter()
-    captured = capture(model, inputs, output, names)
+    captured = capture(model, inputs, output, names, gradients)
     taken = Stage("capture", time.perf_counter() - start, (), captured.graph_module)
     canonical, canonized, ledger = _canonical(captured)
     return Front(captured, canonical, (taken, canonized), mixing(captured, inputs), ledger, _output(canonical))
@@ -226,7 +228,8 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: Clock | Non
     fixed = shared.captured.inputs[0].batch
     if shared.mixing is not None and shared.mixing.startswith("The explained output"):
         raise BatchError(shared.mixing)  # no rule could mend that the output is not one result a sample
-    assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of).demand_complete()
+    assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of, query.layers)
+    assignment.demand_complete()
     if shared.mixing is not None:
         raise BatchError(shared.mixing)
     clock.note("assign", assignment)

@@ -17,6 +17,7 @@ from frpc.assign import Assignment
 from frpc.capture import argument_order, snapshot
 from frpc.confirming import confirm, conservation, verify
 from frpc.errors import InputError, LayerNameError, nearest
+from frpc.finite import demand_finite
 from frpc.graph import empty_like, first_result
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
@@ -129,7 +130,8 @@ class Programs:
                 found = self.fronts.get(signature)
                 if found is None:
                     names = self._names or (inputs.names if isinstance(inputs, NamedInputs) else ())
-                    found = pipeline.front(self.model, inputs, self.choice.output, names)
+                    gradients = self.choice.rules.account.gradients
+                    found = pipeline.front(self.model, inputs, self.choice.output, names, gradients)
                     self._names = names or None
                     self.fronts[signature] = found
         return found
@@ -172,7 +174,9 @@ class Programs:
         query = compiled.plan.query
         form = Form(len(inputs), query.columns, len(query.layers), compiled.fixed_batch)
         program = compiled.portable if is_traced() else compiled.function
-        return run(program, inputs, functional, compiled.references, form)
+        results = run(program, inputs, functional, compiled.references, form)
+        demand_finite(compiled, inputs, functional, results)
+        return results
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""

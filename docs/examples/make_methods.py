@@ -76,6 +76,22 @@ print(explainer.table())  # which rule each node got
 `frpc.rules` also has `EpsilonGammaBox(low=, high=)`, `ZBox(low=, high=)`, `WSquare()` and `Flat()`, which need bounds or are
 meant for the first layer, `Gate()` and `Half()` for products, and `LID(reference=, steps=)`: `steps=None` is the exact average
 over the path from the reference, `steps=10` the paper's.
+
+## Gradients, and where autograd stops
+
+`gradient`, `gradient-input`, `guided-backprop`, `deconvnet`, `rectified-gradient`, `lrp-taylor`, what `frpc.repeat`,
+`frpc.cam` and `frpc.perturb` make of gradients, and the methods of `frpc.captum` that are named after gradients, give what
+autograd gives:
+
+- No gradient goes through `x.detach()`, `x.data` or what is computed under `torch.no_grad()`. A straight-through estimator,
+  `x + (q(x) - x).detach()`, has the gradient of `x`. An inner layer behind a `detach` has a gradient, as in Captum.
+- A `torch.autograd.Function` brings a backward of its own, which `torch.export` does not record. Where the gradient would go
+  through one, compiling raises `UnsupportedOpError`, which names the function and its line.
+- A derivative that is infinite or has no value (`sqrt` at 0) raises `NonFiniteError`, which names the operator and its line. No
+  map holds NaN.
+
+All other rule sets (FRP, LID, DeepLIFT, the LRP family) account for values. `detach` does not change a value, so for them it is
+a copy, and of an `autograd.Function` they explain the forward.
 """
 
 TOPS_HEAD = """\

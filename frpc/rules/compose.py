@@ -59,7 +59,7 @@ class _Composed(RuleSet):
         if all(s.account.constants for s in sets):
             return self.default.account
         base = self.default.account
-        return Account(False, base.reference, base.from_reference, base.gives, base.spelled_out, "see its parts")
+        return Account(False, base.reference, base.from_reference, base.gives, base.spelled_out, base.gradients, "see its parts")
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the rule of the first choice that matches, else the default's."""

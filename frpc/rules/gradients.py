@@ -40,7 +40,7 @@ class Gradient(RuleSet):
     @property
     def account(self) -> Account:
         gives: Literal["relevance", "multiplier"] = "relevance" if self.times_input else "multiplier"
-        return Account(gives=gives, spelled_out=True, conserves="nothing")
+        return Account(gives=gives, spelled_out=True, gradients=True, conserves="nothing")
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the operator's Jacobian."""

@@ -37,10 +37,14 @@ aten = torch.ops.aten
 
 
 def _secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: Tensor) -> Tensor:
-    """``(f(a) - f(r)) / (a - r)``; the derivative in the middle where a and r are so close that the difference has no digits."""
+    """``(f(a) - f(r)) / (a - r)``; the derivative in the middle where a and r are so close that the difference has no digits.
+
+    Where that is infinite (the root of 0, at both ends), nothing changed and nothing is passed on: ``0 = 0 (a - r)``.
+    """
     d = a - r
     near = d.abs() <= math.sqrt(torch.finfo(a.dtype).eps) * torch.maximum(a.abs(), r.abs())
     slope = derivative(function, 0.5 * (a + r))
+    slope = torch.where(torch.isfinite(slope), slope, 0.0)
     exact = torch.where(near, slope, change / torch.where(near, 1.0, d))
     return torch.where(torch.isfinite(d), exact, 0.0)  # what a mask set to minus infinity stays there
 

@@ -59,6 +59,8 @@ class Account:
         gives: ``relevance``, or the ``multiplier`` itself (plain gradients).
         spelled_out: norms are taken apart into what they compute; products carry both factors and both operands of
             a division.
+        gradients: what is asked for is autograd's derivative, which stops at ``detach()``. Other rules explain values, and there
+            ``detach`` is a copy.
         conserves: what the map sums to, in words, for tables.
     """
 
@@ -67,6 +69,7 @@ class Account:
     from_reference: bool = False
     gives: Gives = "relevance"
     spelled_out: bool = False
+    gradients: bool = False
     conserves: str = ""
 
 
