@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -21,7 +22,6 @@ __all__ = [
     "Question",
     "Targets",
     "joined",
-    "key_of",
     "module_of",
     "read",
     "versions",
@@ -50,13 +50,13 @@ class Arranged(nn.Module):
     Increments are explained as ``f(x_ref + (x - x_ref))``, so that one program serves all references, one for each sample.
     """
 
-    def __init__(self, model: nn.Module, count: int, referred: bool, further: Sequence[Any]) -> None:
+    def __init__(self, model: nn.Module, asked: Question) -> None:
         super().__init__()
         self.model = model
-        self.sources = nn.ModuleList(Source() for _ in range(count))
-        self.referred = referred
-        self.further = tuple(None if _is_batch(value) else value for value in further)
-        self.are_tensors = tuple(_is_batch(value) for value in further)
+        self.sources = nn.ModuleList(Source() for _ in asked.inputs)
+        self.referred = bool(asked.references)
+        self.further = tuple(None if batch else value for value, batch in zip(asked.further, asked.batched, strict=True))
+        self.are_tensors = asked.batched
 
     def forward(self, *tensors: Tensor) -> Any:
         feed = iter(tensors)
@@ -104,25 +104,42 @@ class Question:
         references: one like each, or none.
         further: what else the model takes.
         target: as the explainer takes it, or a list with a tuple for each sample.
+        held: every further tensor is compiled into the program, those too that have as many rows as there are samples.
     """
 
     inputs: tuple[Tensor, ...]
     references: tuple[Tensor, ...]
     further: tuple[Any, ...]
     target: Any
+    held: bool = False
 
     @property
     def count(self) -> int:
         return int(self.inputs[0].shape[0])
 
     @property
+    def batched(self) -> tuple[bool, ...]:
+        """Which further arguments are inputs of the program: tensors with a row for each sample. The others are part of it."""
+        return tuple(not self.held and _has_rows(value, self.count) for value in self.further)
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the program takes."""
-        return (*self.inputs, *self.references, *(value for value in self.further if _is_batch(value)))
+        rows = (value for value, batch in zip(self.further, self.batched, strict=True) if batch)
+        return (*self.inputs, *self.references, *rows)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What a program that answers this is found by."""
+        further = (
+            "batch" if batch else key_of(value, at)
+            for at, (value, batch) in enumerate(zip(self.further, self.batched, strict=True))
+        )  # fmt: skip
+        return (len(self.inputs), bool(self.references), *further)
 
     def at_reference(self) -> Question:
         """The same with the inputs at their references."""
-        return Question(self.references, self.references, self.further, self.target)
+        return replace(self, inputs=self.references)
 
     def parts(self, size: int | None) -> Iterator[Question]:
         """Cuts the batch into parts of ``size`` samples.
@@ -135,9 +152,10 @@ class Question:
         step = size or max(self.count, 1)
         for start in range(0, max(self.count, 1), step):
             rows = slice(start, start + step)
-            further = tuple(value[rows] if _is_batch(value) else value for value in self.further)
+            further = tuple(v[rows] if batch else v for v, batch in zip(self.further, self.batched, strict=True))
             target = self.target[rows] if isinstance(self.target, Tensor | list) else self.target
-            yield Question(tuple(x[rows] for x in self.inputs), tuple(x[rows] for x in self.references), further, target)
+            inputs, references = (tuple(x[rows] for x in given) for given in (self.inputs, self.references))
+            yield replace(self, inputs=inputs, references=references, further=further, target=target)
 
 
 def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, referred: bool) -> Question:
@@ -202,17 +220,20 @@ def _read_target(target: Any, count: int) -> Any:
     return torch.tensor(target)
 
 
-def _is_batch(value: object) -> bool:
-    """Says whether a further argument has samples, and is not fixed."""
-    return isinstance(value, Tensor) and value.dim() > 0
+def _has_rows(value: object, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
 
 
 def key_of(value: object, position: int, inside: bool = False) -> Any:
-    """What a program that was compiled with a fixed argument is found by."""
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return "number", value.dtype, value.item()
-    if _is_batch(value) and not inside:
-        return "batch"
+    """What a program that was compiled with a fixed argument is found by: its value.
+
+    Raises:
+        InputError: for an object whose value is not known to be all there is to it.
+    """
+    if isinstance(value, Tensor) and not (inside and value.dim()):  # a part of the batch would not reach what a list holds
+        number = value.detach().cpu().contiguous()
+        content = hashlib.sha256(number.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        return "tensor", value.dtype, value.device, tuple(value.shape), content
     if isinstance(value, list | tuple):
         return type(value), tuple(key_of(one, position, True) for one in value)
     if isinstance(value, dict):
@@ -220,8 +241,9 @@ def key_of(value: object, position: int, inside: bool = False) -> Any:
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return type(value), value
     raise InputError(
-        f"additional_forward_args[{position}] {'holds' if inside else 'is'} {type(value).__name__}. Tensors, batch first, are "
-        "inputs of the program; what else is given is compiled into it: numbers, strings, None, lists, tuples and dicts of these."
+        f"additional_forward_args[{position}] {'holds' if inside else 'is'} {type(value).__name__}. Tensors with a row for each "
+        "sample are inputs of the program; what else is given is compiled into it: other tensors, numbers, strings, None, and "
+        "lists, tuples and dicts of numbers and strings."
     )
 
 

@@ -9,15 +9,16 @@ does not count).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from frpc import rules
-from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, key_of, module_of, read, versions, wrapped
+from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, module_of, read, versions, wrapped
 from frpc.compiler import compile
-from frpc.errors import OptionError
+from frpc.errors import BatchError, CaptureError, OptionError
 from frpc.explainer import Explainer
 from frpc.repeat import points
 from frpc.rules.ruleset import RuleSet
@@ -35,6 +36,7 @@ __all__ = [
     "Saliency",
 ]
 
+_KEPT = 16  # programs: arguments that are compiled in may be others at every call
 Result: TypeAlias = Any  # what the inputs were, a tensor or a tuple of them; with return_convergence_delta beside [B]
 
 
@@ -65,7 +67,7 @@ class Propagation:
         additional_forward_args: Any = None,
     ) -> Tensor:  # fmt: skip
         """``sum R - (f(x) - f(x_ref))`` for each sample, ``[B]``; what Captum's ``NoiseTunnel`` asks for."""
-        asked = read(end_point, start_point, target, additional_forward_args, True)
+        asked = self._settled(read(end_point, start_point, target, additional_forward_args, True))
         return self._delta(asked, attributions if isinstance(attributions, tuple) else (attributions,))
 
     def _explainer(self, asked: Question) -> Explainer:
@@ -73,13 +75,33 @@ class Propagation:
         weights = versions(self._model)
         if weights != self._weights:
             self._explainers, self._weights = {}, weights
-        referred = bool(asked.references)
-        layout = (len(asked.inputs), referred, *(key_of(value, at) for at, value in enumerate(asked.further)))
+        layout = asked.layout
         if layout not in self._explainers:
-            arranged = Arranged(self._model, len(asked.inputs), referred, asked.further)
             sources = [f"sources.{position}" for position in range(len(asked.inputs))]
-            self._explainers[layout] = compile(arranged, rule=self._rules[referred], source=sources)
+            rule = self._rules[bool(asked.references)]
+            self._explainers[layout] = compile(Arranged(self._model, asked), rule=rule, source=sources)
+            while len(self._explainers) > _KEPT:
+                del self._explainers[next(iter(self._explainers))]
         return self._explainers[layout]
+
+    def _settled(self, asked: Question) -> Question:
+        """The question in a form that a program answers.
+
+        A further tensor with as many rows as there are samples may have none of the samples' own, such as the edges ``[2, E]`` of
+        a graph beside two samples. The model then does not treat its rows apart, which capturing it finds out.
+        """
+        if not any(asked.batched):
+            return asked
+        held = replace(asked, held=True)
+        if held.layout in self._explainers:
+            return held
+        try:
+            self._explainer(asked).compiled(*asked.tensors)
+        except (BatchError, CaptureError):
+            del self._explainers[asked.layout]
+            self._explainer(held).compiled(*held.tensors)
+            return held
+        return asked
 
     def _explained(self, asked: Question) -> tuple[Tensor, ...]:
         explainer = self._explainer(asked)
@@ -98,7 +120,7 @@ class Propagation:
 
     def _attribute(self, asked: Question, like: Inputs, size: int | None, delta: bool) -> Result:
         """Explains the parts of a batch; gives a tuple for a tuple."""
-        found = [(self._explained(part), part) for part in asked.parts(size)]
+        found = [(self._explained(part), part) for part in self._settled(asked).parts(size)]
         attributions = joined([maps for maps, _ in found])
         result = attributions if isinstance(like, tuple) else attributions[0]
         return (result, torch.cat([self._delta(part, maps) for maps, part in found])) if delta else result
@@ -157,7 +179,8 @@ class FRP(Propagation):
                 one for each input. None explains the whole output; unlike ``0``, which leaves out ``f(0)``.
             target: an int or a tuple of ints for all samples; a list of either, or a tensor ``[B]``, with one for each; None for
                 models with one output.
-            additional_forward_args: passed to the model behind the inputs and not explained; tensors have the batch first.
+            additional_forward_args: passed to the model behind the inputs and not explained. Tensors with a row for each sample
+                go with their samples; others (edges of a graph, a mask for all) are compiled into the program.
             internal_batch_size: how many samples run at one time; all by default.
             return_convergence_delta: return ``(attributions, delta)``.
 
@@ -281,14 +304,14 @@ class IntegratedGradients(Propagation):
             n_steps: points on the way; one runs at a time.
             method: a quadrature of :func:`frpc.repeat.integrated_gradients`.
         """
-        asked = read(inputs, baselines, target, additional_forward_args, True)
+        asked = self._settled(read(inputs, baselines, target, additional_forward_args, True))
         places, weights = points(method, n_steps)
         found = []
         for part in asked.parts(internal_batch_size):
             means = [torch.zeros_like(x) for x in part.inputs]
             for place, weight in zip(places.tolist(), weights.tolist(), strict=True):
                 along = tuple(there + place * (x - there) for x, there in zip(part.inputs, part.references, strict=True))
-                gradients = self._explained(Question(along, (), part.further, part.target))
+                gradients = self._explained(replace(part, inputs=along, references=()))
                 means = [mean + weight * gradient for mean, gradient in zip(means, gradients, strict=True)]
             found.append(tuple(m * (x - t) for m, x, t in zip(means, part.inputs, part.references, strict=True)))
         attributions = joined(found)

@@ -200,6 +200,33 @@ def test_fixed_arguments_are_told_apart_by_type_and_value():
     assert len(method._explainers) == 3
 
 
+class Edges(nn.Module):
+    """Nodes and the edges between them: every sample has the same graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.out = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, edges: Tensor, weights: Tensor | None = None) -> Tensor:
+        sent = self.inside(x)[:, edges[0]]
+        return self.out((sent if weights is None else sent * weights[:, None]).tanh().mean(1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 2], ids=["one sample", "other rows than samples", "as many rows as samples"])
+def test_arguments_without_samples_are_part_of_the_program(count):
+    """Edges ``[2, 8]``, also of two samples; other edges in the next call are other edges."""
+    model, x = built(lambda: nn.Sequential(Edges()))[0], randn(count, 5, 6, seed=4)
+    gradient, whole = InputXGradient(model), FRP(model)
+    for seed in (0, 1):
+        edges = torch.randint(0, 5, (2, 8), generator=torch.Generator().manual_seed(seed))
+        further = (edges, randn(8, seed=seed))
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(leaf, *further)[:, 1].sum(), leaf)
+        assert error(gradient.attribute(x, target=1, additional_forward_args=further), x * slope) <= 1e-12
+        found = whole.attribute(x, target=1, additional_forward_args=further)
+        assert float((total((found,)) - model(x, *further)[:, 1].detach()).abs().max()) <= 1e-12
+
+
 def test_weights_are_those_of_the_call():
     """Trained on, the next map is of the model as it is; its mode stays."""
     model, x = built(lambda: mlp(True)).train(), randn(2, 6, seed=3)

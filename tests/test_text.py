@@ -102,6 +102,21 @@ def test_sums_survive(found, relevance):
     assert found.error <= 1e-15
 
 
+def test_padding_takes_none_of_the_constants(relevance):
+    """Two sources, a share of 3 on all of their cells: afterwards it lies on the six tokens alone, and the sum is what it was."""
+    bias = torch.tensor([3.0, 3.0], dtype=torch.float64)
+    cells = 7 * 5 + 7 * 2
+    local = relevance.clone()
+    local[:, 6] = 0  # the mask keeps what is padded out of the model
+    other = local[..., :2] * 0.5
+    whole = Explanation(torch.zeros(2, 2), (local + 3 / cells, other + 3 / cells), bias)
+    found = text.of(whole, text.listed(PIECES, MASK), ASKED, sample=1)
+    expected = (local[1].sum(1) + other[1].sum(1))[:6] + 3 / 6
+    assert [token.relevance for token in found.tokens] == pytest.approx(expected.tolist(), abs=1e-13)
+    assert found.padding == pytest.approx(0, abs=1e-13)
+    assert found.total == pytest.approx(float(local[1].sum() + other[1].sum()) + 3, abs=1e-12)
+
+
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("special", [False, True])
 def test_the_account_adds_up_whatever_is_shown(found, pieces, special):

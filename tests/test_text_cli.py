@@ -107,6 +107,49 @@ def test_a_classifier_with_texts_of_two_lengths(bert, tmp_path):
     assert "brilliantly</span>" in page.read_text()
 
 
+def test_a_text_has_one_map_whatever_stands_beside_it(bert, tmp_path):
+    """Padding takes no share of the constants: alone, and with longer texts, the numbers are the same."""
+    short, others = "the dull half", ([], [TEXT], [TEXT, "the first play " * 4])
+    maps = []
+    for count, more in enumerate(others):
+        texts = [part for text in [short, *more] for part in ("--text", text)]
+        result = run("--model", bert, *texts, "--out", tmp_path / str(count), "--dtype", "float64", "--target", 1, "--json")
+        assert result.exit_code == 0, result.output
+        entry = json.loads(result.stdout)["texts"][0]
+        check_account(entry, 1e-12)
+        assert entry["padding"] == pytest.approx(0, abs=1e-12)
+        maps.append([word["relevance"] for word in entry["words"]])
+    assert maps[0] == pytest.approx(maps[1], abs=1e-12)
+    assert maps[0] == pytest.approx(maps[2], abs=1e-12)
+
+
+def test_most_words_unknown_is_said(bert, tmp_path):
+    result = run("--model", bert, "--text", "zebra quartz jumping", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "3 of 5 tokens are unknown to the tokenizer" in " ".join(result.stdout.split())
+
+
+def test_a_folder_without_a_tokenizer(bert, tmp_path):
+    """The library would make one that knows no word, and every word would be [UNK]."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((bert / name).read_bytes())
+    refused(
+        run("--model", bare, "--text", TEXT, "--out", tmp_path / "out"),
+        "WeightsError",
+        "no tokenizer",
+        "tokenizer.json",
+        "vocab.txt",
+    )
+    empty = copy_of(bert, tmp_path / "empty")
+    for path in empty.glob("*"):
+        if path.name.startswith(("tokenizer", "vocab", "special")):
+            path.unlink()
+    (empty / "vocab.txt").write_text("\n".join(WORDS[:5]), encoding="utf-8")
+    refused(run("--model", empty, "--text", TEXT, "--out", tmp_path / "out"), "WeightsError", "no word among them")
+
+
 def test_a_language_model_names_its_next_token(gpt2, tmp_path):
     result = run("--model", gpt2, "--text", "the first play", "--out", tmp_path, "--dtype", "float64", "--json")
     assert result.exit_code == 0, result.output

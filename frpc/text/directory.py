@@ -47,7 +47,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
 
     Raises:
         PackageError: transformers is not installed.
-        WeightsError: no such folder, no configuration, no safetensors file, or one that does not fit.
+        WeightsError: no such folder, no configuration, no tokenizer, no safetensors file, or one that does not fit.
         ModelNameError: an architecture that is neither, or that only code in the folder defines.
         DeviceError: no such device.
     """
@@ -60,6 +60,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     _check_known(installed, config, architecture)
     try:
         tokenizer = installed.AutoTokenizer.from_pretrained(folder, **CLOSED)
+        _check_tokenizer(tokenizer, folder)
         loader = getattr(installed, f"AutoModelFor{kind}")
         model, report = loader.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **CLOSED)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -122,6 +123,18 @@ def _check_weights(folder: Path, kind: str) -> None:
         f"{folder} holds no safetensors file, only {', '.join(pickles)}: a pickle, and reading one can run any code in it.\n"
         f"  Fix: {CONVERT.format(kind=kind, folder=folder)}"
     )
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuses a tokenizer that was made of nothing: without its files the library makes one that knows no word."""
+    files = sorted({name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)})
+    if files and not any((folder / name).is_file() for name in files):
+        raise WeightsError(
+            f"{folder} holds no tokenizer: there is none of {', '.join(files)}. Without one every word is unknown.\n"
+            f"  Fix: copy the files from where the model comes from, or write them: tokenizer.save_pretrained({str(folder)!r})"
+        )
+    if files and tokenizer.vocab_size <= len(set(tokenizer.all_special_ids)):
+        raise WeightsError(f"The tokenizer in {folder} knows {tokenizer.vocab_size} tokens, and no word among them.")
 
 
 def _check_known(transformers: Any, config: dict[str, Any], architecture: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["TextExplanation", "of", "page"]
 
 SPREAD = {
-    "uniform": "spread evenly over all positions",
+    "uniform": "spread evenly over the tokens",
     "receptive_field": "spread over the positions the output can see",
 }
 
@@ -162,6 +162,11 @@ class TextExplanation:
         if self.policy in SPREAD:
             share = f"{self.bias:+.4g}".replace("-", "−")
             remarks.append(f"The constants' share of the output, {share}, is part of the numbers above: {SPREAD[self.policy]}.")
+        if 2 * self.reading.unknown > len(self.reading.pieces):
+            remarks.append(
+                f"{self.reading.unknown} of {len(self.reading.pieces)} tokens are unknown to the tokenizer: it may not be the "
+                "model's own."
+            )
         if self.reading.cut:
             remarks.append(f"The text was too long: its last {self.reading.cut} tokens were cut off and not explained.")
         return tuple(remarks)
@@ -178,6 +183,9 @@ def of(
     special: bool = True,
 ) -> TextExplanation:
     """Reads one text off an explanation of embeddings.
+
+    With ``policy="uniform"`` the constants' share goes to the text's own tokens, and none of it to padding: a text's map is the
+    same whatever stands beside it in the batch.
 
     Args:
         explanation: with relevance ``[B, T, E]``, or ``[B, K, T, E]`` for K targets; where there are several sources of
@@ -199,11 +207,14 @@ def of(
     positions = len(reading.positions) + len(reading.padding)
     if any(values.shape[0] != positions for values in maps):
         raise ShapeError(f"{positions} tokens for relevance of {[values.shape[0] for values in maps]} positions.")
+    bias = float(explanation.bias[sample, column] if columns else explanation.bias[sample])
+    if policy == "uniform" and reading.padding:
+        maps = _off_padding(maps, bias, reading.positions)
     return TextExplanation(
         reading=reading,
         relevance=np.add.reduce([values.sum(1) for values in maps]),
         output=float(explanation.output[(sample, *question.index)]),
-        bias=float(explanation.bias[sample, column] if columns else explanation.bias[sample]),
+        bias=bias,
         question=question,
         policy=policy,
         magnitude=sum(float(np.abs(values).sum()) for values in maps) or 1.0,
@@ -221,6 +232,14 @@ def _one(relevance: Tensor, sample: int, column: int | None) -> NDArray[np.float
             'Compile with source="path.of.the.embedding".'
         )
     return finite(relevance[sample] if column is None else relevance[sample, column])
+
+
+def _off_padding(maps: Sequence[NDArray[np.float64]], bias: float, positions: Sequence[int]) -> list[NDArray[np.float64]]:
+    """Moves the constants' share, which lies evenly on all cells of the maps, onto those of the text's own positions."""
+    own = np.isin(np.arange(len(maps[0])), positions)
+    cells = sum(values.size for values in maps)
+    kept = sum(values[own].size for values in maps)
+    return [values - bias / cells + np.where(own, bias / kept, 0.0)[:, None] for values in maps]
 
 
 def page(texts: Sequence[TextExplanation], title: str = "frpc: explained texts", *, pieces: bool = False) -> str:

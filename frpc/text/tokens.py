@@ -29,6 +29,7 @@ class Reading:
         padding: positions of the input that hold none of them.
         cut: tokens left out because the text was too long.
         text: the text itself, where it is known.
+        unknown: how many tokens stand for something that the tokenizer does not know.
     """
 
     pieces: tuple[str, ...]
@@ -38,6 +39,7 @@ class Reading:
     padding: tuple[int, ...] = ()
     cut: int = 0
     text: str = ""
+    unknown: int = 0
 
 
 def listed(tokens: Sequence[str], mask: Sequence[bool] | None = None, special: Collection[str] = ()) -> Reading:
@@ -113,4 +115,5 @@ def _reading(tokenizer: Any, encoding: Any, marks: Marks, longest: int, text: st
         spell=tokenizer.convert_tokens_to_string,
     )
     positions, padding = tuple(range(len(ids))), tuple(range(len(ids), longest))
-    return Reading(tuple(pieces), positions, tuple(special), tuple(found), padding, encoding["cut"], text)
+    unknown = sum(number == tokenizer.unk_token_id for number in ids) if tokenizer.unk_token_id is not None else 0
+    return Reading(tuple(pieces), positions, tuple(special), tuple(found), padding, encoding["cut"], text, unknown)
