@@ -201,7 +201,7 @@ def _export(
     named = dict(zip(names, inputs, strict=True)) if names else {}
     shapes: Any = {n: {0: batch} for n in names} if names else _positional(model, [{0: batch} for _ in inputs])
     with torch.no_grad(), _quiet("The tensor attributes"):  # recurrent layers note their weights anew at every call
-        with watching(gradients):
+        with watching(model, gradients):
             program = torch.export.export(
                 model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
             )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -112,15 +112,30 @@ def _forwards() -> dict[CodeType, str]:
 
 
 @contextmanager
-def watching(wanted: bool) -> Iterator[None]:
-    """Captures with marks where gradients are asked for, and without gradients else."""
-    grad: AbstractContextManager[Any] = torch.enable_grad() if wanted else torch.no_grad()
+def watching(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Runs a model with marks wherever it is called inside, if gradients are asked for; and without gradients else.
+
+    Hooks switch the marks on and off, so that what else capturing does goes without them.
+    """
     if not wanted:
-        with grad:
+        with torch.no_grad():
             yield
         return
-    with grad, Watching():
-        yield
+    mode = Watching()
+    hooks = (
+        model.register_forward_pre_hook(lambda module, given: _ignored(mode.__enter__()), prepend=True),
+        model.register_forward_hook(lambda module, given, found: mode.__exit__(None, None, None), always_call=True),
+    )
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ignored(result: Any) -> None:
+    """A hook that returns something would change what it is hooked to."""
 
 
 def settle(graph: fx.Graph) -> None:
