@@ -120,6 +120,20 @@ def kernels(
 
 
 @app.command()
+def gpu(
+    only: Annotated[str, typer.Option(help="Parts, with commas; all if left out.")] = "",
+    again: Annotated[bool, typer.Option("--again", help="Also parts that have a result.")] = False,
+    misses: Annotated[bool, typer.Option("--misses", help="Also parts that failed.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for all parts together.")] = 470.0,
+    json: Annotated[Path | None, typer.Option(help="The results, and the state.", callback=_writable)] = None,
+) -> None:
+    """All that only a CUDA device can show, in one command; run again, it goes on where it was stopped."""
+    from bench.gpu.run import RECORD, run
+
+    raise typer.Exit(run(json or RECORD, _words(only), again, misses, seconds))
+
+
+@app.command()
 def neurons(
     net: Annotated[str, typer.Option(help="thesis_alexnet, or a torchvision classifier.")] = "thesis_alexnet",
     layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",

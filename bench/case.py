@@ -29,6 +29,7 @@ __all__ = [
     "gate",
     "own_forward",
     "prepare",
+    "prepare_model",
     "with_targets",
 ]
 
@@ -106,7 +107,12 @@ class Case:
 
 def prepare(name: str, batch: int, device: str = "cpu", side: int | None = None) -> Case:
     """Builds a net with random weights and compiles it; what is timed does not depend on the weights' values."""
-    model, x = build(name, side, batch)  # no parameter wants a gradient: peers compute the input's and no others
+    model, x = build(name, side, batch)
+    return prepare_model(name, model, x, device)
+
+
+def prepare_model(name: str, model: nn.Module, x: Tensor, device: str) -> Case:
+    """Compiles a model no parameter of which wants a gradient: peers then compute the input's and no others."""
     model, x = model.to(device), x.to(device)
     start = time.perf_counter()
     explainer = frpc.compile(model, (x,))

@@ -102,6 +102,19 @@ SECTIONS = (
         "only",
     ),
     Section(
+        "gpu",
+        "A GPU in one command",
+        "`python -m bench gpu` runs, in under 8 minutes, what only a CUDA device can show: kernels beside their references "
+        "and beside ATen, compute-sanitizer where it is installed, CUDA graphs on several streams, ResNet-50, VGG-16, "
+        "ViT-B/16 and BERT beside autograd and Captum, bfloat16, layer maps of VGG-16's conv5_3. Each part is a process of "
+        "its own with a time limit, and its result is written as it ends; run again, the command goes on where it was "
+        "stopped, `--misses` runs what failed once more, `--only PART,PART` some parts alone. Without a CUDA device it "
+        "says so and ends with exit status 2.",
+        "gpu",
+        sections.gpu,
+        "only",
+    ),
+    Section(
         "neurons",
         "Every neuron of a layer",
         "All maps of a layer in one call, and how many times faster that is than other ways to all of them; ways too slow "

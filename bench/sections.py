@@ -274,6 +274,15 @@ def files(records: Sequence[Record]) -> str:
     return table(heads, rows)
 
 
+def gpu(records: Sequence[Record]) -> str:
+    """The parts of the GPU's command, and what each found."""
+    parts = results(records)
+    rows = [[f"`{r['part']}`", r["what"], r["status"], r["reason"], f"{r['seconds']:.0f}"] for r in parts]
+    found = [(r["part"], one["line"]) for r in parts for one in r["results"] if "line" in one]
+    lines = "".join(f"- `{part}`: {line}\n" for part, line in found)
+    return table(("part", "shows", "result", "reason", "seconds"), rows, 4) + (f"\n{lines}" if found else "")
+
+
 def serving(records: Sequence[Record]) -> str:
     """The serving examples under load."""
     rows = [
