@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from frpc.errors import OptionError, nearest
 from frpc.maps import LinearMap, LinearOp, Pool, Scale
+from frpc.torch_compat import OpOverload, schema_of
 from frpc.traits import NAMES, UNKNOWN, Operand, Traits
 
 __all__ = [
@@ -199,7 +199,7 @@ def rule(
         for op in ops:
             if not isinstance(op, OpOverload):
                 raise OptionError(f"{op} is no operator overload: name one, such as torch.ops.aten.mean.dim, not aten.mean.")
-            names = [a.name for a in op._schema.arguments]
+            names = [a.name for a in schema_of(op).arguments]
             chosen = (carries,) if isinstance(carries, str) else tuple(carries or names[:1])
             unknown = [n for n in chosen if n not in names]
             if unknown:
@@ -214,7 +214,7 @@ def rule(
 def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a call by schema name, with the schema's defaults filled in."""
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(op._schema.arguments):
+    for position, argument in enumerate(schema_of(op).arguments):
         if position < len(args):
             bound[argument.name] = args[position]
         elif argument.name in kwargs:
@@ -246,7 +246,7 @@ def elementwise(
         constant = at_zero(*arguments) if callable(at_zero) else at_zero
         return Affine({_first(op): Scale(secant(a, *arguments), a.shape)}, constant or None)
 
-    function.__name__ = op._schema.name.split("::")[1]
+    function.__name__ = schema_of(op).name.split("::")[1]
     rule(op, formula=formula, source="T 3.8, method §2: secant through 0", elementwise=True, **traits)(function)
 
 
@@ -267,12 +267,12 @@ def linear_op(
     def build(call: Call, a: Tensor, *arguments: Any) -> Affine:
         return Affine({_first(op): kind(function(call, a, *arguments), a.shape, call.value.shape)})
 
-    build.__name__ = op._schema.name.split("::")[1]
+    build.__name__ = schema_of(op).name.split("::")[1]
     rule(op, formula=formula or "the operator itself", source="method §2: linear", linear=True, **traits)(build)
 
 
 def _first(op: OpOverload) -> str:
-    return str(op._schema.arguments[0].name)
+    return str(schema_of(op).arguments[0].name)
 
 
 def is_float(value: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frpc.errors import InputError, OptionError, ShapeError, TargetError
+from frpc.torch_compat import version_of
 
 __all__ = [
     "Arranged",
@@ -92,7 +93,7 @@ def versions(model: nn.Module) -> tuple[Any, ...]:
     """Changes where weights do: assigned, moved, or written in place; torch does not count what is written through ``.data``."""
     read = (model, *model.reads) if isinstance(model, Called) else (model,)
     tensors = [tensor for part in read for tensor in (*part.parameters(), *part.buffers())]
-    return tuple((id(t), t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), t.data_ptr(), t.dtype, 0 if t.is_inference() else version_of(t)) for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload
 
 from frpc.affine import Affine, Call, Operand, Rule, bind
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
@@ -20,6 +18,7 @@ from frpc.maps import LinearMap
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.signs import never_negative
 from frpc.stopped import stopped_by
+from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
 
@@ -248,7 +247,7 @@ def _assign_one(
 ) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
-    if node.target._schema.is_mutable:
+    if schema_of(node.target).is_mutable:
         raise RuleDeclinedError("it writes into its operand")
     if reason := stopped_by(node):
         raise RuleDeclinedError(reason)
@@ -265,7 +264,7 @@ def _assign_one(
     call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, hints)
     if batch is None:
         raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
-    with call.value.fake_mode, enable_python_dispatcher():  # type: ignore[attr-defined]
+    with fake_mode_of(call.value), enable_python_dispatcher():
         example = rule(call)
     if example.direct and not first:
         raise RuleDeclinedError(

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from frpc import kernel_lowering, lower
 from frpc.bound import Program, bound
@@ -22,6 +21,7 @@ from frpc.cudagraphs import Replayed
 from frpc.errors import OptionError
 from frpc.lower.refusal import Refusal
 from frpc.stages import copy_graph, run_passes
+from frpc.torch_compat import OpOverload
 
 __all__ = ["Backend", "BackendName", "Lowered", "Mode", "check_backend", "executable", "lower_program"]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from frpc.graph import fetch
+from frpc.torch_compat import OpOverload, builtin_of
 
 __all__ = ["Program", "bound"]
 
@@ -78,7 +78,7 @@ class _Writer:
                 parameters.append(name)
             else:
                 assert node.op == "call_function", f"{node.op} {node.name}"
-                direct = node.target._op if isinstance(node.target, OpOverload) else node.target
+                direct = builtin_of(node.target) if isinstance(node.target, OpOverload) else node.target
                 target = _BINDINGS.get(node.target, direct)
                 arguments = [self._text(a) for a in node.args] + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
                 lines.append(f"    {name} = {self._thing(target)}({', '.join(arguments)})")

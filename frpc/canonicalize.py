@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from frpc.affine import bind
 from frpc.attention import expand_attention
@@ -31,6 +30,7 @@ from frpc.graph import fetch, origin_of, replace
 from frpc.precision import keep_float64
 from frpc.recurrent import unroll_recurrent_layers
 from frpc.stopped import stopped_by
+from frpc.torch_compat import OpOverload
 
 __all__ = ["PASSES", "Pass"]
 

@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
 from frpc import stopped
 from frpc.errors import (
@@ -38,6 +36,7 @@ from frpc.errors import (
 )
 from frpc.graph import Origin, set_layers
 from frpc.stopped import settle, watching
+from frpc.torch_compat import FakeTensorMode, fake_mode_of, pytree
 from frpc.values import all_hold, is_traced, whole
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
@@ -153,7 +152,7 @@ def capture(
     graph_module = _plain_graph(program, model, output)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     specs = tuple(_spec(node, reason is None) for node in placeholders)
-    modes = [n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)]
+    modes = [fake_mode_of(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), Tensor)]
     return Captured(graph_module, specs, modes[0], type(model).__name__, reason)
 
 

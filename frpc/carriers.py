@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from frpc.affine import Operand, bind
 from frpc.errors import LayerNameError, OptionError, nearest
 from frpc.graph import RESHAPES, first_result, origin_of
 from frpc.stopped import stopped_by
+from frpc.torch_compat import OpOverload
 
 __all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "is_first_result", "may_carry", "operands_of"]
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from frpc.capture import InputSpec
 from frpc.errors import CompileError
 from frpc.pipeline import Compiled, Front
 from frpc.precision import rounding
 from frpc.top import Logit
+from frpc.torch_compat import pytree
 
 __all__ = ["confirm", "conservation", "verify"]
 

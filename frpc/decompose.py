@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import get_decompositions
-from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from frpc.affine import TABLE
 from frpc.graph import first_result, origin_of, replace, replace_items
+from frpc.torch_compat import OpOverload, fake_mode_of, get_decompositions, has_composite_kernel, make_fx, schema_of
 
 __all__ = ["expand_composites", "spell_out"]
 
@@ -106,8 +104,7 @@ def expand_composites(graph_module: fx.GraphModule) -> bool:
 def _is_composite(target: Any) -> bool:
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    name = target.name()
-    return target in _SPELLED_OUT or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return target in _SPELLED_OUT or has_composite_kernel(target)
 
 
 def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT) -> bool:
@@ -123,10 +120,10 @@ def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT
         return _BY_HAND.get(node.target, node.target)(*args, **kwargs)
 
     example: Any = tensors[0].meta["val"]
-    with example.fake_mode, torch.no_grad():
+    with fake_mode_of(example), torch.no_grad():
         traced = make_fx(call, decomposition_table=table)([n.meta["val"] for n in sources])
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
-    writes = any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in calls)
+    writes = any(isinstance(n.target, OpOverload) and schema_of(n.target).is_mutable for n in calls)
     if writes or (len(calls) == 1 and calls[0].target is node.target):
         return False
     copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from frpc.graph import origin_of
+from frpc.torch_compat import enable_python_dispatcher, fake_mode_of
 
 __all__ = ["Editor"]
 
@@ -43,5 +43,5 @@ class Editor:
         with self.module.graph.inserting_before(self.node):
             new = self.module.graph.get_attr(free)
         new.meta["origin"] = origin_of(self.node)
-        new.meta["val"] = like.fake_mode.from_tensor(value, static_shapes=True)
+        new.meta["val"] = fake_mode_of(like).from_tensor(value, static_shapes=True)
         return new

@@ -16,11 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from frpc.assign import Assignment
 from frpc.bias import Tally, field_constants
@@ -28,6 +23,7 @@ from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import Plan
 from frpc.propagate import Pulled, affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
+from frpc.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
 
 __all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varying_references"]
 
@@ -215,23 +211,16 @@ def _matrices(assignment: Assignment, plan: Plan) -> dict[str, Tensor]:
 
 
 def _example_seed(output: Tensor, columns: bool, fake_mode: FakeTensorMode) -> Tensor:
-    from torch._dynamo.source import LocalSource  # loads all of Dynamo: seconds that a first look need not pay
-
     if not columns:
         return torch.empty_like(output)
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    with unset_fake_temporarily():
-        columns_like = torch.empty(3, 1)
-    counted = fake_mode.from_tensor(columns_like, source=LocalSource("columns"), symbolic_context=context)
+    counted = symbolic(fake_mode, (3, 1), "columns", (True, False))
     return output.new_empty([counted.shape[0], *output.shape])
 
 
 @contextmanager
 def _mark(node: fx.Node, phase: str) -> Iterator[None]:
     """Notes on every node traced inside whose work it is."""
-    mode = get_proxy_mode()
-    assert mode is not None
-    graph = mode.tracer.graph
+    graph = traced_graph()
     before = next(iter(reversed(graph.nodes)))
     yield
     new = before.next

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.graph import replace
+from frpc.torch_compat import OpOverload
 
 __all__ = ["expand_bounds", "expand_distances", "expand_moments", "expand_products_added", "expand_similarities", "unify_norms"]
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.torch_compat import expression_of
+
 __all__ = [
     "NOWHERE",
     "RESHAPES",
@@ -156,9 +158,9 @@ def _size(size: Any) -> str:
     """Writes one size; the batch symbol of torch.export has a name of its own making."""
     if not isinstance(size, torch.SymInt):
         return str(size)
-    symbols = sorted(size.node.expr.free_symbols, key=str)
+    symbols = sorted(expression_of(size).free_symbols, key=str)
     names = {symbol: "B" if i == 0 else f"K{i}" for i, symbol in enumerate(symbols)}
-    return str(size.node.expr.subs(names))
+    return str(expression_of(size).subs(names))
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
     sizes: list[Any] = list(value.shape)
     for axis, size in enumerate(sizes):
         if isinstance(size, torch.SymInt):
-            expression = size.node.expr
+            expression = expression_of(size)
             symbols = expression.free_symbols
             if symbols:
                 return Batch(axis, int(expression.subs(dict.fromkeys(symbols, 1))))

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from frpc.torch_compat import OpOverload, TorchDispatchMode, schema_of
 
 aten = torch.ops.aten
 
@@ -89,7 +89,7 @@ class Ledger:
 
     def note(self, op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Notes one call. A tensor that is written into loses its lineage: it is what it holds."""
-        if op._schema.is_mutable:
+        if schema_of(op).is_mutable:
             for written in (a for a in (*args, *kwargs.values()) if _is_real(a)):
                 self._known.pop(written, None)
             return

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from frpc.graph import fetch
+from frpc.torch_compat import OpOverload, overload_name, schema_of
 
 __all__ = [
     "PASSES",
@@ -55,10 +55,10 @@ def overwrite_nothing(graph_module: fx.GraphModule) -> bool:
 
 def _without_writing(op: Any) -> OpOverload | None:
     """The operator that gives what another writes into its first operand, if there is one."""
-    if not isinstance(op, OpOverload) or op.namespace != "aten" or not op._schema.name.endswith("_"):
+    if not isinstance(op, OpOverload) or op.namespace != "aten" or not schema_of(op).name.endswith("_"):
         return None
-    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    found: OpOverload | None = getattr(packet, op._overloadname, None)
+    packet = getattr(aten, schema_of(op).name.removeprefix("aten::").removesuffix("_"), None)
+    found: OpOverload | None = getattr(packet, overload_name(op), None)
     return found
 
 
@@ -81,7 +81,7 @@ def merge_common(graph_module: fx.GraphModule) -> bool:
     seen: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or (isinstance(node.target, OpOverload) and node.target._schema.is_mutable):
+        if node.op != "call_function" or (isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable):
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils import _pytree as pytree
 
 from frpc.editor import Editor
 from frpc.errors import OptionError
 from frpc.graph import replace
+from frpc.torch_compat import enable_python_dispatcher, pytree
 
 __all__ = ["computing_in", "keep_float64", "narrowed", "rounding"]
 

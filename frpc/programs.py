@@ -24,6 +24,7 @@ from frpc.plan import Query
 from frpc.precision import computing_in
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
+from frpc.torch_compat import copied_by
 from frpc.values import is_traced
 
 __all__ = ["NamedInputs", "Programs", "Signature", "empty_like", "layer_example", "layer_names"]
@@ -223,7 +224,7 @@ class Programs:
         with self._graphs, _TRACING:
             if self.dtype is not None:
                 self.dtype = change(torch.empty(0, dtype=self.dtype)).dtype
-            self._take(copy.deepcopy(self.model)._apply(change), {}, {})
+            self._take(copied_by(copy.deepcopy(self.model), change), {}, {})
 
     def copied(self, memo: dict[int, Any]) -> Programs:
         """Returns a copy with tensors of its own, compiled as far as this one."""

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
 from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.errors import BatchError, InputError, TrainingModeError
 from frpc.graph import origin_of, replace, replace_items
+from frpc.torch_compat import OpOverload, expression_of, flat_weights
 
 __all__ = ["masked", "unroll_recurrent_layers"]
 
@@ -213,7 +213,7 @@ def _state(hx: Value) -> State:
 def _check_time(node: fx.Node, given: dict[str, Any]) -> None:
     """Refuses time steps that are as many as the samples: with a free batch, they lie in its dimension."""
     length = _shape(given["input"])[1 if given["batch_first"] else 0]
-    if isinstance(length, torch.SymInt) and length.node.expr.free_symbols:
+    if isinstance(length, torch.SymInt) and expression_of(length).free_symbols:
         origin = origin_of(node)
         raise BatchError(
             f"{node.target} runs over the samples: its first dimension counts time steps, and the batch lies there.\n"
@@ -253,7 +253,7 @@ def masked(
     directions = 2 if layer.bidirectional else 1
     steps = torch.arange(x.shape[time], device=x.device)
     masks = [m.unsqueeze(-1) for m in (steps.unsqueeze(-1) < lengths.to(x.device)).unbind(0)]  # T times [B, 1]
-    layers = _weights(layer._flat_weights, layer.bias, layer.num_layers * directions)
+    layers = _weights(flat_weights(layer), layer.bias, layer.num_layers * directions)
     initial = _initial(layer, x, state)
     output, last = _run(_execute, _step_of(layer), layers, directions, x, initial, time, masks)
     return output, last if isinstance(layer, nn.LSTM) else last[0]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.torch_compat import is_batched
 from frpc.values import is_traced
 
 __all__ = ["Form", "run"]
 
 Program = Callable[..., Sequence[Tensor]]
-_transforms = torch._C._functorch
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run(
 
 
 def _call(program: Program, form: Form, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if is_traced() or not any(_transforms.is_batchedtensor(t) for t in tensors):
+    if is_traced() or not any(is_batched(t) for t in tensors):
         return program(*tensors)
     results: Sequence[Tensor] = _Mapped.apply(program, form, *tensors)
     return results

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from frpc.errors import CompileError
 from frpc.lineage import Ledger
+from frpc.torch_compat import buffers_of, submodules_of
 
 __all__ = ["Clock", "Stage", "copy_graph", "named", "run_passes"]
 
@@ -56,9 +57,9 @@ def copy_graph(graph_module: fx.GraphModule, root: nn.Module | None = None) -> f
         new.meta = dict(old.meta)
     fresh = nn.Module()
     source = root or graph_module
-    for name, part in source._modules.items():
+    for name, part in submodules_of(source).items():
         fresh.add_module(name, part)
-    for name, value in source._buffers.items():
+    for name, value in buffers_of(source).items():
         fresh.register_buffer(name, value)
     return fx.GraphModule(fresh, graph, class_name=type(graph_module).__name__)
 

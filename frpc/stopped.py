@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from frpc.errors import CaptureError
+from frpc.torch_compat import forward_class, is_view, pytree
 
 __all__ = ["Watching", "settle", "stopped_by", "watching"]
 
@@ -73,7 +73,7 @@ class Watching(TorchFunctionMode):
         for t in written:
             t.copy_(self._marked(t, reason or _WRITTEN))
         return pytree.tree_map_only(
-            Tensor, lambda t: t if any(t is w for w in written) else self._marked(t, reason, shares=t._is_view()), out
+            Tensor, lambda t: t if any(t is w for w in written) else self._marked(t, reason, shares=is_view(t)), out
         )
 
     def _marked(self, value: Tensor, reason: str, shares: bool = False) -> Tensor:
@@ -91,7 +91,7 @@ def _function_around(frame: FrameType | None) -> str:
     while frame is not None:
         context = next((frame.f_locals.get(n) for n in frame.f_code.co_varnames[:1]), None)
         if isinstance(context, torch.autograd.function.BackwardCFunction):
-            return context._forward_cls.__name__  # type: ignore[attr-defined]
+            return forward_class(context).__name__
         if frame.f_code in kinds:
             return kinds[frame.f_code]
         frame = frame.f_back

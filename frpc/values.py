@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from frpc.torch_compat import assert_async, in_dispatch_mode, is_wrapped, unwrapped
 
 __all__ = ["all_hold", "is_traced", "is_transformed", "whole"]
-
-_transforms = torch._C._functorch
 
 
 def all_hold(conditions: Tensor, message: str) -> bool:
@@ -22,7 +21,7 @@ def all_hold(conditions: Tensor, message: str) -> bool:
         message: what is wrong where one does not hold.
     """
     if is_traced():
-        torch._assert_async(conditions.all(), message)
+        assert_async(conditions.all(), message)
         return True
     return bool(whole(conditions).all())
 
@@ -35,17 +34,16 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return True
-    return torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
+    return torch.compiler.is_compiling() and in_dispatch_mode()
 
 
 def is_transformed(tensor: Tensor) -> bool:
     """Says whether a transform of ``torch.func`` shows one of several samples through this tensor."""
-    found: bool = _transforms.is_functorch_wrapped_tensor(tensor)
-    return found
+    return is_wrapped(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of all samples that a transform shows one of; any other tensor as it is."""
-    while _transforms.is_functorch_wrapped_tensor(tensor):
-        tensor = _transforms.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
     return tensor

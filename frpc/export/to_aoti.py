@@ -14,6 +14,7 @@ from frpc.errors import InputError, OptionError
 from frpc.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
+from frpc.torch_compat import aoti_compile, aoti_load
 
 __all__ = ["METADATA", "aoti", "is_aoti", "run_aoti"]
 
@@ -48,7 +49,7 @@ def aoti(
     settings = {"aot_inductor.metadata": {METADATA: signature.to_json()}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecated calls
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        aoti_compile(program, str(path), settings)
     return signature
 
 
@@ -64,7 +65,7 @@ def run_aoti(path: str | Path) -> tuple[Callable[..., list[Tensor]], Signature]:
     Raises:
         InputError: if frpc did not write it.
     """
-    package = torch._inductor.aoti_load_package(str(path))
+    package = aoti_load(str(path))
     text = package.loader.get_metadata().get(METADATA)
     if text is None:
         raise InputError(f"{path} was not written by frpc.export.aoti: its metadata has no entry {METADATA!r}.")

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from frpc.lower.memory import Memory, is_number
 from frpc.plan import Footprint
+from frpc.torch_compat import expression_of
 
 __all__ = ["footprint"]
 
@@ -107,9 +108,9 @@ class _Sizes:
         count = 1
         sizes: Sequence[Any] = value.shape
         for size in sizes:
-            count *= int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size
+            count *= int(expression_of(size).subs(known)) if isinstance(size, torch.SymInt) else size
         return count * (itemsize or value.element_size())
 
 
 def _symbols(sizes: Sequence[Any]) -> set[Any]:
-    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in expression_of(size).free_symbols}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
+from frpc.torch_compat import OpOverload, is_composite, schema_of
 from frpc_kernels import NAMESPACE
 
 __all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "is_number", "reuse_memory"]
@@ -181,18 +181,18 @@ def _is_fresh(node: fx.Node) -> bool:
         return node.op != "call_function"
     if op in _WHOLE_VIEWS:
         return False  # _unsafe_view shares memory and does not say so
-    if op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd) and not op.is_view:
+    if is_composite(op) and not op.is_view:
         return False  # made of other operators: it may return what it was given
-    return all(result.alias_info is None for result in op._schema.returns)
+    return all(result.alias_info is None for result in schema_of(op).returns)
 
 
 def _shared(node: fx.Node) -> list[fx.Node]:
     """Which operands a result may share memory with: those its operator's signature says, or else all tensors."""
     if is_number(node) or _is_fresh(node):
         return []
-    if isinstance(node.target, OpOverload) and all(r.alias_info for r in node.target._schema.returns):
-        named = [a.name for a in node.target._schema.arguments if a.alias_info]
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    if isinstance(node.target, OpOverload) and all(r.alias_info for r in schema_of(node.target).returns):
+        named = [a.name for a in schema_of(node.target).arguments if a.alias_info]
+        given = dict(zip((a.name for a in schema_of(node.target).arguments), node.args, strict=False)) | node.kwargs
         return [x for name in named if isinstance(x := given.get(name), fx.Node)]
     return [x for x in node.all_input_nodes if not is_number(x)]
 

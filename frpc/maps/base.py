@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.torch_compat import hint_of
+
 __all__ = [
     "Compose",
     "Cost",
@@ -62,7 +64,7 @@ def numel(shape: Shape) -> int:
 
 def size_hint(size: Any) -> int:
     """Returns a size as a number; a symbolic one by its example value."""
-    example: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    example: Any = hint_of(size) if isinstance(size, torch.SymInt) else size
     return int(example)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from frpc.programfile.container import checksum
 from frpc.programfile.operators import COMPUTING, DTYPES, MOVEMENT, aten_operator
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
+from frpc.torch_compat import schema_of, storage_of
 
 __all__ = ["Entry", "Ref", "called", "check_calls", "computed", "originals", "read_entries", "write_entries"]
 
@@ -128,7 +129,7 @@ def _read_entry(raw: Any, known: Mapping[str, Entry], device: torch.device, own_
     if not isinstance(op, str) or not _allowed(op, own_weights):
         raise FaultError(f"constant {name} computed by {show(op)}, which is not among the operators that may do so")
     args = tuple(read_value(a, found, device) for a in sequence(parts.get("args", [])))
-    kwargs = record(parts.get("kwargs", {}), (), [a.name for a in aten_operator(op)._schema.arguments])
+    kwargs = record(parts.get("kwargs", {}), (), [a.name for a in schema_of(aten_operator(op)).arguments])
     item = parts.get("item")
     return Entry(
         name,
@@ -171,7 +172,7 @@ def check_calls(entries: Sequence[Entry]) -> None:
 def _memory(found: Tensor, known: Mapping[str, Tensor]) -> int:
     """Bytes that a result needs beside what is there: none for a view."""
     place = found.untyped_storage()
-    shared = any(place._cdata == value.untyped_storage()._cdata for value in known.values())
+    shared = any(storage_of(found) == storage_of(value) for value in known.values())
     return 0 if shared else place.nbytes()
 
 

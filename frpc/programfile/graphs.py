@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from frpc import printing
 from frpc.graph import fetch
 from frpc.programfile.operators import ARITHMETIC, DTYPES, OPERATORS, operator_named
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
+from frpc.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
 
 __all__ = ["MOST_NODES", "SYMBOLS", "read_program", "runnable", "write_program"]
 
@@ -78,7 +76,7 @@ def write_program(program: fx.GraphModule, constants: Mapping[int, str], rules: 
 def _symbols(program: fx.GraphModule) -> dict[Any, int]:
     """The batch and K, as the sizes of the inputs and of the seed name them, with the numbers they are written as."""
     sizes = [n for node in program.graph.find_nodes(op="placeholder") for n in node.meta["val"].shape]
-    symbols = [s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols]
+    symbols = [s for n in sizes if isinstance(n, torch.SymInt) for s in expression_of(n).free_symbols]
     batch_first = sorted(dict.fromkeys(symbols), key=symbols.index)
     return dict(zip(batch_first, SYMBOLS, strict=False))
 
@@ -96,7 +94,7 @@ def _written_value(value: Any, symbols: Mapping[Any, int]) -> Any:
 def _size(size: Any, symbols: Mapping[Any, int]) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    expression = size.node.expr
+    expression = expression_of(size)
     if not (expression.is_Symbol or expression.is_Mul) or not expression.free_symbols <= set(symbols):
         raise FaultError(f"a size of {expression}")
     return int(expression.subs(symbols))
@@ -264,7 +262,7 @@ class _Reader:
             if len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not int:
                 raise FaultError("operator.getitem of something else than a result and a position")
         elif isinstance(function, OpOverload):
-            if len(args) > len(function._schema.arguments):
+            if len(args) > len(schema_of(function).arguments):
                 raise FaultError(f"{op} with {len(args)} arguments")
             if op == "aten.convolution.default":
                 _check_convolution(args)
@@ -281,7 +279,7 @@ class _Reader:
 
 
 def _keywords(function: Any) -> list[str]:
-    return [a.name for a in function._schema.arguments] if isinstance(function, OpOverload) else []
+    return [a.name for a in schema_of(function).arguments] if isinstance(function, OpOverload) else []
 
 
 def _check_convolution(args: list[Any]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+
+from frpc.torch_compat import OpOverload
 
 __all__ = [
     "ARITHMETIC",

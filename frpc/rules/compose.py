@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 
 from frpc.affine import Rule
 from frpc.carriers import Product
 from frpc.errors import OptionError
 from frpc.rules.ruleset import FRP, Account, Box, RuleSet, Site
+from frpc.torch_compat import OpOverload, OpOverloadPacket
 
 aten = torch.ops.aten
 

@@ -28,6 +28,7 @@ from frpc.rules.elementwise import expm1_over
 from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Increment, Path, averaged, derivative, part_above
 from frpc.rules.winners import extreme, larger, max_pool, ordered
+from frpc.torch_compat import schema_of
 
 __all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
 
@@ -50,7 +51,7 @@ def _secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: 
 
 
 def _elementwise(call: Call, path: Path) -> Affine:
-    name = str(call.op._schema.arguments[0].name)
+    name = str(schema_of(call.op).arguments[0].name)
     return _of_one(call, path, name, call.args[name].shape)
 
 
@@ -211,7 +212,7 @@ def _weights(call: Call, path: Path, name: str, dims: list[int]) -> list[Tensor]
 
 
 def _softmax(call: Call, path: Path) -> Affine:
-    name, dim = str(call.op._schema.arguments[0].name), from_end(call.args["dim"], call.value.dim())
+    name, dim = str(schema_of(call.op).arguments[0].name), from_end(call.args["dim"], call.value.dim())
     refuse_batch(call.args[name], dim)
     weights = [call.value] if call.reference is None else _weights(call, path, name, dim)
     return Affine({name: averaged([SoftmaxMap(k, dim[0]) for k in weights])})

@@ -20,6 +20,7 @@ from frpc.rules.arithmetic import Number, back, from_end, refuse_batch
 from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.linear import batch_norm_affine, per_channel
 from frpc.rules.selection import gathered
+from frpc.torch_compat import schema_of
 
 aten = torch.ops.aten
 Vector = Tensor | None
@@ -196,7 +197,7 @@ def softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
     z = torch.where(left_out, 0.0, a - gathered(winner, along)(a))
     secant = torch.where(left_out, 0.0, expm1_over(z) * inverse)
     m = Compose(_above_winner(a, along, winner), Scale(secant, a.shape))
-    return Affine({str(call.op._schema.arguments[0].name): m}, torch.where(left_out, 0.0, inverse))
+    return Affine({str(schema_of(call.op).arguments[0].name): m}, torch.where(left_out, 0.0, inverse))
 
 
 @rule(aten._log_softmax.default, formula="1 on a - a_max, c = -log Z", source="method §2: from the largest element")

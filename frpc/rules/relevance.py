@@ -18,6 +18,7 @@ from frpc.rules.elementwise import over
 from frpc.rules.increments import SoftmaxMap
 from frpc.rules.lrp import Bound, LayerRule
 from frpc.rules.ruleset import Account, Box, RuleSet, Site
+from frpc.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -305,7 +306,7 @@ class DeepTaylor(EpsilonPlus):
 
 
 def _taylor_softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
-    return Affine({str(call.op._schema.arguments[0].name): SoftmaxMap(call.value, back(dim, a.dim()))})
+    return Affine({str(schema_of(call.op).arguments[0].name): SoftmaxMap(call.value, back(dim, a.dim()))})
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,7 @@ class AttnLRP(LRP):
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the layer rule, and for softmax its first-order account."""
         if site.op in (aten._softmax.default, aten._safe_softmax.default):
-            name = str(site.op._schema.arguments[0].name)
+            name = str(schema_of(site.op).arguments[0].name)
             return Rule(site.op, _taylor_softmax, (name,), "s (v - <s, v>)", "Achtibat et al. 2024")
         return super().rule_for(site)
 

@@ -17,6 +17,7 @@ from frpc.maps import Compose, Identity, LinearMap, Scale, Total
 from frpc.rules.gradients import LID
 from frpc.rules.lrp import Layer, layer_of
 from frpc.rules.ruleset import Site
+from frpc.torch_compat import schema_of
 
 __all__ = ["DeepLiftRevealCancel"]
 
@@ -41,13 +42,13 @@ class DeepLiftRevealCancel(LID):
         if site.weighted and site.behind is not None:
             return Rule(site.op, _reveal(site.behind), ("input", "self", "mat1"), "dy+/dx+ W+, dy-/dx- W-", SOURCE)
         if site.before:
-            name = str(site.op._schema.arguments[0].name)
+            name = str(schema_of(site.op).arguments[0].name)
             return Rule(site.op, _passed, (name,), "with the layer in front of it", SOURCE)
         return super().rule_for(site)
 
 
 def _passed(call: Call, *arguments: Any) -> Affine:
-    return Affine({str(call.op._schema.arguments[0].name): Identity(call.value.shape)})
+    return Affine({str(schema_of(call.op).arguments[0].name): Identity(call.value.shape)})
 
 
 def _reveal(activation: Any) -> Any:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
 from frpc.errors import InputError, OptionError
 from frpc.references import Reference
+from frpc.torch_compat import OpOverload, schema_of
 from frpc.values import all_hold, whole
 
 __all__ = ["FRP", "Account", "Box", "RuleSet", "Site", "check_boxes"]
@@ -166,7 +166,7 @@ class FRP(RuleSet):
             path, wanted = key if isinstance(key, tuple) else (key, None) if isinstance(key, str) else ("*", key)
             matches = fnmatch.fnmatchcase(site.module, path) and wanted in (None, site.op)
             if matches and isinstance(site.op, OpOverload):
-                carries = standard.carries if standard else (site.op._schema.arguments[0].name,)
+                carries = standard.carries if standard else (schema_of(site.op).arguments[0].name,)
                 return Rule(site.op, function, carries, "given by the user", "override")
         return standard
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from frpc.affine import Affine, Call, Operand, linear_op, rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Broadcast, Identity, LinearMap, LinearOp, Pad, Scale, Shuffle, Slice, Transpose
+from frpc.torch_compat import schema_of
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ aten = torch.ops.aten
     linear=True,
 )
 def identity(call: Call, a: Tensor, *arguments: Any) -> Affine:
-    return Affine({str(call.op._schema.arguments[0].name): Identity(a.shape)})
+    return Affine({str(schema_of(call.op).arguments[0].name): Identity(a.shape)})
 
 
 @rule(aten.expand.default, formula="a, broadcast", source="method §2: linear", linear=True)
