@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import bind
-from frpc.editor import Editor
+from frpc.editor import Editor, calls
 from frpc.graph import replace
 from frpc.maps.base import size_hint
 
@@ -22,12 +21,17 @@ aten = torch.ops.aten
 
 
 def expand_attention(graph_module: fx.GraphModule) -> bool:
-    """``scaled_dot_product_attention(q, k, v) -> softmax(scale q k^T + mask) v``."""
-    op = aten.scaled_dot_product_attention.default
-    nodes = graph_module.graph.find_nodes(op="call_function", target=op)
-    for node in nodes:
-        edit, given = Editor(graph_module, node), bind(op, node.args, node.kwargs)
+    """``scaled_dot_product_attention(q, k, v) -> softmax(scale q k^T + mask) v``.
+
+    Exact when: nothing is dropped out, and what a causal mask is for, tokens and features, has fixed sizes. A row that a mask
+    leaves nothing of gives 0, as PyTorch's does.
+    """
+    changed = False
+    for node, edit, given in calls(graph_module, aten.scaled_dot_product_attention.default):
         query, key, value = given["query"], given["key"], given["value"]
+        tokens = [x.meta["val"].shape[-2] for x in (query, key)] if given["is_causal"] else []
+        if given["dropout_p"] != 0 or not all(isinstance(n, int) for n in (*tokens, query.meta["val"].shape[-1])):
+            continue
         if given["enable_gqa"]:
             key, value = (_for_each_head(edit, x, query) for x in (key, value))
         scale = given["scale"]
@@ -37,7 +41,8 @@ def expand_attention(graph_module: fx.GraphModule) -> bool:
         scores = edit.call(aten.matmul.default, edit.call(aten.mul.Tensor, query, scale), keys)
         weights = _softmax(edit, scores, given["attn_mask"], given["is_causal"])
         replace(node, _laid_out_like(edit, edit.call(aten.matmul.default, weights, value), node.meta["val"]))
-    return bool(nodes)
+        changed = True
+    return changed
 
 
 def _laid_out_like(edit: Editor, x: fx.Node, example: Tensor) -> fx.Node:

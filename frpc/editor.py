@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
+from frpc.affine import bind
 from frpc.graph import origin_of
-from frpc.torch_compat import enable_python_dispatcher, fake_mode_of
+from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
 
-__all__ = ["Editor"]
+__all__ = ["Editor", "calls"]
 
 
 class Editor:
@@ -45,3 +47,14 @@ class Editor:
         new.meta["origin"] = origin_of(self.node)
         new.meta["val"] = fake_mode_of(like).from_tensor(value, static_shapes=True)
         return new
+
+
+def calls(graph_module: fx.GraphModule, *ops: Any) -> Iterator[tuple[fx.Node, Editor, dict[str, Any]]]:
+    """Yields the calls of some operators in order, each with an editor before it and its arguments by name.
+
+    The arguments are read when a call's turn comes, so that they name what has replaced earlier calls.
+    """
+    wanted = {*ops}
+    for node in [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in wanted]:
+        assert isinstance(node.target, OpOverload)
+        yield node, Editor(graph_module, node), bind(node.target, node.args, node.kwargs)

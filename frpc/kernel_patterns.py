@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from frpc.graph import RESHAPES
-from frpc.maps.base import same_size
+from frpc.maps.base import same_sizes
 
 __all__ = [
     "alike",
@@ -24,7 +24,6 @@ __all__ = [
     "pool_arguments",
     "readers_of",
     "reshape_sizes",
-    "same_sizes",
     "scatters",
     "sigmoids",
     "split_sum",
@@ -42,11 +41,6 @@ def alike(a: Any, b: Any) -> bool:
     """Whether two values are tensors of the same sizes."""
     one, other = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (a, b))
     return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and same_sizes(one.shape, other.shape)
-
-
-def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are the same; a symbolic size equals only itself."""
-    return len(a) == len(b) and all(same_size(m, n) for m, n in zip(a, b, strict=True))
 
 
 def reshape_sizes(view: fx.Node) -> Any:

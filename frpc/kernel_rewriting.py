@@ -24,12 +24,12 @@ from frpc.kernel_patterns import (
     pool_arguments,
     readers_of,
     reshape_sizes,
-    same_sizes,
     scatters,
     sigmoids,
     split_sum,
 )
 from frpc.lower.refusal import Refusal
+from frpc.maps.base import same_sizes
 
 __all__ = ["Rewriting"]
 

@@ -36,8 +36,10 @@ def keep_float64(graph_module: fx.GraphModule) -> bool:
 
     What a model makes in float32 itself, a state of zeros say, is cast to float64 where the two meet: matrix products take
     operands of one dtype only.
+
+    Exact when: values are read as numbers. A cast whose bits are read as another type stays.
     """
-    casts = narrowed(graph_module)
+    casts = [n for n in narrowed(graph_module) if all(user.target is not aten.view.dtype for user in n.users)]
     stale: set[Any] = set()
     for node in casts:
         stale.update(node.users)

@@ -19,6 +19,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -29,6 +30,7 @@ __all__ = [
     "OpOverloadPacket",
     "Private",
     "ShapeEnv",
+    "SubgraphMatcher",
     "TorchDispatchMode",
     "aoti_compile",
     "aoti_load",
@@ -102,6 +104,7 @@ PRIVATE = (
     Private("torch.fx.experimental.sym_node.SymNode.hint", "the size of the example where a size is free"),
     Private("torch.fx.experimental.proxy_tensor.make_fx", "traces programs"),
     Private("torch.fx.experimental.proxy_tensor.get_proxy_mode", "the graph that is being traced"),
+    Private("torch.fx.passes.utils.matcher_utils.SubgraphMatcher", "finds what a graph spells out", "2.14.1"),
     Private("torch.utils._pytree", "tensors inside lists, tuples and dictionaries of arguments and outputs"),
     Private("torch.utils._python_dispatch.TorchDispatchMode", "sees every operator that runs"),
     Private("torch.utils._python_dispatch._get_current_dispatch_mode_stack", "is this thread being traced?"),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.torch_compat import hint_of
+from frpc.torch_compat import expression_of, hint_of
 
 __all__ = [
     "Compose",
@@ -36,6 +36,7 @@ __all__ = [
     "folded",
     "numel",
     "same_size",
+    "same_sizes",
     "size_hint",
 ]
 
@@ -193,7 +194,13 @@ class LinearOp(LinearMap):
 
 def same_size(a: Any, b: Any) -> bool:
     """Compares two sizes; a symbolic size equals only itself, so no guard is put on the batch."""
-    return a is b or str(a) == str(b)
+    one, other = (expression_of(n) if isinstance(n, torch.SymInt) else n for n in (a, b))
+    return bool(one == other)
+
+
+def same_sizes(a: Shape, b: Shape) -> bool:
+    """Compares two shapes, size by size: see :func:`same_size`."""
+    return len(a) == len(b) and all(same_size(m, n) for m, n in zip(a, b, strict=True))
 
 
 def folded(function: Callable[[Tensor], Tensor], tensor: Tensor, rank: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""Rewrites: each pass changes what it should and nothing that only looks alike, and what is computed stays the same.
+
+A pass that is listed nowhere, or has no near misses, fails :func:`test_every_pass_has_near_misses`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+import rewrites_canonical
+from rewrites import Rewrite, agree, code, drawn, rewritten, written
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+torch.library.define("near::_assert_scalar_like", "(Tensor x) -> Tensor")
+torch.library.impl("near::_assert_scalar_like", "CompositeExplicitAutograd", lambda x: x * 2)
+
+ALL: tuple[Rewrite, ...] = (*rewrites_canonical.REWRITES,)
+FIRES = [pytest.param(r, line, id=f"{r.name}: {line.what}") for r in ALL for line in r.fires]
+NEAR = [pytest.param(r, line, id=f"{r.name}: {line.what}") for r in ALL for line in r.near]
+
+
+@pytest.mark.parametrize(("rewrite", "line"), FIRES)
+def test_what_is_rewritten(rewrite: Rewrite, line: Any) -> None:
+    before, shapes = written(line, rewrite.dtype)
+    after, changed = rewritten(rewrite.run, before)
+    assert changed
+    assert agree(rewrite, before, after, shapes, not line.fixed) > 0
+
+
+@pytest.mark.parametrize(("rewrite", "line"), NEAR)
+def test_what_only_looks_alike(rewrite: Rewrite, line: Any) -> None:
+    before, shapes = written(line, rewrite.dtype)
+    after, changed = rewritten(rewrite.run, before)
+    assert not changed
+    assert agree(rewrite, before, after, shapes, not line.fixed) > 0
+
+
+def test_every_pass_has_near_misses() -> None:
+    listed = Counter(r.run for r in ALL for _ in r.near)
+    missing = [p.__name__ for p in {*rewrites_canonical.EVERY} if not listed[p]]
+    assert missing == [], "passes without near misses in tests/rewrites_*.py"
+
+
+def check_random_graphs(rewrite: Rewrite, count: int) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],  # graphs are small as they come, and printed
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn(rewrite))
+    def agrees(graph: Any) -> None:
+        before, shapes, free = graph
+        try:
+            after, changed = rewritten(rewrite.run, before)
+            compared = agree(rewrite, before, after, shapes, free)
+        except Exception as error:
+            raise AssertionError(f"{shapes}, {'free' if free else 'fixed'} batch\n{code(before)}") from error
+        seen[("rewritten" if changed else "left") if compared else "not comparable"] += 1
+
+    agrees()
+    assert min(seen["rewritten"], seen["left"]) >= count // 20, f"{rewrite.name}: {dict(seen)}"
+
+
+DRAWN = [pytest.param(r, id=r.name) for r in ALL if r.drawn and r.fires]
+
+
+@pytest.mark.parametrize("rewrite", DRAWN)
+def test_random_graphs_keep_their_function(rewrite: Rewrite) -> None:
+    check_random_graphs(rewrite, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewrite", DRAWN)
+def test_many_random_graphs_keep_their_function(rewrite: Rewrite) -> None:
+    check_random_graphs(rewrite, 300)
