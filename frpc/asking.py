@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from frpc.context import layer_context
-from frpc.errors import InputError, OptionError
+from frpc.errors import BatchError, InputError, OptionError
 from frpc.explanation import Explanation
+from frpc.graph import describe, first_result
 from frpc.layermaps import LayerMaps
 from frpc.layers import layer_maps
 from frpc.neurons import cones_are_cheaper, neuron_maps
 from frpc.pipeline import Front
 from frpc.plan import layer_node
 from frpc.programs import Programs, empty_like, layer_example
+from frpc.samples import FIRST, batches_of, place_of
 from frpc.targets import make_seed
 
 __all__ = ["ask_layer", "ask_neurons"]
@@ -29,6 +31,7 @@ def ask_neurons(
     front = programs.front(inputs)
     programs.check_layers(front, (layer,))
     with programs.reading_graphs():
+        _demand_samples_first(front, layer)
         example = empty_like(layer_example(front, layer))
     sizes = [int(n) for n in example.shape[1:]]
     seeds = [make_seed(tuple(index), None, example, int(inputs[0].shape[0]))[0] for index in indices]
@@ -37,11 +40,31 @@ def ask_neurons(
     if (found := _cones(programs, front, layer, indices, inputs, strategy)) is not None:
         return found
     compiled = programs.program(front, inputs, programs.asked(columns=True, of=layer))
-    values, *relevances, bias = programs.run(compiled, inputs, torch.stack(seeds))
+    functional = torch.stack(seeds)
+    values, *relevances, bias = results = programs.run(compiled, inputs, functional)
+    balance = programs.balance(compiled, inputs, functional, results)
     relevances = [r.movedim(0, 1) for r in relevances]
     places: list[Any] = [(slice(None), *index) for index in indices]
     chosen = torch.stack([values[place] for place in places], 1)
-    return Explanation(chosen, relevances[0] if len(relevances) == 1 else tuple(relevances), bias.movedim(0, 1), tuple(inputs))
+    maps = relevances[0] if len(relevances) == 1 else tuple(relevances)
+    errors = None if balance is None else balance.errors.movedim(0, 1)
+    return Explanation(chosen, maps, bias.movedim(0, 1), tuple(inputs), errors)
+
+
+def _demand_samples_first(front: Front, layer: str) -> None:
+    """Refuses layers whose neurons are not one number for each sample.
+
+    Raises:
+        BatchError: gives the layer's shape.
+    """
+    node = next(n for n in front.canonical.graph.nodes if layer in n.meta.get("layers", ()))
+    places = batches_of(front.canonical.graph, front.captured.inputs[0].batch)
+    if places.get(node) != FIRST or isinstance(node.meta.get("samples"), str):
+        raise BatchError(
+            f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, "
+            f"or holds more: its neurons are not one number for each sample.\n    {place_of(node)}\n  explainer.at() gives the "
+            "relevance of all of them; let the layer return [B, ...] to ask about single ones."
+        )
 
 
 def _cones(
@@ -59,6 +82,8 @@ def _cones(
     query = programs.asked(columns=True, of=layer, bias="separate")
     assignment = programs.assignment(front, inputs, query)
     with programs.reading_graphs():
+        if strategy == "auto" and any(source.op != "placeholder" for source in assignment.sources):
+            return None
         node = layer_node(assignment, layer)
         assert node is not None
         context = layer_context(assignment, node, inputs)
@@ -77,6 +102,7 @@ def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strateg
     """The maps of every neuron of a layer; see :meth:`frpc.Explainer.layer`."""
     front = programs.front(inputs)
     programs.check_layers(front, (name,))
+    _demand_samples_first(front, name)
     query = programs.asked(columns=True, of=name, bias="separate")
     assignment = programs.assignment(front, inputs, query)
 

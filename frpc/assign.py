@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import fx
 
 from frpc.affine import Affine, Call, Operand, Rule, bind
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
-from frpc.errors import Gap, RuleDeclinedError, UnsupportedOpError
-from frpc.graph import RESHAPES, Batch, batches_of, describe, origin_of
+from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
+from frpc.graph import RESHAPES, describe, origin_of
 from frpc.maps import LinearMap
 from frpc.rules.ruleset import Account, RuleSet, Site
+from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
@@ -100,6 +101,7 @@ class Assignment:
         carried: all nodes that carry relevance, sources included.
         gaps: nodes that ought to carry and cannot.
         account: what the multipliers of its rules mean.
+        batches: where the samples are in every value.
     """
 
     graph_module: fx.GraphModule
@@ -108,6 +110,7 @@ class Assignment:
     carried: frozenset[fx.Node]
     gaps: tuple[Gap, ...]
     account: Account = field(default_factory=Account)
+    batches: Mapping[fx.Node, Batch] = field(default_factory=dict)
 
     def demand_complete(self) -> Assignment:
         """Returns itself, or raises with every gap at once.
@@ -182,9 +185,9 @@ def assign(
             else:
                 fixed.add(node)
         except RuleDeclinedError as reason:
-            gaps.append(_gap(node, str(reason)))
+            gaps.append(_gap(node, str(reason), isinstance(reason, SamplesUnknownError)))
     carried = frozenset((*sources, *live)) - fixed
-    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account)
+    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches)
 
 
 def _behind(node: fx.Node, of: str) -> OpOverload | None:
@@ -263,23 +266,26 @@ def _assign_one(
     references = (lambda n: n.meta["val"]) if rules.account.from_reference else None
     call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, hints)
     if batch is None:
-        raise RuleDeclinedError("its result has no batch dimension: it mixes samples")
+        raise SamplesUnknownError("its result has no batch dimension: it mixes samples")
     with fake_mode_of(call.value), enable_python_dispatcher():
         example = rule(call)
     if example.direct and not first:
         raise RuleDeclinedError(
             f"{rule.name} shares relevance out without looking at values, so only a layer that reads the input can take it"
         )
+    if rules.account.constants and example.constant is not None and isinstance(node.meta.get("samples"), str):
+        raise SamplesUnknownError(f"{node.meta['samples']}, so its constants cannot be shared among them")
     missing = set(operands) - set(example.terms)
     terms: dict[Operand, LinearMap] = dict(example.terms)
     carrying = {k: n for k, n in operands.items() if k not in missing}
     return Assigned(node, rule, carrying, batch, hints, Affine(terms, example.constant, example.direct, example.joined))
 
 
-def _gap(node: fx.Node, reason: str) -> Gap:
+def _gap(node: fx.Node, reason: str, samples: bool = False) -> Gap:
     origin = origin_of(node)
     op, fix = (str(node.target), "") if not stopped_by(node) else ("autograd", _STOPPED)
-    return Gap(node.name, op, reason, origin.module, origin.where, origin.source, describe(node.meta["val"]), fix)
+    shape = describe(node.meta["val"])
+    return Gap(node.name, op, reason, origin.module, origin.where, origin.source, shape, fix, samples)
 
 
 _STOPPED = (

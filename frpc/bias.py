@@ -17,6 +17,7 @@ from frpc.errors import OptionError
 from frpc.graph import first_result
 from frpc.propagate import inner
 from frpc.receptive import Field
+from frpc.samples import FIRST, Batch, spread_out
 
 __all__ = ["POLICIES", "BiasPolicy", "Tally", "check_policy", "field_constants"]
 
@@ -69,7 +70,7 @@ class Tally:
     def add(self, assigned: Assigned, v: Tensor, c: Tensor | float) -> None:
         """Takes the constant ``c`` of a node whose pulled relevance is ``v``."""
         name = f"field_{assigned.node.name}_0"
-        if self.policy == "receptive_field" and name in self.matrices:
+        if self.policy == "receptive_field" and name in self.matrices and assigned.batch == FIRST:
             placed = self._place(assigned, v, c)
             self.placed = placed if self.placed is None else self.placed + placed
             return
@@ -95,15 +96,16 @@ class Tally:
             parts.append(self.placed.flatten(like.dim()).sum(-1))
         return sum(parts[1:], parts[0]) if parts else torch.zeros_like(like)
 
-    def on_map(self, relevance: Tensor, rank: int, cells: int) -> Tensor:
+    def on_map(self, relevance: Tensor, rank: int, batch: Batch, cells: int) -> Tensor:
         """Adds the constants to a map.
 
-        Shapes: relevance ``[*L, B, *cells]``, of which the last ``rank - 1`` dimensions are one sample.
+        Shapes: relevance ``[*L, *shape]``, of which the last ``rank`` dimensions are those of the source.
 
         Args:
             relevance: the local part.
-            rank: rank of the input.
-            cells: number of cells of all inputs together.
+            rank: rank of the source.
+            batch: where its samples are.
+            cells: number of cells that all sources together have for one sample.
         """
         if self.policy == "separate":
             return relevance
@@ -111,6 +113,5 @@ class Tally:
             channels = relevance.shape[1 - rank]
             relevance = relevance + (self.placed / channels).unsqueeze(1 - rank)
         if self.everywhere is not None:
-            share = self.everywhere / cells
-            relevance = relevance + share.reshape([*share.shape, *[1] * (rank - 1)])
+            relevance = relevance + spread_out(self.everywhere / cells, rank, batch)
         return relevance

@@ -17,6 +17,7 @@ from frpc.plan import Query, check_strategy
 from frpc.programs import Programs
 from frpc.rules.ruleset import FRP, RuleSet
 from frpc.top import Top, as_top
+from frpc.verification import check_verify
 
 __all__ = ["compile"]
 
@@ -36,6 +37,7 @@ def compile(
     backend: str = "auto",
     mode: str = "latency",
     dtype: torch.dtype | None = None,
+    verify: str = "first",
 ) -> Explainer:
     """Compiles a model into an explainer: its output and an account of it that sums to the output.
 
@@ -64,9 +66,17 @@ def compile(
             recordings to replay on CUDA devices (:class:`frpc.backends.Backend`).
         dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
             in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
+        verify: ``"first"`` holds every program against the model once, on the example inputs or at its first call: outputs,
+            whether samples are treated apart, and whether its account balances (:mod:`frpc.verification`). ``"always"`` does
+            so, and checks the account of every call, which comes as ``explanation.conservation``; ``"never"`` runs nothing but
+            the program.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model.
+        BatchError: if the model does not treat samples apart, or does not give one result for each sample.
+        CompileError: if the program's output is not the model's.
+        ConservationError: if maps do not sum to what they explain by more than rounding can explain; names the wrong rule.
+        SourceError: if no carried path leads from the sources to the output.
         UnsupportedOpError: if operators have no rule; names all of them.
         TrainingModeError: if the model cannot be evaluated deterministically.
         OptionError: for an unknown method, seed, policy or backend, a method beside a rule set, or a backend that is not
@@ -78,7 +88,7 @@ def compile(
         raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
     query = Query(bias=policy, top=top)
     choice = Choice(rules, _names(constant) or (), _names(source), output, check_backend(backend, mode), check_strategy(strategy))
-    explainer = Explainer(Programs(model, choice, query, dtype))
+    explainer = Explainer(Programs(model, choice, query, dtype, check_verify(verify)))
     if inputs is None:
         return explainer
     if isinstance(inputs, Mapping):

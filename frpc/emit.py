@@ -9,6 +9,7 @@ program takes one more input, the reference; a single one is a constant, and all
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import Plan
 from frpc.propagate import Pulled, affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
+from frpc.samples import one_per_sample
 from frpc.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
 
 __all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varying_references"]
@@ -59,9 +61,12 @@ def run_eagerly(
     if plan.query.layers:
         return output, *found, *(first_result(values[node]) for node in plan.wanted)
     if not assignment.account.constants:
-        tally.everywhere = _absorbed(assignment, explained, found)
-    cells = sum(_cells(n) for n in assignment.sources)
-    maps_ = [tally.on_map(r, first_result(values[n]).dim(), cells) for r, n in zip(found, plan.wanted, strict=True)]
+        tally.everywhere = _absorbed(assignment, plan, explained, found)
+    cells = sum(_cells(assignment, n) for n in assignment.sources)
+    maps_ = [
+        tally.on_map(r, first_result(values[n]).dim(), assignment.batches[n], cells)
+        for r, n in zip(found, plan.wanted, strict=True)
+    ]
     return output, *maps_, tally.total(explained)
 
 
@@ -130,19 +135,20 @@ def _relevance(
     return sum(parts[1:], parts[0])
 
 
-def _absorbed(assignment: Assignment, explained: Tensor, found: Sequence[Tensor]) -> Tensor:
+def _absorbed(assignment: Assignment, plan: Plan, explained: Tensor, found: Sequence[Tensor]) -> Tensor:
     """What the maps leave of the explained number, ``[*K, B]``; nothing where they are no relevance."""
     if assignment.account.gives == "multiplier":
         return torch.zeros_like(explained)
-    rank = explained.dim()
-    return explained - sum((r.flatten(rank).sum(-1) if r.dim() > rank else r) for r in found)
+    lead = explained.dim() - 1
+    pairs = zip(found, plan.wanted, strict=True)
+    return explained - sum(one_per_sample(r, r.dim() - lead, assignment.batches[node]) for r, node in pairs)
 
 
-def _cells(node: fx.Node) -> int:
-    count = 1
-    for size in node.meta["val"].shape[1:]:
-        count *= int(size)
-    return count
+def _cells(assignment: Assignment, node: fx.Node) -> int:
+    """The number of cells that a source has for one sample."""
+    batch = assignment.batches[node]
+    sizes = first_result(node.meta["val"]).shape
+    return batch.factor * math.prod(int(size) for axis, size in enumerate(sizes) if axis != batch.axis)
 
 
 def emit(assignment: Assignment, plan: Plan, fake_mode: FakeTensorMode) -> fx.GraphModule:

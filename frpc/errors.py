@@ -15,6 +15,7 @@ __all__ = [
     "BatchError",
     "CaptureError",
     "CompileError",
+    "ConservationError",
     "DataError",
     "DeviceError",
     "DtypeError",
@@ -34,7 +35,9 @@ __all__ = [
     "PickleRefusedError",
     "ProgramFileError",
     "RuleDeclinedError",
+    "SamplesUnknownError",
     "ShapeError",
+    "SourceError",
     "TargetError",
     "TrainingModeError",
     "UnsupportedOpError",
@@ -82,6 +85,10 @@ class LayerNameError(InputError):
 
 class OptionError(InputError):
     """An option has a value that frpc does not know."""
+
+
+class SourceError(OptionError):
+    """What relevance is asked about cannot be explained: it is no real number, or no path leads from it to the output."""
 
 
 class MemoryLimitError(InputError):
@@ -133,7 +140,11 @@ class TrainingModeError(FrpcError):
 
 
 class CompileError(FrpcError):
-    """The compiled program disagrees with the model: a defect of frpc, never of the input."""
+    """The compiled program disagrees with the model."""
+
+
+class ConservationError(CompileError):
+    """Maps do not sum to what they explain, by more than rounding can explain; names the rule that is wrong."""
 
 
 class ExportError(FrpcError):
@@ -146,6 +157,10 @@ class VerificationError(CompileError):
 
 class RuleDeclinedError(FrpcError):
     """Raised inside a rule that cannot express this call as an affine map; becomes a :class:`Gap`."""
+
+
+class SamplesUnknownError(RuleDeclinedError):
+    """A rule would do, and the samples in its operator's result cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,7 @@ class Gap:
         source: that line's text.
         shape: dtype and shape of the result.
         fix: what to do, where a rule for the operator is not the answer.
+        samples: it is not for want of a rule: its samples cannot be told apart.
     """
 
     node: str
@@ -171,6 +187,7 @@ class Gap:
     source: str
     shape: str
     fix: str = ""
+    samples: bool = False
 
 
 class UnsupportedOpError(FrpcError):

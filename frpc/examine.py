@@ -76,7 +76,7 @@ def examine(
     names = argument_order(model, list(inputs)) if isinstance(inputs, Mapping) else ()
     examples = [inputs[n] for n in names] if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs
     rules = rule or FRP()
-    front = pipeline.front(snapshot(model), examples, output, names, rules.account.gradients)
+    front = pipeline.front(snapshot(model), examples, output, names, rules.account.gradients, apart=False)
     asked = (source,) if isinstance(source, str) else source
     found = assign(front.canonical, rules, constant, front.captured.inputs[0].batch, asked)
     gaps = {gap.node: gap for gap in found.gaps}

@@ -70,7 +70,9 @@ class Explainer(nn.Module):
         top, tensor = self._top(seed)
         functional, columns = self.programs.seed(front, inputs, target, tensor)
         compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, top=top))
-        return explanation_of(self.programs.run(compiled, inputs, functional), columns, inputs)
+        results = self.programs.run(compiled, inputs, functional)
+        balance = self.programs.balance(compiled, inputs, functional, results)
+        return explanation_of(results, columns, inputs, None if balance is None else balance.errors)
 
     def at(
         self,
@@ -201,6 +203,14 @@ class Explainer(nn.Module):
         return self.programs.conservation
 
     @property
+    def constants_share(self) -> float | None:
+        """Which part of what maps of the example inputs assign is the constants', from 0 to 1: where it is 1, they say nothing.
+
+        None before ``compile`` was given example inputs, and for methods that follow no constants.
+        """
+        return self.programs.constants_share
+
+    @property
     def program(self) -> fx.GraphModule:
         """The compiled program, ``(*inputs, seed) -> (output, relevance..., constants' share)``."""
         return self.programs.first().program
@@ -245,6 +255,7 @@ class Explainer(nn.Module):
             f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
             f"{len(compiled.refusals)} refusals"
             + (f"\n  conserves to {self.conservation:.0e} of what it assigns" if self.conservation is not None else "")
+            + (f", of which constants have {self.constants_share:.0%}" if self.constants_share is not None else "")
         )
 
     # ---- as a module ------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ class Explanation:
         bias: the constants' share of the explained output, ``[B]`` or ``[B, K]``; with ``bias="separate"`` it is not in the
             map, otherwise it is.
         inputs: what was explained.
+        conservation: ``|sum V + bias - y| / sum|V|`` of each sample, like ``bias``, with ``frpc.compile(..., verify="always")``;
+            None otherwise, and for methods that follow no constants.
 
     Units: relevance and bias have the unit of the explained output.
     """
@@ -32,6 +34,7 @@ class Explanation:
     relevance: Tensor | tuple[Tensor, ...]
     bias: Tensor
     inputs: tuple[Tensor, ...] = field(repr=False, default=())
+    conservation: Tensor | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.output, self.relevance))
@@ -90,13 +93,20 @@ class LayerRelevance(Mapping[str, Tensor]):
         return len(self.layers)
 
 
-def explanation_of(results: Sequence[Tensor], columns: bool, inputs: Sequence[Tensor]) -> Explanation:
-    """Lays out what a program about the inputs returned, ``(output, relevance ..., constants' share)``."""
+def explanation_of(
+    results: Sequence[Tensor], columns: bool, inputs: Sequence[Tensor], conservation: Tensor | None = None
+) -> Explanation:
+    """Lays out what a program about the inputs returned, ``(output, relevance ..., constants' share)``.
+
+    Shapes: conservation ``[*K, B]``, as programs give it.
+    """
     output, *relevances, bias = results
     if columns:
         relevances, bias = [r.movedim(0, 1) for r in relevances], bias.movedim(0, 1)
     relevances = [r.contiguous() for r in relevances]  # programs compute in channels-last order; callers index freely
-    return Explanation(output, relevances[0] if len(relevances) == 1 else tuple(relevances), bias, tuple(inputs))
+    if columns and conservation is not None:
+        conservation = conservation.movedim(0, 1)
+    return Explanation(output, relevances[0] if len(relevances) == 1 else tuple(relevances), bias, tuple(inputs), conservation)
 
 
 def layer_relevance_of(results: Sequence[Tensor], columns: bool, names: Sequence[str]) -> LayerRelevance:

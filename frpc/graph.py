@@ -2,12 +2,12 @@
 
 ``node.meta["origin"]``  an :class:`Origin`: where the user wrote this operator;
 ``node.meta["layers"]``  module paths whose output this node is;
-``node.meta["val"]``     the example value, a fake tensor.
+``node.meta["val"]``     the example value, a fake tensor;
+``node.meta["samples"]`` where its samples lie, as a trial run found it (:mod:`frpc.samples`).
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,7 @@ from frpc.torch_compat import expression_of
 __all__ = [
     "NOWHERE",
     "RESHAPES",
-    "Batch",
     "Origin",
-    "batch_of",
-    "batches_of",
     "describe",
     "empty_like",
     "fetch",
@@ -49,7 +46,6 @@ RESHAPES = {  # operators that keep the order of elements
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
-_REPEATING = {aten.repeat.default, aten.cat.default}  # whole batches behind one another
 
 
 @dataclass(frozen=True)
@@ -105,6 +101,8 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     new.meta["layers"] = (*new.meta.get("layers", ()), *old.meta.get("layers", ()))
     new.meta.setdefault("origin", origin_of(old))
     new.meta.setdefault("val", old.meta.get("val"))
+    if "samples" in old.meta:
+        new.meta.setdefault("samples", old.meta["samples"])
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
@@ -161,57 +159,3 @@ def _size(size: Any) -> str:
     symbols = sorted(expression_of(size).free_symbols, key=str)
     names = {symbol: "B" if i == 0 else f"K{i}" for i, symbol in enumerate(symbols)}
     return str(expression_of(size).subs(names))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Where the samples are in a tensor: dimension ``axis`` has size ``batch * factor``.
-
-    Of the ``factor`` parts of a sample, ``outer`` lie further apart than samples: the dimension is ``[outer, batch, inner]``,
-    flattened. A batch that leads has ``outer`` 1; time steps in front of samples make it the number of steps.
-    """
-
-    axis: int
-    factor: int
-    outer: int = 1
-
-
-def batch_of(value: torch.Tensor, fixed: int | None) -> Batch | None:
-    """Finds the dimension that holds the samples, taken to be outermost in it; see :func:`batches_of`.
-
-    Args:
-        value: an example value with a symbolic batch, or with real sizes where the batch is fixed.
-        fixed: the fixed batch size, or None where it is symbolic.
-    """
-    sizes: list[Any] = list(value.shape)
-    for axis, size in enumerate(sizes):
-        if isinstance(size, torch.SymInt):
-            expression = expression_of(size)
-            symbols = expression.free_symbols
-            if symbols:
-                return Batch(axis, int(expression.subs(dict.fromkeys(symbols, 1))))
-        elif fixed is not None and size and size % fixed == 0:
-            return Batch(axis, size // fixed)
-    return None
-
-
-def batches_of(graph: fx.Graph, fixed: int | None) -> dict[fx.Node, Batch]:
-    """Finds where the samples are in every node's (first) result, following them through views that merge dimensions."""
-    found: dict[fx.Node, Batch] = {}
-    for node in graph.nodes:
-        value = first_result(node.meta.get("val"))
-        batch = batch_of(value, fixed) if isinstance(value, torch.Tensor) else None
-        if batch is not None:
-            parent = next((n for n in node.all_input_nodes if n in found), None)
-            found[node] = batch if parent is None or batch.factor == 1 else _merged(node, batch, parent, found[parent])
-    return found
-
-
-def _merged(node: fx.Node, batch: Batch, parent: fx.Node, before: Batch) -> Batch:
-    """Works out how many parts of a sample lie outside the samples, in a dimension that holds more than samples."""
-    sizes, previous = first_result(node.meta["val"]).shape, first_result(parent.meta["val"]).shape
-    if node.target in RESHAPES:
-        outside = before.outer * math.prod(int(n) for n in previous[: before.axis])
-        return Batch(batch.axis, batch.factor, max(1, outside // math.prod(int(n) for n in sizes[: batch.axis])))
-    grown = batch.factor // before.factor if node.target in _REPEATING else 1
-    return Batch(batch.axis, batch.factor, before.outer * max(1, grown))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from frpc import canonicalize, optimize
@@ -21,17 +22,23 @@ from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
 from frpc.capture import Captured, capture, tensors_of, tree
 from frpc.decompose import spell_out
+from frpc.editor import Editor
 from frpc.emit import emit, only_aten, varying_references
-from frpc.errors import BatchError, CompileError
+from frpc.errors import BatchError, CompileError, ShapeError
 from frpc.folding import fold_batch_norm
 from frpc.graph import empty_like
 from frpc.lineage import Ledger
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
-from frpc.mixing import mixing
+from frpc.mixing import NODES, Trial, trial
 from frpc.plan import Plan, Query, Strategy, make_plan
+from frpc.precision import rounding
 from frpc.rules.ruleset import RuleSet
+from frpc.samples import FIRST, Batch
+from frpc.sources import demand_path, demand_samples, unreached
 from frpc.stages import Clock, Stage, copy_graph, named, run_passes
+
+aten = torch.ops.aten
 
 __all__ = ["Choice", "Compiled", "Front", "Stage", "assign_rules", "compile_query", "duplicated", "front", "renewed"]
 
@@ -41,16 +48,17 @@ class Front:
     """What all queries about one model share: its graph, captured and in canonical form before folding.
 
     ``output`` is an output of its without samples.
-    ``mixing`` says how the model fails to treat samples apart, if it does; ``ledger`` knows how the tensors that passes made
-    came about.
+    ``trial`` says whether the model treats samples apart; ``ledger`` knows how the tensors that passes made came about;
+    ``rounding`` is the relative rounding of the coarsest type that the model computes in.
     """
 
     captured: Captured
     canonical: fx.GraphModule
     stages: tuple[Stage, ...]
-    mixing: str | None
+    trial: Trial
     ledger: Ledger
     output: Tensor
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Compiled:
             nothing where the reference is part of the program.
         backend: who runs it.
         fixed_batch: it takes one batch size only.
+        pending: a call of so many samples or more is still to be held against the model.
     """
 
     program: fx.GraphModule
@@ -98,11 +107,17 @@ class Compiled:
     references: tuple[tuple[Tensor, ...], ...] = ((),)
     backend: Backend = field(default_factory=Backend)
     fixed_batch: bool = False
+    pending: float = 1
 
     @cached_property
     def function(self) -> Program:
         """The program as its backend runs it."""
         return executable(self.program, self.backend)
+
+    @cached_property
+    def places(self) -> tuple[Batch, ...]:
+        """Where the samples are in each relevance that it returns."""
+        return tuple(self.assignment.batches.get(node, FIRST) for node in self.plan.wanted)
 
     @property
     def portable(self) -> fx.GraphModule:
@@ -113,14 +128,42 @@ class Compiled:
 
 
 def front(
-    model: nn.Module, inputs: Sequence[Tensor], output: str | int | None, names: Sequence[str] = (), gradients: bool = False
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    output: str | int | None,
+    names: Sequence[str] = (),
+    gradients: bool = False,
+    apart: bool = True,
 ) -> Front:
-    """Captures and canonicalizes a model; see :func:`frpc.capture.capture`."""
+    """Captures and canonicalizes a model, and finds where samples lie in its values.
+
+    Args:
+        model, inputs, output, names, gradients: as for :func:`frpc.capture.capture`.
+        apart: try whether samples are treated apart.
+    """
     start = time.perf_counter()
+    _demand_one_batch(inputs)
     captured = capture(model, inputs, output, names, gradients)
     taken = Stage("capture", time.perf_counter() - start, (), captured.graph_module)
     canonical, canonized, ledger = _canonical(captured)
-    return Front(captured, canonical, (taken, canonized), mixing(captured, inputs), ledger, _output(canonical))
+    tried = trial(canonical, inputs, captured.inputs[0].batch, apart)
+    unit = rounding(captured.graph_module, captured.graph_module.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
+    return Front(captured, canonical, (taken, canonized), tried, ledger, _output(canonical), unit)
+
+
+def _demand_one_batch(inputs: Sequence[Tensor]) -> None:
+    """Refuses inputs of different batch sizes.
+
+    Raises:
+        BatchError: if one of them may be the edges of a graph.
+        ShapeError: otherwise.
+    """
+    sizes = sorted({int(x.shape[0]) for x in inputs if isinstance(x, Tensor) and x.dim()})
+    if len(sizes) > 1:
+        said = f"The inputs have different batch sizes: {sizes}."
+        if any(not x.is_floating_point() and x.dim() == 2 and x.shape[0] == 2 for x in inputs):
+            raise BatchError(f"{said}\n  {NODES}")
+        raise ShapeError(f"{said} All inputs are [B, ...]; hold what is the same for all samples as a buffer of the model.")
 
 
 def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:
@@ -129,7 +172,17 @@ def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:
     ledger, canonical = Ledger(), copy_graph(captured.graph_module)
     ledger.name(captured.graph_module)
     passes = named(canonicalize.PASSES, run_passes(canonicalize.PASSES, canonical, ledger))
+    _keep_one_result(canonical, captured.inputs[0].batch)
     return canonical, Stage("canonicalize", time.perf_counter() - start, passes, canonical), ledger
+
+
+def _keep_one_result(canonical: fx.GraphModule, fixed: int | None) -> None:
+    """``y -> y[None]`` where the model squeezed away a batch that is always 1."""
+    output = canonical.graph.output_node()
+    result: Any = output.args[0]
+    if fixed == 1 and result.meta["val"].dim() == 0:
+        output.args = (Editor(canonical, output).call(aten.unsqueeze.default, result, 0),)
+        canonical.recompile()
 
 
 def _output(canonical: fx.GraphModule) -> Tensor:
@@ -146,7 +199,16 @@ def renewed(shared: Front, model: nn.Module) -> Front:
     captured = dataclasses.replace(shared.captured, graph_module=copy_graph(old, tensors_of(old, model)))
     canonical, canonized, ledger = _canonical(captured)
     taken = Stage("capture", 0.0, (), captured.graph_module)
-    return Front(captured, canonical, (taken, canonized), shared.mixing, ledger, shared.output)
+    _keep_samples(shared.canonical, canonical)
+    return Front(captured, canonical, (taken, canonized), shared.trial, ledger, shared.output, shared.rounding)
+
+
+def _keep_samples(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Notes on a graph of other weights where samples lie: passes make the same of it, but for names."""
+    if [n.target for n in old.graph.nodes] == [n.target for n in new.graph.nodes]:
+        for one, other in zip(old.graph.nodes, new.graph.nodes, strict=True):
+            if "samples" in one.meta:
+                other.meta["samples"] = one.meta["samples"]
 
 
 def duplicated(shared: Front, programs: Sequence[Compiled], memo: dict[int, Any]) -> tuple[Front, list[Compiled]]:
@@ -190,6 +252,7 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     clock = Clock(list(shared.stages))
     assignment = assign_rules(shared, choice, query, clock)
     plan = make_plan(assignment, query)
+    demand_path(assignment, plan)
     clock.note("plan", plan)
     emitted = emit(assignment, plan, shared.captured.fake_mode)
     clock.note("emit", emitted)
@@ -202,6 +265,9 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     refusals, static = lowered.refusals, shared.captured.static_batch_reason
     if static:
         refusals = (*refusals, Refusal("a free batch size", "capture", static))
+    if shared.trial.untested is not None:
+        refusals = (*refusals, Refusal("the trial that samples are treated apart", "verification", shared.trial.untested))
+    refusals = (*refusals, *unreached(assignment, plan))
     if choice.backend.name != "inductor":  # which plans memory of its own
         plan = dataclasses.replace(plan, footprint=footprint(lowered.program, query.columns))
     references = varying_references(assignment)
@@ -226,11 +292,13 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: Clock | Non
         passes = (spell_out, *canonicalize.PASSES)
         clock.note("spell out", canonical, named(passes, run_passes(passes, canonical, shared.ledger)))
     fixed = shared.captured.inputs[0].batch
-    if shared.mixing is not None and shared.mixing.startswith("The explained output"):
-        raise BatchError(shared.mixing)  # no rule could mend that the output is not one result a sample
+    if shared.trial.misshapen is not None:
+        raise BatchError(shared.trial.misshapen)  # no rule could mend that the output is not one result a sample
     assignment = assign(canonical, choice.rules, choice.constant, fixed, choice.source, query.of, query.layers)
+    if all(gap.samples for gap in assignment.gaps):  # for want of a rule nothing else can be said
+        if shared.trial.mixing is not None:
+            raise BatchError(shared.trial.mixing)
+        demand_samples(assignment)
     assignment.demand_complete()
-    if shared.mixing is not None:
-        raise BatchError(shared.mixing)
     clock.note("assign", assignment)
     return assignment

@@ -234,7 +234,7 @@ def total_cost(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
     for node in nodes:
         assigned = assignment.rules[node]
         value = first_result(node.meta["val"])
-        batch = size_hint(value.shape[assigned.batch.axis]) / assigned.batch.factor
+        batch = size_hint(value.shape[assigned.batch.axis]) / assigned.batch.factor if value.dim() else 1.0
         for linear_map in assigned.example.terms.values():
             one = linear_map.cost(value.element_size())
             cost = cost + Cost(one.flops / batch, one.bytes / batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,30 @@ from torch import Tensor, nn
 from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.capture import argument_order, snapshot
-from frpc.confirming import confirm, conservation, verify
 from frpc.errors import InputError, LayerNameError, nearest
 from frpc.finite import demand_finite
 from frpc.graph import empty_like, first_result
+from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
 from frpc.precision import computing_in
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
+from frpc.top import Logit
 from frpc.torch_compat import copied_by
-from frpc.values import is_traced
+from frpc.values import is_plain, is_traced
+from frpc.verification import (
+    Balance,
+    Model,
+    Verify,
+    account_of,
+    confirm,
+    constants_share,
+    demand_balance,
+    held_apart,
+    verify,
+    weights,
+)
 
 __all__ = ["NamedInputs", "Programs", "Signature", "empty_like", "layer_example", "layer_names"]
 
@@ -55,10 +69,13 @@ class Programs:
         query: the question asked unless another is.
         fronts: captured graphs by the inputs' sizes, types and devices.
         compiled: programs by signature and question.
+        verifying: when programs are held against the model (:mod:`frpc.verification`).
     """
 
-    def __init__(self, model: nn.Module, choice: Choice, query: Query, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, model: nn.Module, choice: Choice, query: Query, dtype: torch.dtype | None = None, verifying: Verify = "first"
+    ) -> None:
+        self.dtype, self.verifying = dtype, verifying
         self.model = self._snapshot(model)
         self.choice, self.query = choice, query
         self.fronts: dict[Signature, Front] = {}
@@ -67,7 +84,9 @@ class Programs:
         self._names: tuple[str, ...] | None = None  # of the inputs, once they were given by keyword
         self._ahead = False
         self._graphs = threading.RLock()
+        self._apart: set[Signature] = set()  # of which batches of several samples were tried
         self.conservation: float | None = None  # |sum V - y| / sum|V| of the example inputs, once they were given
+        self.constants_share: float | None = None  # what part of their maps constants are
 
     def _snapshot(self, model: nn.Module) -> nn.Module:
         copied = snapshot(model)
@@ -132,7 +151,7 @@ class Programs:
                 if found is None:
                     names = self._names or (inputs.names if isinstance(inputs, NamedInputs) else ())
                     gradients = self.choice.rules.account.gradients
-                    found = pipeline.front(self.model, inputs, self.choice.output, names, gradients)
+                    found = pipeline.front(self.model, inputs, self.choice.output, names, gradients, self.verifying != "never")
                     self._names = names or None
                     self.fronts[signature] = found
         return found
@@ -173,11 +192,49 @@ class Programs:
         """Runs a program; maps are averaged over reference inputs where there are several."""
         self.choice.rules.check(inputs)
         query = compiled.plan.query
-        form = Form(len(inputs), query.columns, len(query.layers), compiled.fixed_batch)
+        form = Form(len(inputs), query.columns, len(query.layers), compiled.fixed_batch, compiled.places)
         program = compiled.portable if is_traced() else compiled.function
         results = run(program, inputs, functional, compiled.references, form)
         demand_finite(compiled, inputs, functional, results)
+        if inputs[0].shape[0] >= compiled.pending and self.verifying != "never":
+            self._verify(compiled, inputs, functional, results)
         return results
+
+    def _verify(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor, results: Sequence[Tensor]) -> None:
+        """Holds a program against the model at its first call, and once more where that call had one sample only."""
+        if not is_plain(inputs):
+            return
+        signature, given = _signature(inputs), [x.detach() for x in inputs]
+        with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the model that it is being compiled
+            if self.compiled.get((signature, compiled.plan.query)) is not compiled:
+                return  # the model has been renewed since this call began
+            model, front = Model(self.model, self._names or ()), self.fronts[signature]
+            known = signature in self._apart
+            if compiled.pending == 1:
+                reason = verify(compiled, front, model, given, functional, results, known)
+            else:
+                reason = None if known else held_apart(front, model, given)
+            if reason is not None:
+                refusal = Refusal("the trial that samples are treated apart", "verification", reason)
+                compiled.refusals = (*compiled.refusals, refusal)
+        apart = len(inputs[0]) > 1 or front.captured.inputs[0].batch is not None
+        if apart:
+            self._apart.add(signature)
+        compiled.pending = math.inf if signature in self._apart else 2
+
+    def balance(
+        self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor, results: Sequence[Tensor]
+    ) -> Balance | None:
+        """The account of one call where every call is verified; None otherwise, and for methods that make none.
+
+        Raises:
+            ConservationError: if it does not balance.
+        """
+        found = account_of(compiled, functional, results) if self.verifying == "always" else None
+        if found is not None and is_plain(inputs):
+            front = self.fronts.get(_signature(inputs)) or self.first_front()
+            demand_balance(found, compiled, front, [x.detach() for x in inputs], functional, results[0])
+        return found
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""
@@ -197,10 +254,19 @@ class Programs:
     def settle(self, inputs: Sequence[Tensor]) -> None:
         """Compiles for inputs like these, checks the program against the model, and takes no other shapes from then on."""
         front = self.front(inputs)
-        compiled, given = self.program(front, inputs, self.query), [x.detach() for x in inputs]
-        results = verify(compiled, front, given)
-        self.conservation = conservation(compiled, results)
+        compiled = self.program(front, inputs, self.query)
+        if self.verifying != "never":
+            output = front.canonical(*(x.detach() for x in inputs))
+            self.run(compiled, inputs, weights(output))
+            self._measure(compiled, inputs, torch.ones_like(output))
         self._ahead = True
+
+    def _measure(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor) -> None:
+        """Notes how well the account of the example inputs balances, and how much of it constants have."""
+        results = self.run(compiled, inputs, functional)
+        plain = account_of(compiled, functional, results) if self.query.top == Logit() else None
+        if plain is not None:
+            self.conservation, self.constants_share = float(plain.errors.max()), constants_share(compiled, results)
 
     def refresh(self, model: nn.Module) -> None:
         """Takes the weights of ``model`` into everything that was captured and compiled; see :meth:`frpc.Explainer.refresh`."""
@@ -208,7 +274,7 @@ class Programs:
             fresh = self._snapshot(model)
             fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
             for front in fronts.values():
-                confirm(front, fresh, self._names or ())
+                confirm(front, Model(fresh, self._names or ()))
             programs = {
                 (signature, query): pipeline.compile_query(fronts[signature], self.choice, query)
                 for signature, query in self.compiled
@@ -245,6 +311,7 @@ class Programs:
     def _take(self, model: nn.Module, fronts: dict[Signature, Front], compiled: dict[tuple[Signature, Query], Compiled]) -> None:
         """Sets new contents; calls that run in other threads go on with what they hold."""
         self.model, self.fronts, self.compiled, self._assignments = model, fronts, compiled, {}
+        self._apart = set()
 
     def first(self) -> Compiled:
         """The program compiled first."""

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine, Operand
 from frpc.assign import Assigned, Assignment, call_of
-from frpc.graph import Batch, first_result
+from frpc.graph import first_result
+from frpc.samples import Batch, one_per_sample
 
 __all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
 
@@ -228,9 +229,4 @@ def inner(v: Tensor, c: Tensor | float, shape: Sequence[Any], batch: Batch) -> T
     repeated = [d - rank for d in range(rank) if d != batch.axis and isinstance(sizes[d], int) and sizes[d] == 1]
     if repeated:  # sum first over what c repeats: one pass over v, and the product is small
         v = v.sum(repeated, keepdim=True)
-    v = v * c
-    rest = [d - rank for d in range(rank) if d != batch.axis]
-    per_sample = v.sum(rest) if rest else v
-    if batch.factor != 1:
-        per_sample = per_sample.unflatten(-1, (batch.outer, -1, batch.factor // batch.outer)).sum((-3, -1))
-    return per_sample
+    return one_per_sample(v * c, rank, batch)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.samples import FIRST, Batch
 from frpc.torch_compat import is_batched
 from frpc.values import is_traced
 
@@ -30,20 +31,33 @@ class Form:
         columns: K leads in the seed and in relevances.
         layers: how many layers it gives relevances of, followed by their values; 0 for one about its sources.
         fixed: it takes one batch size only.
+        places: where samples are in each relevance, K left out; first where nothing is said.
     """
 
     inputs: int
     columns: bool
     layers: int = 0
     fixed: bool = False
+    places: tuple[Batch, ...] = ()
 
     def seed_axis(self) -> int:
         return int(self.columns)
 
-    def result_axes(self, count: int) -> list[int]:
-        """The samples' dimension in each of ``count`` results."""
-        relevances = self.layers or count - 1
-        return [0, *[int(self.columns)] * relevances, *[0] * (count - 1 - relevances)]
+    def unfold(self, results: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Parts the dimension of N B samples in each result, and lets N lead.
+
+        Shapes: relevances ``[*K, ..., outer * N * B * inner, ...]``; the constants' share ``[*K, N * B]``; others
+            ``[N * B, ...]``.
+        """
+        output, *rest = results
+        relevances = rest[: self.layers or len(rest) - 1]
+        places = self.places or (FIRST,) * len(relevances)
+        found = [_part(output, FIRST, 0, count)]
+        found += [_part(r, place, int(self.columns), count) for r, place in zip(relevances, places, strict=True)]
+        others = rest[len(relevances) :]
+        if self.layers:
+            return (*found, *(_part(v, place, 0, count) for v, place in zip(others, places, strict=True)))
+        return (*found, *(_part(share, FIRST, int(self.columns), count) for share in others))
 
 
 def run(
@@ -86,9 +100,14 @@ class _Mapped(torch.autograd.Function):
             return tuple(results), (0,) * len(results)
         folded = [_fold(t, d, a, count) for t, d, a in zip(tensors, mapped, axes, strict=True)]
         found = _call(program, form, folded)
-        where = form.result_axes(len(found))
-        unfolded = tuple(r.unflatten(a, (count, -1)).movedim(a, 0) for r, a in zip(found, where, strict=True))
-        return unfolded, (0,) * len(unfolded)
+        return form.unfold(found, count), (0,) * len(found)
+
+
+def _part(result: Tensor, place: Batch, lead: int, count: int) -> Tensor:
+    """``[*lead, ..., outer * N * B * inner, ...] -> [N, *lead, ..., outer * B * inner, ...]``."""
+    axis = lead + place.axis
+    parted = result.unflatten(axis, (place.outer, count, -1)).movedim(axis + 1, 0)
+    return parted.flatten(axis + 1, axis + 2)
 
 
 def _slice(tensors: Sequence[Tensor], mapped: Sequence[int | None], n: int) -> list[Tensor]:

@@ -49,6 +49,7 @@ __all__ = [
     "in_dispatch_mode",
     "is_batched",
     "is_composite",
+    "is_fake",
     "is_view",
     "is_wrapped",
     "make_fx",
@@ -168,6 +169,11 @@ def fake_mode_of(value: Any) -> FakeTensorMode:
     """Returns the mode an example value lives in."""
     mode: FakeTensorMode = value.fake_mode
     return mode
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Says whether a tensor is an example value, which has a shape and no numbers."""
+    return hasattr(tensor, "fake_mode")
 
 
 def expression_of(size: torch.SymInt) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from frpc.torch_compat import assert_async, in_dispatch_mode, is_wrapped, unwrapped
+from frpc.torch_compat import assert_async, in_dispatch_mode, is_fake, is_wrapped, unwrapped
 
-__all__ = ["all_hold", "is_traced", "is_transformed", "whole"]
+__all__ = ["all_hold", "is_plain", "is_traced", "is_transformed", "whole"]
 
 
 def all_hold(conditions: Tensor, message: str) -> bool:
@@ -40,6 +42,13 @@ def is_traced() -> bool:
 def is_transformed(tensor: Tensor) -> bool:
     """Says whether a transform of ``torch.func`` shows one of several samples through this tensor."""
     return is_wrapped(tensor)
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Says whether tensors hold values now: nothing traces, transforms or records what is done with them."""
+    if is_traced() or in_dispatch_mode() or any(is_transformed(t) or is_fake(t) for t in tensors):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from frpc.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
+    SourceError,
     TargetError,
     UnsupportedOpError,
 )
@@ -135,16 +136,48 @@ def test_all_gaps_at_once() -> None:
     ]
 
 
-def test_gaps_may_count_as_constants() -> None:
+class Beside(nn.Module):
+    def __init__(self, gap: nn.Module) -> None:
+        super().__init__()
+        self.gap, self.last = gap, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.gap(x))
+
+
+@pytest.mark.parametrize(("gap", "pattern"), [(Scores(), "gap"), (nn.Sequential(OrderedDict(scores=Scores())), "*.scores")])
+def test_gaps_may_count_as_constants(gap: nn.Module, pattern: str) -> None:
     """The remedy of the message: what the named modules compute is a constant, and the account still sums up."""
     torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(scores=Scores(), last=nn.Linear(4, 3))).double()
-    x = randn(2, 4)
-    out = frpc.compile(model, (x,), constant=["scores"])(x, target=1)
-    assert torch.allclose(out.bias, out.output[:, 1])
-    assert torch.allclose(out.relevance.sum(1), out.output[:, 1])
-    both = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), gap=nn.Sequential(OrderedDict(scores=Scores())))).double()
-    assert torch.allclose(frpc.compile(both, (x,), constant="*.scores")(x, target=1).bias, both(x).detach()[:, 1])
+    model, x = Beside(gap).double(), randn(2, 4)
+    out = frpc.compile(model, (x,), constant=pattern)(x, target=1)
+    weight = model.last.weight[1].detach()
+    share = gap(x) @ weight + model.last.bias[1].detach()
+    assert torch.allclose(out.bias, share)
+    assert torch.allclose(out.relevance, x * weight + share[:, None] / 4)
+
+
+def test_nothing_but_constants_is_refused() -> None:
+    """A map that owes everything to constants says nothing: no carried path is an error that names where the ways end."""
+    model, x = nn.Sequential(OrderedDict(scores=Scores(), last=nn.Linear(4, 3))).double(), randn(2, 4)
+    with pytest.raises(
+        SourceError, match=r"No carried path leads from the sources \(input\w*\) to the output: its map would owe"
+    ) as e:
+        frpc.compile(model, (x,), constant=["scores"])
+    assert f"scores   test_errors.py:{line_of(Scores, 'scores = ')}" in str(e.value)
+    with pytest.raises(SourceError, match="No carried path"):
+        frpc.compile(model, constant=["*"])(x, target=0)
+
+
+def test_a_source_without_a_path_beside_others_is_said() -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+            return x * (codes > 0)
+
+    explainer = frpc.compile(Second(), (randn(2, 4), randn(2, 4)))
+    assert [str(r) for r in explainer.refusals] == [
+        "relevance not used at codes: no carried path leads from it to what is explained: its map holds constants alone"
+    ]
 
 
 def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,21 +202,21 @@ def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    "function",
     [
-        (lambda x: x - x.mean(0), "it mixes samples"),
-        (lambda x: x - x.mean(0, keepdim=True), "it mixes samples"),
-        (lambda x: x + x[:1], "it mixes samples"),
-        (lambda x: x + x[0], "it mixes samples"),
-        (lambda x: nn.functional.linear(x, x[:, None].sum((0, 1))[None]), "it mixes samples"),
-        (lambda x: (x @ x.t()).softmax(-1) @ x, "it works along the batch: the result mixes samples"),
+        lambda x: x - x.mean(0),
+        lambda x: x - x.mean(0, keepdim=True),
+        lambda x: x + x[:1],
+        lambda x: x + x[0],
+        lambda x: nn.functional.linear(x, x[:, None].sum((0, 1))[None]),
+        lambda x: (x @ x.t()).softmax(-1) @ x,
     ],
     ids=["mean", "mean kept", "first sample", "a sample", "weights", "attention"],
 )
-def test_operators_that_mix_samples_are_gaps(function: Callable[[Tensor], Tensor], reason: str) -> None:
-    with pytest.raises(UnsupportedOpError) as error:
+def test_operators_that_mix_samples_are_refused(function: Callable[[Tensor], Tensor]) -> None:
+    """No rule would help, so none is asked for."""
+    with pytest.raises(BatchError, match=r"depends on the other samples.*\n    \(top level\)   test_errors.py"):
         frpc.compile(Function(function), (randn(3, 4),))
-    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(

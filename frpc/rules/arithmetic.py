@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
-from frpc.errors import RuleDeclinedError
+from frpc.errors import SamplesUnknownError
 from frpc.maps import LinearMap, Place, scaled
 
 aten = torch.ops.aten
@@ -139,7 +139,7 @@ def from_end(dims: int | Sequence[int] | None, rank: int) -> list[int]:
 def refuse_batch(a: Tensor, dims: Sequence[int]) -> None:
     """Declines an operator that works along the dimension of the samples."""
     if any(isinstance(a.shape[d], torch.SymInt) for d in dims):
-        raise RuleDeclinedError("it works along the batch: the result mixes samples")
+        raise SamplesUnknownError("it works along the batch: the result mixes samples")
 
 
 def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Callable[[Tensor], Tensor]]:

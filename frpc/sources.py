@@ -1,0 +1,67 @@
+"""Sources that can be explained: their samples can be told apart, and a carried path leads from them to what is explained."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from frpc.assign import Assignment
+from frpc.errors import SourceError
+from frpc.graph import describe, first_result
+from frpc.lower import Refusal
+from frpc.plan import Plan, feeding
+from frpc.samples import place_of
+
+__all__ = ["demand_path", "demand_samples", "unreached"]
+
+
+def demand_samples(assignment: Assignment) -> None:
+    """Refuses sources whose samples cannot be told apart.
+
+    Raises:
+        SourceError: names them.
+    """
+    for node in assignment.sources:
+        if node not in assignment.batches or isinstance(node.meta.get("samples"), str):
+            raise SourceError(
+                f"The source {describe(first_result(node.meta['val']))} cannot be shared out sample by sample: it cannot be told "
+                f"which of its elements belong to which sample.\n    {place_of(node)}\n"
+                "  Name another with source=, or keep samples first in it."
+            )
+
+
+def demand_path(assignment: Assignment, plan: Plan) -> None:
+    """Refuses a question whose answer would owe everything to constants, because nothing carries.
+
+    Raises:
+        SourceError: names the values at which the ways from the sources end.
+    """
+    if plan.result in assignment.carried:
+        return
+    graph = assignment.graph_module.graph
+    behind, ends = set(assignment.sources), []
+    for node in graph.nodes:
+        fed = [n for n in node.all_input_nodes if n in behind]
+        if fed and node.op == "call_function":
+            value = first_result(node.meta.get("val"))
+            if isinstance(value, Tensor) and value.is_floating_point() and node not in assignment.rules:
+                ends.append(node)
+            behind.add(node)
+    what = f"the layer {plan.query.of}" if plan.query.of else "the output"
+    places = "".join(f"\n    {place_of(node)}" for node in ends[:5]) or "\n    (it is computed from none of the sources)"
+    raise SourceError(
+        f"No carried path leads from the sources ({', '.join(n.name for n in assignment.sources)}) to {what}: its map would owe "
+        f"everything to constants. The ways end at{places}\n  Name a source on the way with source=, or let fewer parts count as "
+        "constants."
+    )
+
+
+def unreached(assignment: Assignment, plan: Plan) -> list[Refusal]:
+    """The sources, of several, from which no carried path leads to what is explained: their maps hold constants alone."""
+    if plan.query.layers or len(assignment.sources) == 1:
+        return []
+    reaching = feeding(assignment, plan.result)
+    return [
+        Refusal("relevance", n.name, "no carried path leads from it to what is explained: its map holds constants alone")
+        for n in assignment.sources
+        if n not in reaching
+    ]

@@ -1,0 +1,421 @@
+"""What is compiled is held against the model: its output, whether samples are treated apart, and whether its account balances.
+
+The account is ``sum V + constants = <G, y>``, y being what the same program computes. In exact arithmetic it holds whatever the
+values are, because every rule reproduces its operator's result. What rounding leaves of it is at most a few units in the last
+place of ``sum |V|`` in nets that are trained; how many, no formula says for a deep net with random weights, whose inner
+relevances cancel. So a loss above 64 units is not judged by its size: the same rules are run operator by operator, in float64
+and in the model's own type. If the account does not balance in float64, a rule is wrong, and it is named. If it does, rounding
+explains what the model's own type loses there, and up to a hundred times that: a program sums the same numbers in another order.
+Methods that follow no constants have no such account: of them the output and the samples are checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from frpc.audit import Audit, audit, widened
+from frpc.capture import InputSpec
+from frpc.errors import BatchError, CompileError, ConservationError, OptionError
+from frpc.pipeline import Compiled, Front
+from frpc.samples import one_per_sample, place_of, spread_out
+from frpc.torch_compat import pytree
+
+__all__ = [
+    "VERIFY",
+    "Balance",
+    "Model",
+    "Verify",
+    "account_of",
+    "check_verify",
+    "confirm",
+    "constants_share",
+    "demand_balance",
+    "held_apart",
+    "limit_of",
+    "verify",
+    "weights",
+]
+
+Verify = Literal["first", "always", "never"]
+VERIFY: tuple[Verify, ...] = ("first", "always", "never")
+
+_UNITS = 64  # roundings of sum|V| that need no further explanation
+_EXACT = 1e-6  # of sum|V|, what rounding in float64 leaves at most
+
+
+def check_verify(name: str) -> Verify:
+    """Returns the choice of that name.
+
+    Raises:
+        OptionError: for any other name.
+    """
+    for choice in VERIFY:
+        if choice == name:
+            return choice
+    raise OptionError(f"verify={name!r} is unknown; choose one of {', '.join(VERIFY)}.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model as it is called.
+
+    Attributes:
+        module: the copy that graphs are captured from.
+        names: names to pass inputs by; empty to pass them by position.
+    """
+
+    module: nn.Module
+    names: Sequence[str] = ()
+
+    def tensors(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Runs it on copies, since it may write to what it is given, and returns the tensors of its result."""
+        given = [x.detach().clone() for x in inputs]
+        with torch.no_grad():
+            found = self.module(**dict(zip(self.names, given, strict=True))) if self.names else self.module(*given)
+        return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The account of one run of a program, for each sample and column, ``[*K, B]``.
+
+    Attributes:
+        explained: ``<G, y>``.
+        lost: ``sum V + constants - <G, y>``.
+        size: ``sum |V|``, and ``|constants|`` where they are beside the map.
+    """
+
+    explained: Tensor
+    lost: Tensor
+    size: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        """``|lost| / size`` of each sample."""
+        return torch.where(self.lost == 0, 0.0, self.lost.abs() / self.size)
+
+
+def verify(
+    compiled: Compiled,
+    shared: Front,
+    model: Model,
+    inputs: Sequence[Tensor],
+    functional: Tensor,
+    results: Sequence[Tensor],
+    apart: bool = False,
+) -> str | None:
+    """Holds one run of a program against the model: its output, layers that it speaks of, samples given alone, its account.
+
+    Args:
+        compiled: the program.
+        shared: the graph that it was compiled from.
+        model: the model.
+        inputs: what the program was given.
+        functional: the linear functional that was explained, ``[*K, B, ...]``.
+        results: what the program returned.
+        apart: it is known that samples are treated apart.
+
+    Returns:
+        why samples could not be given alone, or None.
+
+    Raises:
+        CompileError: if an output or a layer differs by more than rounding can explain; says how.
+        BatchError: if a sample's result depends on the others of its batch.
+        ConservationError: if the account does not balance by more than rounding can explain; names the rule.
+    """
+    query = compiled.plan.query
+    asked = (query.of,) if query.of else query.layers
+    with _watched(model.module, asked) as layers:
+        given = model.tensors(inputs)
+    if not query.of:
+        _demand_same(shared, model, inputs, results[0], given, "")
+    values = [results[0]] if query.of else results[len(results) - len(query.layers) :] if query.layers else []
+    for name, value in zip(asked, values, strict=True):
+        if name in layers and any(x.shape == value.shape for x in layers[name]):
+            _demand_same(shared, model, inputs, value, layers[name], name)
+    reason = None if apart else held_apart(shared, model, inputs)
+    balance = account_of(compiled, functional, results)
+    if balance is not None:
+        demand_balance(balance, compiled, shared, inputs, functional, results[0])
+    return reason
+
+
+def held_apart(shared: Front, model: Model, inputs: Sequence[Tensor]) -> str | None:
+    """Runs a model on parts of a batch, twice, so that any two samples are once in different parts, and compares with the whole.
+
+    Returns:
+        why that could not be done, or None.
+
+    Raises:
+        BatchError: if a sample's result depends on the others of its batch.
+    """
+    count = int(inputs[0].shape[0])
+    tried = count <= min(3, shared.trial.samples)  # what the trial was given, it has told apart
+    if count < 2 or tried or shared.captured.inputs[0].batch is not None:
+        return None
+    whole, side = model.tensors(inputs), math.ceil(math.sqrt(count))
+    parts = [list(range(first, min(first + side, count))) for first in range(0, count, side)]
+    parts += [list(range(first, count, side)) for first in range(side)]
+    for part in (p for p in parts if len(p) < count):
+        try:
+            alone = model.tensors([x[torch.tensor(part, device=x.device)] for x in inputs])
+        except Exception as error:  # whatever the user's model raises
+            return f"the model fails on samples {part[:5]} alone ({type(error).__name__}: {error})"
+        for one, other in zip(alone, whole, strict=False):
+            if other.dim() and other.shape[0] == count and one.shape == (len(part), *other.shape[1:]):
+                _demand_alike(shared, inputs, part, one, other[torch.tensor(part, device=other.device)])
+    return None
+
+
+def _demand_alike(shared: Front, inputs: Sequence[Tensor], part: Sequence[int], alone: Tensor, among: Tensor) -> None:
+    apart = _difference(alone, among)
+    if apart <= _allowed(shared, inputs, apart) or not bool(torch.isfinite(among).all()):
+        return
+    raise BatchError(
+        f"One sample's result depends on the other samples of the batch: those of samples {list(part[:5])} differ by {apart:.1e} "
+        "of the largest value where they are given alone. No map of a sample could sum to it.\n"
+        "  Let the model treat samples apart; explain one that compares samples for fixed partners, held as buffers."
+    )
+
+
+# ---- outputs -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects what layers return while a model runs; the second call of ``path`` is ``path@1``, as in captured graphs."""
+    found: dict[str, list[Tensor]] = {}
+    calls: dict[str, int] = {}
+    parts = dict(module.named_modules(remove_duplicate=False))
+
+    def hook(path: str) -> Any:
+        def keep(_: nn.Module, inputs: Any, output: Any) -> None:
+            count = calls[path] = calls.get(path, -1) + 1
+            tensors = [x.detach().clone() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+            found[f"{path}@{count}" if count else path] = tensors
+
+        return keep
+
+    paths = {name.partition("@")[0] for name in names}
+    handles = [parts[path].register_forward_hook(hook(path)) for path in paths if path in parts]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Tensor, given: Sequence[Tensor], layer: str) -> None:
+    """Compares a result of a program with what the model gives: one of these tensors it has to be.
+
+    Raises:
+        CompileError: if it is none of them; says whether the model repeats itself, and whether it was captured as it is.
+    """
+    like = [x for x in given if x.shape == got.shape] or [x.reshape(got.shape) for x in given if x.numel() == got.numel()]
+    what = f"the compiled program's value of {layer}" if layer else "the compiled program's output"
+    if not like:
+        shapes = ", ".join(str(list(x.shape)) for x in given) or "no tensors"
+        raise CompileError(f"{what} is {list(got.shape)}; the model gives {shapes}.")
+    errors = [_difference(got, x) for x in like]
+    error = min(errors, key=lambda e: (e != e, e))
+    expected = like[errors.index(error)] if error == error else like[0]
+    bound = _allowed(shared, inputs, error)
+    if error <= bound or not bool(torch.isfinite(expected).all()):
+        return
+    differs = f"{what} differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"
+    again = [x.reshape(got.shape) for x in model.tensors(inputs) if x.numel() == got.numel()]
+    if not layer and not any(_difference(x, expected) <= bound for x in again):
+        raise CompileError(
+            f"{differs}: the model gives another output at every call. It draws random numbers, or keeps a state; let it give "
+            "the same output for the same input, or hold what it draws as a buffer."
+        )
+    with torch.no_grad():
+        captured = shared.captured.graph_module(*inputs)
+    if not layer and captured.numel() == got.numel() and not _difference(captured.reshape(got.shape), expected) <= bound:
+        raise CompileError(
+            f"{differs}: what torch.export captured from {shared.captured.model_name} computes something else than the model "
+            "itself. Its code depends on more than its inputs and tensors, e.g. on torch.compiler.is_compiling()."
+        )
+    raise CompileError(differs)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value; NaN where one has NaN and the other has not."""
+    if not expected.numel():
+        return 0.0
+    one, other = got.double(), expected.double()
+    apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one - other).abs())
+    largest = other[torch.isfinite(other)].abs()
+    scale = float(largest.amax()) if largest.numel() else 1.0
+    return float(apart.amax()) / (scale + torch.finfo(expected.dtype).tiny)
+
+
+def _allowed(shared: Front, inputs: Sequence[Tensor], error: float) -> float:
+    """How far outputs may be apart: folding and another memory order re-associate sums, no more.
+
+    What a deep net makes of that is measured where it has to be known: by how much its output moves with its input's last place.
+    """
+    bound = min(1e4 * shared.rounding, 0.1)
+    if error <= bound or error != error:
+        return bound
+    return max(bound, (10 if shared.rounding > 1e-4 else 100) * _sensitivity(shared, inputs))
+
+
+def _sensitivity(shared: Front, inputs: Sequence[Tensor]) -> float:
+    """How much the model's own output moves, relative to its largest value, where its input moves by about one rounding.
+
+    A deep net with weights that nobody trained can blow such a change up a millionfold; its output is then known no better.
+    """
+    chance = torch.Generator(device=inputs[0].device).manual_seed(0)
+
+    def moved(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=chance, device=x.device) if x.is_floating_point() else None
+        return x if noise is None else x * (1 + shared.rounding * noise.to(x.dtype))
+
+    with torch.no_grad():
+        expected = shared.captured.graph_module(*inputs)
+        return max(_difference(shared.captured.graph_module(*(moved(x) for x in inputs)), expected) for _ in range(3))
+
+
+# ---- accounts ------------------------------------------------------------------------------------------------------------
+
+
+def account_of(compiled: Compiled, functional: Tensor, results: Sequence[Tensor]) -> Balance | None:
+    """Returns the account of one run; None where a method makes none, or the program speaks of inner layers.
+
+    Shapes: functional and results as the program takes and gives them, columns first.
+    """
+    query, account = compiled.plan.query, compiled.assignment.account
+    if not account.constants or account.reference is not None or query.layers:
+        return None
+    output, *maps, bias = results
+    explained = query.top(functional, output, None).double() * output.double()
+    explained = explained.flatten(bias.dim()).sum(-1) if explained.dim() > bias.dim() else explained
+    total = bias.double() if query.bias == "separate" else torch.zeros_like(explained)
+    size = total.abs()
+    for m, node in zip(maps, compiled.plan.wanted, strict=True):
+        rank, batch = m.dim() - bias.dim() + 1, compiled.assignment.batches[node]
+        total = total + one_per_sample(m, rank, batch, torch.float64)
+        size = size + one_per_sample(m.abs(), rank, batch, torch.float64)
+    return Balance(explained, total - explained, size)
+
+
+def constants_share(compiled: Compiled, results: Sequence[Tensor]) -> float | None:
+    """Returns which part of all that maps assign is the constants', from 0 to 1; None where a method makes no such account.
+
+    1 means that the maps say nothing of the input. With ``bias="receptive_field"`` the two overlap on the map, and constants are
+    compared with the whole of it.
+    """
+    query, account = compiled.plan.query, compiled.assignment.account
+    if not account.constants or query.layers:
+        return None
+    _, *maps, bias = results
+    cells, owed = sum(m.numel() for m in maps) / max(1, bias.numel()), float(bias.double().abs().sum())
+    rest = 0.0
+    for m, node in zip(maps, compiled.plan.wanted, strict=True):
+        evenly = spread_out(bias / cells, m.dim() - bias.dim() + 1, compiled.assignment.batches[node])
+        rest += float((m - evenly if query.bias == "uniform" else m).double().abs().sum())
+    if query.bias == "receptive_field":
+        rest = max(0.0, rest - owed)
+    return owed / (owed + rest) if owed else 0.0
+
+
+def limit_of(shared: Front) -> float:
+    """What rounding may leave of an account without being asked, relative to ``sum |V|``; see the top of this file."""
+    return min(_UNITS * shared.rounding, 0.02)
+
+
+def demand_balance(
+    balance: Balance, compiled: Compiled, shared: Front, inputs: Sequence[Tensor], functional: Tensor, output: Tensor
+) -> None:
+    """Refuses an account that does not balance, unless rounding explains it.
+
+    Raises:
+        ConservationError: names the rule that is wrong, or the sample whose shares do not add up.
+    """
+    limit = limit_of(shared)
+    if bool((balance.errors <= limit).all()) or not bool(torch.isfinite(output).all()):
+        return
+    place = int(torch.where(balance.errors.isnan(), torch.inf, balance.errors).argmax())
+    explained, lost = float(balance.explained.flatten()[place]), float(balance.lost.flatten()[place])
+    said = (
+        f"The account does not balance: maps sum to {explained + lost:.6g} where {explained:.6g} is explained (sample "
+        f"{place % balance.explained.shape[-1]}). That is {float(balance.errors.flatten()[place]):.1e} of sum|V|"
+    )
+    exact = audit(*widened(compiled.assignment, compiled.plan), [_wide(x) for x in inputs], functional.double())
+    if not exact.error <= _EXACT:
+        raise ConservationError(f"{said}, and no matter of rounding.\n{_cause(exact)}")
+    own = audit(compiled.assignment, compiled.plan, inputs, functional)
+    limit = max(limit, 100 * own.error)
+    if not bool((balance.errors <= limit).all()):
+        raise ConservationError(
+            f"{said}; rounding explains {limit:.1e}. Its rules balance operator by operator, so the compiled program is wrong: a "
+            "defect of frpc."
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().double() if x.is_floating_point() else x
+
+
+def _cause(exact: Audit) -> str:
+    """Names the rule that loses most, or says that samples are taken for one another."""
+    wrong = [node for node in exact.nodes if not node.error <= _EXACT]
+    if not wrong:
+        return (
+            "  Every operator passes on what it receives, but not sample by sample: constants are counted for other samples than "
+            "they belong to. Keep samples in the first dimension."
+        )
+    worst = max(wrong, key=lambda node: math.inf if math.isnan(node.lost) else abs(node.lost))
+    rule, node = worst.assigned.rule, worst.assigned.node
+    own = rule.function.__module__.partition(".")[0] == "frpc"
+    remedy = "This rule is frpc's own: a defect." if own else "Mend it, or leave it out of overrides=; see docs/adding_a_rule.md."
+    return (
+        f"  The rule {rule.name!r} of {node.target} accounts for {worst.received - worst.lost:.6g} of {worst.received:.6g}:\n"
+        f"    {place_of(node)}\n"
+        f"  A rule has to give its operator's result again, z = sum M_k a_k + c. {remedy}"
+    )
+
+
+# ---- other weights ---------------------------------------------------------------------------------------------------------
+
+
+def confirm(shared: Front, model: Model) -> None:
+    """Runs a model and its captured graph on one made-up input and compares: code may depend on more than weights.
+
+    Raises:
+        CompileError: if they differ.
+    """
+    inputs = [_made_up(spec) for spec in shared.captured.inputs]
+    with torch.no_grad():
+        got = shared.captured.graph_module(*inputs)
+    given = [x for x in model.tensors(inputs) if x.numel() == got.numel()]
+    bound = 1e4 * shared.rounding
+    if bool(torch.isfinite(got).all()) and not any(_difference(got, x.reshape(got.shape)) <= bound for x in given):
+        raise CompileError(
+            f"{type(model.module).__name__} computes something else than what was captured from it, with the same weights: its "
+            "code or an attribute that is no parameter or buffer has changed. Compile it again."
+        )
+
+
+def _made_up(spec: InputSpec) -> Tensor:
+    """An input of the right kind: standard normal numbers, the index 0, masks that hide nothing."""
+    shape = [spec.batch or 2, *spec.shape]
+    if spec.dtype.is_floating_point:
+        chance = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=chance).to(spec.device, spec.dtype)
+    return torch.full(shape, spec.dtype is torch.bool, dtype=spec.dtype, device=spec.device)
+
+
+def weights(output: Tensor) -> Tensor:
+    """A functional that weighs every output differently: errors that cancel in their sum do not in it."""
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.randn(output.shape, generator=chance, dtype=torch.float64)
+    return drawn.to(output.device, output.dtype)
