@@ -122,15 +122,24 @@ class RuleTable:
     Attributes:
         rules: the rules, each with the traits of its operator.
         described: traits of operators that have no rule.
+        named: operators of either kind by their names.
     """
 
     rules: dict[OpOverload, Rule] = field(default_factory=dict)
     described: dict[OpOverload, Traits] = field(default_factory=dict)
+    named: dict[str, OpOverload] = field(default_factory=dict)
 
     def add(self, new: Rule, override: bool = False) -> None:
         if new.op in self.rules and not override:
             raise OptionError(f"{new.op} has a rule already ({self.rules[new.op].name}); pass override=True to replace it.")
         self.rules[new.op] = new
+        self.named[str(new.op)] = new.op
+
+    def describe(self, op: OpOverload, traits: Traits) -> None:
+        if op in self.rules or op in self.described:
+            raise OptionError(f"{op} has traits already: give all of them where its rule is registered.")
+        self.described[op] = traits
+        self.named[str(op)] = op
 
     def get(self, op: Any) -> Rule | None:
         return self.rules.get(op)
@@ -154,9 +163,7 @@ def declare(*ops: OpOverload, **traits: Any) -> None:
     """
     record = _record(UNKNOWN, traits)
     for op in ops:
-        if op in TABLE.rules or op in TABLE.described:
-            raise OptionError(f"{op} has traits already: give all of them where its rule is registered.")
-        TABLE.described[op] = record
+        TABLE.describe(op, record)
 
 
 def _record(known: Traits, given: Mapping[str, Any]) -> Traits:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import Affine, Call, Operand, Rule, bind
+from frpc.affine import Affine, Call, Operand, Rule, bind, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
 from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
-from frpc.graph import RESHAPES, describe, origin_of
+from frpc.graph import describe, origin_of
 from frpc.maps import LinearMap
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.samples import Batch, batches_of
@@ -24,23 +24,6 @@ from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
 
 aten = torch.ops.aten
-
-_WEIGHTED = {  # operators that multiply by parameters, where those are not carried
-    aten.convolution.default,
-    aten.linear.default,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.matmul.default,
-}
-_ACTIVATIONS = {
-    aten.relu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.silu.default,
-    aten.gelu.default,
-    aten.softplus.default,
-}
-_MOVES = {*RESHAPES, aten.permute.default, aten.transpose.int, aten.clone.default}
 
 
 @dataclass(frozen=True)
@@ -195,7 +178,7 @@ def _behind(node: fx.Node, of: str) -> OpOverload | None:
     if len(node.users) != 1 or (of and of in node.meta.get("layers", ())):
         return None
     (reader,) = node.users
-    plain = reader.target in _ACTIVATIONS and len(reader.args) == 1 and not reader.kwargs
+    plain = traits_of(reader.target).activation and len(reader.args) == 1 and not reader.kwargs
     return reader.target if plain and isinstance(reader.target, OpOverload) else None
 
 
@@ -203,7 +186,7 @@ def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
     """Returns the sources and what only moves their elements about: a layer that reads one of them is a first layer."""
     found = set(sources)
     for node in graph.nodes:
-        if node.target in _MOVES and node.args[0] in found:
+        if traits_of(node.target).rearranges and node.args[0] in found:
             found.add(node)
     return found
 
@@ -236,7 +219,7 @@ def _live(
 
 def _is_weighted(node: fx.Node, operands: dict[Operand, fx.Node]) -> bool:
     """Says whether a call multiplies what it carries by something that does not carry."""
-    return node.target in _WEIGHTED and len(operands) == 1
+    return traits_of(node.target).weighted and len(operands) == 1
 
 
 def _assign_one(
@@ -255,7 +238,7 @@ def _assign_one(
     if reason := stopped_by(node):
         raise RuleDeclinedError(reason)
     (feed, *others) = operands.values()
-    before = not others and feed.target in _WEIGHTED and _behind(feed, of) is node.target
+    before = not others and traits_of(feed.target).weighted and _behind(feed, of) is node.target
     rule = rules.rule_for(Site(node.target, origin_of(node).module, first, _is_weighted(node, operands), hints.behind, before))
     if rule is None:
         raise RuleDeclinedError("no rule" if rules.account.constants else f"no rule in {rules.name}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
 
-from frpc.affine import Operand, bind
+from frpc.affine import TABLE, Operand, bind, traits_of
 from frpc.errors import LayerNameError, OptionError, nearest
-from frpc.graph import RESHAPES, first_result, origin_of
+from frpc.graph import first_result, origin_of
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload
 
@@ -28,86 +28,6 @@ Product = Literal["auto", "half", "gate", "all"]
 """How a product of two carried values is shared: see :class:`frpc.rules.FRP`; ``all``: nothing is taken off, divisors neither."""
 
 PRODUCTS: tuple[Product, ...] = ("auto", "half", "gate")
-
-_VALUE_FREE = {  # operators whose result does not depend on the values of a floating operand
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.empty_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-    aten.sym_size.int,
-}
-
-_TYPED_ALIKE = {aten.type_as.default, aten.to.other}  # of the other operand they take the type, not the values
-
-_FACTORS: dict[Any, tuple[str, str]] = {  # products, and the two arguments that are factors
-    aten.mul.Tensor: ("self", "other"),
-    aten.matmul.default: ("self", "other"),
-    aten.mv.default: ("self", "vec"),
-    aten.linear.default: ("input", "weight"),
-    aten.mm.default: ("self", "mat2"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.addmm.default: ("mat1", "mat2"),
-    aten.baddbmm.default: ("batch1", "batch2"),
-    aten.addcmul.default: ("tensor1", "tensor2"),
-}
-
-_GATES = {
-    aten.sigmoid.default,
-    aten.hardsigmoid.default,
-    aten.softmax.int,
-    aten._softmax.default,
-    aten._safe_softmax.default,
-    aten.exp.default,
-    aten.rsqrt.default,
-    aten.reciprocal.default,
-    aten.sqrt.default,
-    aten.linalg_vector_norm.default,
-}
-
-_PASS_ON_GATES = {  # of a gate and constants these make a gate again
-    *RESHAPES,
-    aten.expand.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.repeat.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten._to_copy.default,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.rsub.Scalar,
-    aten.rsub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_bilinear2d.vec,
-}
-
-_KEEPS_TOKENS = {  # operators that move token numbers about and leave them token numbers
-    *(op for op in _PASS_ON_GATES if op not in (aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, aten.rsub.Tensor)),
-    aten.cat.default,
-    aten.copy.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.where.self,
-    aten.where.ScalarSelf,
-    aten.where.ScalarOther,
-    aten.roll.default,
-    aten.flip.default,
-    aten.to.dtype,
-}
 
 
 def operands_of(node: fx.Node) -> dict[Operand, fx.Node]:
@@ -122,17 +42,25 @@ def operands_of(node: fx.Node) -> dict[Operand, fx.Node]:
     return found
 
 
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """Returns the nodes whose values a call reads, and not their shapes and types alone."""
+    if not isinstance(node.target, OpOverload):
+        return node.all_input_nodes
+    ignored = traits_of(node.target).ignores
+    return [n for name, n in operands_of(node).items() if name not in ignored]
+
+
 def may_carry(node: fx.Node, carried: Collection[fx.Node], constant: Sequence[str]) -> bool:
     """Says whether a call's result depends on carried values by more than their shapes."""
     first = first_result(node.meta.get("val"))
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or node.target in _VALUE_FREE:
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         return False
     if stopped_by(node) == "":
         return False
     modules = origin_of(node).modules or ("",)
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):
         return False
-    return any(argument in carried for argument in node.all_input_nodes)
+    return any(argument in carried for argument in read_by(node))
 
 
 def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Product) -> dict[Operand, fx.Node]:
@@ -143,14 +71,13 @@ def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Prod
         carried: nodes that carry relevance.
         product: how products of two carried values are shared.
     """
-    operands = {name: n for name, n in operands_of(node).items() if n in carried}
-    if node.target in _TYPED_ALIKE:
-        operands.pop("other", None)
+    traits = traits_of(node.target)
+    operands = {name: n for name, n in operands_of(node).items() if n in carried and name not in traits.ignores}
     if product == "all":
         return operands
     if node.target is aten.div.Tensor and {"self", "other"} <= operands.keys():
         del operands["other"]
-    first, second = _FACTORS.get(node.target, ("", ""))
+    first, second = traits.factors or ("", "")
     if first in operands and second in operands and product != "half":
         gates = [name for name in (second, first) if _is_gate(operands[name], carried)]
         if len(gates) == 1:
@@ -162,12 +89,12 @@ def carrying_operands(node: fx.Node, carried: Collection[fx.Node], product: Prod
 
 def _is_gate(node: fx.Node, carried: Collection[fx.Node]) -> bool:
     """Says whether a value is a sigmoid, a softmax, a norm or the like, up to views and constants."""
-    while node.target in _PASS_ON_GATES:
+    while traits_of(node.target).passes_gates:
         feeds = [n for n in node.all_input_nodes if n in carried]
         if len(feeds) != 1:
             return False
         node = feeds[0]
-    return node.target in _GATES
+    return traits_of(node.target).gate
 
 
 def find_sources(graph: fx.Graph, asked: Sequence[str] | None) -> tuple[fx.Node, ...]:
@@ -216,9 +143,16 @@ def _token_embeddings(graph: fx.Graph, integers: Sequence[fx.Node]) -> list[fx.N
     for node in graph.nodes:
         if node.target is aten.embedding.default and node.args[1] in tokens:
             found.append(node)
-        elif node.target in _KEEPS_TOKENS and not node.meta["val"].is_floating_point():
-            tokens.update([node] if any(n in tokens for n in node.all_input_nodes) else [])
+        elif traits_of(node.target).keeps_tokens and not first_result(node.meta["val"]).is_floating_point():
+            tokens.update([node] if any(n in tokens for n in _moved(node)) else [])
     return found
+
+
+def _moved(node: fx.Node) -> list[fx.Node]:
+    """The operands whose elements a call moves; those that say where to, such as indices and masks, are not among them."""
+    rule = TABLE.get(node.target)
+    names = () if rule is None else rule.carries
+    return [n for name, n in operands_of(node).items() if (name if isinstance(name, str) else name[0]) in names]
 
 
 def is_first_result(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import TABLE
+from frpc.affine import TABLE, traits_of
 from frpc.graph import first_result, origin_of, replace, replace_items
 from frpc.torch_compat import OpOverload, fake_mode_of, get_decompositions, has_composite_kernel, make_fx, schema_of
 
@@ -69,24 +69,12 @@ _BY_HAND: dict[Any, Any] = {
 }
 """Norms that PyTorch does not take apart, or not sample by sample."""
 
-_NORMS = {
-    aten.layer_norm.default,
-    aten.native_layer_norm.default,
-    aten.group_norm.default,
-    aten.native_group_norm.default,
-    aten.instance_norm.default,
-    aten.rms_norm.default,
-    aten._fused_rms_norm.default,
-    aten.std.correction,
-    aten.linalg_vector_norm.default,
-}
-
 
 def spell_out(graph_module: fx.GraphModule) -> bool:
     """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, and the like."""
     changed = False
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target in _NORMS:
+        if node.op == "call_function" and traits_of(node.target).spelled_out:
             changed = _inline(graph_module.graph, node, _SPELLED_OUT_NORMS) or changed
     return changed
 

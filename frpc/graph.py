@@ -21,7 +21,6 @@ from frpc.torch_compat import expression_of
 
 __all__ = [
     "NOWHERE",
-    "RESHAPES",
     "Origin",
     "describe",
     "empty_like",
@@ -34,18 +33,6 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
-
-RESHAPES = {  # operators that keep the order of elements
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-}
 
 
 @dataclass(frozen=True)

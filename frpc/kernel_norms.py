@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.graph import RESHAPES
+from frpc.affine import traits_of
 from frpc.kernel_patterns import alike, follow, operands, readers_of
 from frpc.maps.base import same_size
 
@@ -149,7 +149,7 @@ def _views_of(node: fx.Node) -> Iterator[fx.Node]:
     """A value, and views of it with the same rows."""
     yield node
     for user in node.users:
-        if user.target in RESHAPES and same_size(user.meta["val"].shape[-1], node.meta["val"].shape[-1]):
+        if traits_of(user.target).reshapes and same_size(user.meta["val"].shape[-1], node.meta["val"].shape[-1]):
             yield from _views_of(user)
 
 
@@ -173,7 +173,7 @@ def written_out(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
             continue
         x = _squared(operands(spread)[0]) if spread.target is aten.mean.dim else operands(spread)[0]
         whole = x
-        while whole is not None and whole.target in RESHAPES:
+        while whole is not None and traits_of(whole.target).reshapes:
             whole = operands(whole)[0]
         norms = [] if whole is None else [user.target for user in whole.users if user.target in _NORMS]
         if x is None or _NORMS[0] in norms:  # what is said of a layer norm is said there

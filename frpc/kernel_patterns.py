@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from frpc.graph import RESHAPES
+from frpc.affine import traits_of
 from frpc.maps.base import same_sizes
 
 __all__ = [
@@ -55,7 +55,7 @@ def made_by(v: Any) -> tuple[fx.Node | None, list[fx.Node]]:
     views: list[fx.Node] = []
     if not isinstance(v, fx.Node):
         return None, views
-    while v.target in RESHAPES and len(v.users) == 1:
+    while traits_of(v.target).reshapes and len(v.users) == 1:
         views.insert(0, v)
         v = operands(v)[0]
     return (v, views) if len(v.users) == 1 else (None, [])
@@ -97,7 +97,7 @@ def _pair(value: Any) -> list[int]:
 def readers_of(node: fx.Node) -> Iterator[fx.Node]:
     """Who reads a value, through views and repetition."""
     for user in node.users:
-        if user.target in RESHAPES or user.target is aten.expand.default:
+        if traits_of(user.target).reshapes or user.target is aten.expand.default:
             yield from readers_of(user)
         else:
             yield user
@@ -108,7 +108,7 @@ def scatters(node: fx.Node, pool: fx.Node) -> bool:
     if node.target is not aten.scatter_add.default or operands(node)[1] != -1:
         return False
     zeros, _, _, flattened = operands(node)
-    v = operands(flattened)[0] if isinstance(flattened, fx.Node) and flattened.target in RESHAPES else None
+    v = operands(flattened)[0] if isinstance(flattened, fx.Node) and traits_of(flattened.target).reshapes else None
     if not isinstance(v, fx.Node) or "zeros" not in str(getattr(zeros, "target", "")):
         return False
     value, pooled = v.meta["val"], pool.meta["val"][0]

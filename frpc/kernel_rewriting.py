@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.affine import traits_of
 from frpc.editor import Editor
-from frpc.graph import RESHAPES, fetch, replace
+from frpc.graph import fetch, replace
 from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.kernel_patterns import (
     alike,
@@ -128,7 +129,7 @@ class Rewriting:
         value = v.meta["val"]
         if value.dim() == rank:
             return v
-        inner: fx.Node | None = operands(v)[0] if v.target in RESHAPES else None
+        inner: fx.Node | None = operands(v)[0] if traits_of(v.target).reshapes else None
         if inner is not None and same_sizes(inner.meta["val"].shape[1:], value.shape[2:]):
             return inner
         return self.put(before, aten.reshape.default, v, [-1, *(int(n) for n in value.shape[2:])])

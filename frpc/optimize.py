@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.affine import traits_of
 from frpc.graph import fetch
 from frpc.torch_compat import OpOverload, overload_name, schema_of
 
@@ -26,16 +27,6 @@ __all__ = [
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], bool]
-
-_VIEWS = {
-    aten.view.default,
-    aten.t.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.reshape.default,
-}
 
 
 def overwrite_nothing(graph_module: fx.GraphModule) -> bool:
@@ -104,7 +95,7 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
             continue
         if node.op != "call_function" or not sources or any(n.op != "get_attr" for n in sources):
             continue
-        if node.target in _VIEWS and not any(_foldable(u) for u in node.users):
+        if _is_view(node) and not any(_foldable(u) for u in node.users):
             continue
         real = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, str(n.target)))
         value = node.target(*real[0], **real[1])
@@ -118,7 +109,15 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
 
 def _foldable(node: fx.Node) -> bool:
     """Says whether a node would fold once its one non-constant operand has."""
-    return node.op == "call_function" and all(n.op == "get_attr" or n.target in _VIEWS for n in node.all_input_nodes)
+    return node.op == "call_function" and all(n.op == "get_attr" or _is_view(n) for n in node.all_input_nodes)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Says whether a call shows all of what it is given, in the same memory; a part of it is worth a tensor of its own."""
+    if not traits_of(node.target).view or len(node.all_input_nodes) != 1:
+        return False
+    given, seen = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    return not isinstance(given, Tensor) or not isinstance(seen, Tensor) or seen.numel() >= given.numel()
 
 
 def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import RESHAPES, describe, first_result, origin_of
+from frpc.affine import traits_of
+from frpc.graph import describe, first_result, origin_of
 from frpc.torch_compat import expression_of
 
 __all__ = [
@@ -140,7 +141,7 @@ def batches_of(graph: fx.Graph, fixed: int | None) -> dict[fx.Node, Batch]:
 def _merged(node: fx.Node, batch: Batch, parent: fx.Node, before: Batch) -> Batch:
     """Works out how many parts of a sample lie outside the samples, in a dimension that holds more than samples."""
     sizes, previous = first_result(node.meta["val"]).shape, first_result(parent.meta["val"]).shape
-    if node.target in RESHAPES:
+    if traits_of(node.target).keeps_order:
         outside = before.outer * math.prod(int(n) for n in previous[: before.axis])
         return _whole(batch, max(1, outside // max(1, math.prod(int(n) for n in sizes[: batch.axis]))))
     grown = batch.factor // before.factor if node.target in _REPEATING else 1

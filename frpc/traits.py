@@ -32,7 +32,7 @@ __all__ = [
     "Traits",
     "always",
     "if_all",
-    "never",
+    "is_nonnegative",
 ]
 
 Operand = str | tuple[str, int]
@@ -48,9 +48,10 @@ Interval = tuple[Tensor, Tensor]
 Axes = tuple[Interval, ...]
 """An interval for each spatial axis."""
 
-Locality = Callable[[Mapping[str, Any], Axes, Sequence[Any]], Axes | None]
-"""``locality(arguments, axes, shape)``: which cells the result of a call can see, when its operand sees ``axes``. The arguments
-are by schema name, tensors as example values; ``shape`` is the result's. None: all cells."""
+Locality = Callable[[Mapping[str, Any], Mapping[Operand, Axes], Sequence[Any]], Axes | None]
+"""``locality(arguments, seen, shape)``: which cells the result of a call can see. The arguments are by schema name, tensors as
+example values; ``seen`` is what those operands see that come from the input; ``shape`` is the result's. None: all cells. Axes are
+those of ``[B, C, *spatial]``; it is asked only where the result has as many as the operands."""
 
 InFile = Literal["never", "programs", "constants", "layout"]
 
@@ -108,6 +109,16 @@ class Traits:
     spelled_out: bool = False
     in_file: InFile = "never"
 
+    @property
+    def reshapes(self) -> bool:
+        """The result is the first operand seen in another shape."""
+        return self.keeps_order and self.view
+
+    @property
+    def whole_view(self) -> bool:
+        """The result shows every element of the first operand once, in its memory."""
+        return self.rearranges and self.view
+
     def __post_init__(self) -> None:
         for cause, effects in _IMPLIED.items():
             if getattr(self, cause):
@@ -129,11 +140,6 @@ UNKNOWN = Traits()
 def always(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
     """The result is nowhere negative, whatever the call is given."""
     return True
-
-
-def never(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    """The result may be negative, even where no operand is."""
-    return False
 
 
 def if_all(*names: str) -> Sign:

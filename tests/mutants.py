@@ -26,7 +26,7 @@ from torch import Tensor
 import frpc
 from frpc.errors import ProgramFileError
 from frpc.programfile import container
-from frpc.programfile.operators import ARITHMETIC, OPERATORS, operator_named
+from frpc.programfile.operators import ARITHMETIC, operator_named, operators
 
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 1.5, 1e308, "", "x", "\n", "import os", "__import__('os').system('id')",
@@ -142,7 +142,7 @@ class Mutator:
         elif change == 2 and isinstance(parent, list):
             parent.insert(key, copy.deepcopy(parent[key]))
         elif change == 3 and isinstance(parent[key], str):
-            parent[key] = self.chance.choice([*sorted(OPERATORS), *ARITHMETIC, "input", "constant", "output"])
+            parent[key] = self.chance.choice([*sorted(operators()), *ARITHMETIC, "input", "constant", "output"])
         elif change == 4 and isinstance(parent[key], int):
             parent[key] += self.chance.choice([-1, 1, 2, 1000])
         else:
@@ -171,7 +171,7 @@ class Mutator:
 
 def listed(explainer: frpc.LoadedExplainer) -> bool:
     """Says whether programs that were read hold calls of listed operators alone."""
-    known = {operator_named(name) for name in (*OPERATORS, *ARITHMETIC)}
+    known = {operator_named(name) for name in (*operators(), *ARITHMETIC)}
     nodes = [node for source in explainer.sources.values() for node in source.graph.nodes]
     return all(n.target in known if n.op == "call_function" else n.op in ("placeholder", "get_attr", "output") for n in nodes)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.affine import traits_of
 from frpc.graph import fetch
 from frpc.lower.refusal import Refusal
 from frpc.torch_compat import OpOverload, is_composite, schema_of
@@ -31,7 +32,7 @@ def hold_views(graph_module: fx.GraphModule) -> list[Refusal]:
     """``view(parameter) -> tensor``: a view of a constant is made now, not at every call; it takes no memory."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        source = node.args[0] if node.target in _WHOLE_VIEWS and len(node.all_input_nodes) == 1 else None
+        source = node.args[0] if traits_of(node.target).whole_view and len(node.all_input_nodes) == 1 else None
         if not isinstance(source, fx.Node) or source.op != "get_attr":
             continue
         value = fetch(graph_module, str(source.target))
@@ -88,17 +89,6 @@ _WRITTEN = (  # operators that return what they have written in full
     torch.ops.mkldnn._convolution_pointwise_.binary,
 )
 _COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
-_WHOLE_VIEWS = (  # every element of what they look at, once
-    aten.reshape.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
 
 
 def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
@@ -169,7 +159,7 @@ class Memory:
 
 def _writable(x: fx.Node) -> bool:
     """Says whether no two elements of x are one: fresh memory, seen through whole views."""
-    while x.target in _WHOLE_VIEWS and isinstance(x.args[0], fx.Node):
+    while traits_of(x.target).whole_view and isinstance(x.args[0], fx.Node):
         x = x.args[0]
     return x.op == "call_function" and (_is_fresh(x) or x.target in _WRITTEN)
 
@@ -179,7 +169,7 @@ def _is_fresh(node: fx.Node) -> bool:
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn", NAMESPACE):
         return node.op != "call_function"
-    if op in _WHOLE_VIEWS:
+    if traits_of(op).whole_view:
         return False  # _unsafe_view shares memory and does not say so
     if is_composite(op) and not op.is_view:
         return False  # made of other operators: it may return what it was given

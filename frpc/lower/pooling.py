@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.affine import traits_of
 from frpc.lower.gates import RELUS
 from frpc.lower.refusal import Refusal
 
@@ -103,10 +104,10 @@ class Scattered:
 
     @classmethod
     def behind(cls, shaped: Any) -> Scattered | None:
-        added = _argument(shaped, _RESHAPES, 0)
+        added = _reshaped(shaped)
         zeros, index, flat = (_argument(added, (aten.scatter_add.default,), k) for k in (0, 2, 3))
-        indices = _argument(_argument(index, (aten.expand.default,), 0), _RESHAPES, 0)
-        v = _argument(flat, _RESHAPES, 0)
+        indices = _reshaped(_argument(index, (aten.expand.default,), 0))
+        v = _reshaped(flat)
         if zeros is None or zeros.target is not aten.new_zeros.default or indices is None or v is None:
             return None
         assert added is not None and flat is not None
@@ -117,7 +118,10 @@ class Scattered:
         return cls(shaped, added, flat, v, indices)
 
 
-_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+def _reshaped(node: Any) -> fx.Node | None:
+    """What a value is a reshape of."""
+    found = node.args[0] if isinstance(node, fx.Node) and traits_of(node.target).reshapes else None
+    return found if isinstance(found, fx.Node) else None
 
 
 def _argument(node: Any, targets: tuple[Any, ...], at: int) -> fx.Node | None:

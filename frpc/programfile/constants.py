@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frpc.programfile.container import checksum
-from frpc.programfile.operators import COMPUTING, DTYPES, MOVEMENT, aten_operator
+from frpc.programfile.operators import DTYPES, aten_operator, may_hold
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 from frpc.torch_compat import schema_of, storage_of
 
@@ -144,7 +144,7 @@ def _read_entry(raw: Any, known: Mapping[str, Entry], device: torch.device, own_
 
 def _allowed(op: str, own_weights: bool) -> bool:
     """Says whether constants may be computed by an operator: by movement, from a model's tensors also in other ways."""
-    return op in (MOVEMENT if own_weights else COMPUTING)
+    return may_hold(op, "layout" if own_weights else "constants")
 
 
 def check_calls(entries: Sequence[Entry]) -> None:

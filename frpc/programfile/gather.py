@@ -12,7 +12,7 @@ from torch import Tensor
 from frpc.lineage import Derived, Lineage, Literal, Original
 from frpc.programfile.constants import Entry, Ref, called, computed, originals
 from frpc.programfile.container import checksum
-from frpc.programfile.operators import COMPUTING, DTYPES, MOVEMENT
+from frpc.programfile.operators import DTYPES, may_hold
 from frpc.programfile.values import FaultError
 
 __all__ = ["Gathered", "gather"]
@@ -147,8 +147,10 @@ class _Gathering:
     def _computable(self, lineage: Derived) -> bool:
         """Says whether a value is computed when a file is read: with weights outside, from them; else from what is moved."""
         if self.model is not None:
-            return str(lineage.op) in COMPUTING and all(self._reachable(a) for a in _flat((lineage.args, lineage.kwargs)))
-        return str(lineage.op) in MOVEMENT and self._reachable(lineage.args[0])
+            return may_hold(str(lineage.op), "constants") and all(
+                self._reachable(a) for a in _flat((lineage.args, lineage.kwargs))
+            )
+        return may_hold(str(lineage.op), "layout") and self._reachable(lineage.args[0])
 
     def _reachable(self, lineage: Lineage) -> bool:
         """Says whether a value can be had: it is a tensor of a program, or computed from such."""

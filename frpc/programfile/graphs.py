@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from frpc import printing
 from frpc.graph import fetch
-from frpc.programfile.operators import ARITHMETIC, DTYPES, OPERATORS, operator_named
+from frpc.programfile.operators import ARITHMETIC, DTYPES, may_hold, operator_named
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 from frpc.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
 
@@ -114,7 +114,8 @@ def _written_name(target: Any) -> str:
 
 def _demand_listed(program: fx.GraphModule) -> None:
     calls = [n for n in program.graph.nodes if n.op not in _KINDS]
-    unknown = sorted({_written_name(n.target) for n in calls} - OPERATORS - set(ARITHMETIC))
+    names = {_written_name(n.target) for n in calls} - set(ARITHMETIC)
+    unknown = sorted(name for name in names if not may_hold(name))
     if not unknown:
         return
     own = [name for name in unknown if not name.startswith("aten.")]
@@ -248,7 +249,7 @@ class _Reader:
         return self.graph.output(tuple(results))
 
     def _call(self, op: Any, parts: Mapping[str, Any], name: str) -> fx.Node:
-        if not isinstance(op, str) or (op not in OPERATORS and op not in ARITHMETIC):
+        if not isinstance(op, str) or (op not in ARITHMETIC and not may_hold(op)):
             raise FaultError(f"the operator {show(op)}, which no file may hold")
         function = operator_named(op)
         args = self._values(parts.get("args"))

@@ -13,6 +13,7 @@ from frpc.rules import (
     resizing,
     rounding,
     selection,
+    unruled,
     views,
 )
 from frpc.rules.compose import Gate, Half, WinnerTakesAll, compose
@@ -82,5 +83,6 @@ __all__ = [
     "resizing",
     "rounding",
     "selection",
+    "unruled",
     "views",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
 from frpc.errors import SamplesUnknownError
+from frpc.locality import along, concatenated, running
 from frpc.maps import LinearMap, Place, scaled
+from frpc.traits import if_all
 
 aten = torch.ops.aten
 Number = int | float
@@ -39,19 +41,36 @@ def _sum(call: Call, signed: dict[str, tuple[Term, float]]) -> Affine:
     return Affine(terms, constant)
 
 
+ADDITION: dict[str, Any] = {
+    "linear": True,
+    "pointwise": True,
+    "passes_gates": True,
+    "in_file": "constants",
+}
+
+
 @rule(
     aten.add.Tensor,
     aten.add.Scalar,
     carries=("self", "other"),
     formula="a + alpha b",
     source="method §2: addition",
-    linear=True,
+    keeps_tokens=True,
+    nonnegative=if_all("self", "other", "alpha"),
+    **ADDITION,
 )
 def add(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, 1.0), "other": (b, float(alpha))})
 
 
-@rule(aten.sub.Tensor, carries=("self", "other"), formula="a - alpha b", source="method §2: addition", linear=True)
+@rule(
+    aten.sub.Tensor,
+    carries=("self", "other"),
+    formula="a - alpha b",
+    source="method §2: addition",
+    keeps_tokens=True,
+    **ADDITION,
+)
 def sub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, 1.0), "other": (b, -float(alpha))})
 
@@ -62,13 +81,22 @@ def sub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     carries=("self", "other"),
     formula="b - alpha a",
     source="method §2: addition",
-    linear=True,
+    **ADDITION,
 )
 def rsub(call: Call, a: Term, b: Term, alpha: Number = 1) -> Affine:
     return _sum(call, {"self": (a, -float(alpha)), "other": (b, 1.0)})
 
 
-@rule(aten.cat.default, carries="tensors", formula="each operand at its place", source="method §2: concatenation", linear=True)
+@rule(
+    aten.cat.default,
+    carries="tensors",
+    formula="each operand at its place",
+    source="method §2: concatenation",
+    linear=True,
+    picks=True,
+    locality=concatenated,
+    in_file="constants",
+)
 def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Affine:
     result = call.value.shape
     dim = dim % len(result)
@@ -82,7 +110,21 @@ def cat(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Affine:
     return Affine(terms, torch.cat(fixed, dim) if len(terms) < len(tensors) else None)
 
 
-@rule(aten.lerp.Scalar, carries=("self", "end"), formula="(1 - w) a + w b", source="method §2: addition", linear=True)
+def _between(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """The sign of ``(1 - w) a + w b``."""
+    return {"self", "end"} <= set(positive) and 0 <= arguments["weight"] <= 1
+
+
+@rule(
+    aten.lerp.Scalar,
+    carries=("self", "end"),
+    formula="(1 - w) a + w b",
+    source="method §2: addition",
+    linear=True,
+    pointwise=True,
+    nonnegative=_between,
+    in_file="constants",
+)
 def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     return _sum(call, {"self": (a, 1.0 - float(weight)), "end": (b, float(weight))})
 
@@ -95,6 +137,10 @@ def lerp(call: Call, a: Tensor, b: Tensor, weight: Number) -> Affine:
     formula="[condition] on a, [not condition] on b",
     source="method §2: selection",
     linear=True,
+    pointwise=True,
+    keeps_tokens=True,
+    nonnegative=if_all("self", "other"),
+    in_file="constants",
 )
 def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
     result = call.value.shape
@@ -116,6 +162,11 @@ def where(call: Call, condition: Tensor, a: Term, b: Term) -> Affine:
     formula="the source, broadcast; what it overwrites is gone",
     source="method §2: linear",
     linear=True,
+    pointwise=True,
+    keeps_tokens=True,
+    ignores=("self",),
+    nonnegative=if_all("src"),
+    in_file="constants",
 )
 def copy(call: Call, a: Tensor, source: Tensor, non_blocking: bool = False) -> Affine:
     if not call.carries("src"):
@@ -153,8 +204,9 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Callable[[Tensor], 
     return build
 
 
-linear_op(aten.sum.dim_IntList, _reduced(torch.sum), formula="sum over dimensions")
-linear_op(aten.mean.dim, _reduced(torch.mean), formula="mean over dimensions")
+REDUCTION: dict[str, Any] = {"nonnegative": if_all("self"), "locality": along("dim"), "in_file": "constants"}
+linear_op(aten.sum.dim_IntList, _reduced(torch.sum), formula="sum over dimensions", **REDUCTION)
+linear_op(aten.mean.dim, _reduced(torch.mean), formula="mean over dimensions", **REDUCTION)
 
 
 def _accumulated(call: Call, a: Tensor, dim: int, dtype: Any = None) -> Callable[[Tensor], Tensor]:
@@ -164,4 +216,4 @@ def _accumulated(call: Call, a: Tensor, dim: int, dtype: Any = None) -> Callable
     return lambda u: u.cumsum(along)
 
 
-linear_op(aten.cumsum.default, _accumulated, formula="running sum")
+linear_op(aten.cumsum.default, _accumulated, formula="running sum", **REDUCTION | {"locality": running("dim")})

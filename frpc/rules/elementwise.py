@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
 from frpc.maps import Gate, Scale
+from frpc.traits import Operand, Sign, always, if_all
 
 aten = torch.ops.aten
 LOG2 = math.log(2.0)
@@ -134,17 +137,68 @@ def over(value: Tensor, a: Tensor) -> Tensor:
     return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
 
 
-@rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|", elementwise=True)
+# What is true of them ---------------------------------------------------------------------------------------------------
+
+
+def _bounded_below(low: str, high: str) -> Sign:
+    """The sign of ``min(max(a, low), high)``; either bound may be missing."""
+
+    def sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+        below, above = arguments.get(low), arguments.get(high)
+        return (above is None or above >= 0) and ("self" in positive or (below is not None and below >= 0))
+
+    return sign
+
+
+def _cut_at_zero(low: str, high: str) -> Callable[[Mapping[str, Any]], bool]:
+    """``min(max(a, 0), high)`` is a ReLU, up to high."""
+    return lambda arguments: arguments[low] == 0 and (arguments.get(high) is None or arguments[high] > 0)
+
+
+def _softplus_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """Of a negative beta the result is negative everywhere; above its threshold, which may be negative too, it is a."""
+    return bool(arguments["beta"] > 0 and (arguments["threshold"] >= 0 or "self" in positive))
+
+
+def _threshold_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    return bool(arguments["value"] >= 0 and ("self" in positive or arguments["threshold"] >= 0))
+
+
+def _power_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """Even powers are never negative. Others are not where a is not; but -0.0 to the power of -1 is minus infinity."""
+    exponent = arguments["exponent"]
+    return bool(exponent % 2 == 0 or ("self" in positive and exponent > 0))
+
+
+PLAIN: dict[str, Any] = {"in_file": "constants"}
+KEEPS_SIGN: dict[str, Any] = {"nonnegative": if_all("self"), **PLAIN}  # f(a) >= 0 where a >= 0
+POSITIVE: dict[str, Any] = {"nonnegative": always, **PLAIN}
+RELU: dict[str, Any] = {"activation": True, "rectifies": lambda arguments: True, **POSITIVE}
+BOUNDS: dict[str, Any] = {"passes_gates": True, "keeps_tokens": True, "nonnegative": _bounded_below("min", "max"), **PLAIN}
+
+# The rules --------------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|", elementwise=True, **RELU)
 def relu(call: Call, a: Tensor) -> Affine:
     return Affine({"self": Gate(call.value)})
 
 
 @rule(
     aten.prelu.default,
+    formula="1 if a > 0 else w",
+    source="method §2: secant through 0",
+    elementwise=True,
+    activation=True,
+    nonnegative=if_all("self"),
+)
+@rule(
     aten._prelu_kernel.default,
     formula="1 if a > 0 else w",
     source="method §2: secant through 0",
     elementwise=True,
+    activation=True,
+    **KEEPS_SIGN,
 )
 def prelu(call: Call, a: Tensor, weight: Tensor) -> Affine:
     shape = [-1 if i == 1 else 1 for i in range(a.dim())] if weight.dim() == 1 and a.dim() > 1 else list(weight.shape)
@@ -156,74 +210,163 @@ def prelu(call: Call, a: Tensor, weight: Tensor) -> Affine:
     formula="(log(1+e^-a) - log 2)/(-a), c = -log 2",
     source="method §2: secant through 0",
     elementwise=True,
+    **PLAIN,
 )
 def log_sigmoid(call: Call, a: Tensor) -> Affine:
     return Affine({"self": Scale(_softplus_over(-a), a.shape)}, -LOG2)
 
 
-elementwise(aten.relu6.default, lambda a: _clamp(a, 0.0, 6.0), formula="min(max(a, 0), 6) / a")
+elementwise(aten.relu6.default, lambda a: _clamp(a, 0.0, 6.0), formula="min(max(a, 0), 6) / a", **RELU)
 elementwise(
-    aten.hardtanh.default, lambda a, low=-1.0, high=1.0: _clamp(a, low, high), _clamp_at_zero, formula="(clamp(a) - clamp(0)) / a"
+    aten.hardtanh.default,
+    lambda a, low=-1.0, high=1.0: _clamp(a, low, high),
+    _clamp_at_zero,
+    formula="(clamp(a) - clamp(0)) / a",
+    activation=True,
+    nonnegative=_bounded_below("min_val", "max_val"),
+    rectifies=_cut_at_zero("min_val", "max_val"),
+    **PLAIN,
 )
-elementwise(aten.clamp.default, _clamp, _clamp_at_zero, formula="(clamp(a) - clamp(0)) / a")
+elementwise(
+    aten.clamp.default,
+    _clamp,
+    _clamp_at_zero,
+    formula="(clamp(a) - clamp(0)) / a",
+    activation=True,
+    rectifies=_cut_at_zero("min", "max"),
+    **BOUNDS,
+)
 elementwise(
     aten.clamp_min.default,
     lambda a, low: _clamp(a, low, None),
     lambda low: _clamp_at_zero(low, None),
     formula="(clamp(a) - clamp(0)) / a",
+    activation=True,
+    rectifies=_cut_at_zero("min", "max"),
+    **BOUNDS,
 )
 elementwise(
     aten.clamp_max.default,
     lambda a, high: _clamp(a, None, high),
     lambda high: _clamp_at_zero(None, high),
     formula="(clamp(a) - clamp(0)) / a",
+    **BOUNDS,
 )
-elementwise(aten.leaky_relu.default, _leaky_relu, formula="1 if a > 0 else slope")
-elementwise(aten.elu.default, _elu, formula="1 if a > 0 else (e^a - 1)/a")
+elementwise(aten.leaky_relu.default, _leaky_relu, formula="1 if a > 0 else slope", activation=True, **KEEPS_SIGN)
 elementwise(
-    aten.celu.default, lambda a, alpha=1.0: _elu(a, alpha, 1.0, 1.0 / alpha), formula="1 if a > 0 else alpha (e^(a/alpha) - 1)/a"
+    aten.elu.default, _elu, formula="1 if a > 0 else (e^a - 1)/a", activation=True, nonnegative=if_all("self", "scale"), **PLAIN
 )
-elementwise(aten.selu.default, lambda a: _elu(a, 1.6732632423543772, 1.0507009873554805), formula="scale * elu's")
-elementwise(aten.gelu.default, _gelu, formula="Phi(a), the normal distribution function")
-elementwise(aten.silu.default, torch.sigmoid, formula="sigmoid(a)")
-elementwise(aten.mish.default, lambda a: torch.tanh(torch.nn.functional.softplus(a)), formula="tanh(softplus(a))")
-elementwise(aten.hardswish.default, torch.nn.functional.hardsigmoid, formula="relu6(a + 3) / 6")
-elementwise(aten.sigmoid.default, lambda a: 0.25 * _tanh_over(0.5 * a), 0.5, formula="tanh(a/2) / (2a), c = 1/2")
-elementwise(aten.hardsigmoid.default, _hardsigmoid, 0.5, formula="1/6 inside [-3, 3], 1/(2|a|) outside, c = 1/2")
-elementwise(aten.tanh.default, _tanh_over, formula="tanh(a) / a")
 elementwise(
-    aten.softplus.default, _softplus, lambda beta=1.0, threshold=20.0: LOG2 / beta, formula="(softplus(a) - log 2) / a, c = log 2"
+    aten.celu.default,
+    lambda a, alpha=1.0: _elu(a, alpha, 1.0, 1.0 / alpha),
+    formula="1 if a > 0 else alpha (e^(a/alpha) - 1)/a",
+    activation=True,
+    **KEEPS_SIGN,
 )
-elementwise(aten.softshrink.default, _softshrink, formula="1 - bound/|a| outside the bound, 0 inside")
-elementwise(aten.hardshrink.default, lambda a, bound=0.5: (a.abs() > bound).to(a.dtype), formula="[|a| > bound]")
-elementwise(aten.threshold.default, _threshold, _threshold_at_zero, formula="(f(a) - f(0)) / a")
-elementwise(aten.exp.default, expm1_over, 1.0, formula="(e^a - 1) / a, c = 1")
-elementwise(aten.expm1.default, expm1_over, formula="(e^a - 1) / a")
-elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a")
-elementwise(aten.sin.default, _sin_over, formula="sin(a) / a")
-elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1")
-elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a")
-elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a")
-elementwise(aten.erf.default, _erf_over, formula="erf(a) / a")
-elementwise(aten.erfc.default, lambda a: -_erf_over(a), 1.0, formula="-erf(a) / a, c = 1")
-elementwise(aten.exp2.default, lambda a: _exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1")
-elementwise(aten.sinh.default, _sinh_over, formula="sinh(a) / a")
-elementwise(aten.cosh.default, lambda a: torch.sinh(0.5 * a) * _sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1")
-elementwise(aten.asinh.default, lambda a: _quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a")
-elementwise(aten.atanh.default, lambda a: _quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a")
-elementwise(aten.asin.default, _asin_over, formula="asin(a) / a")
-elementwise(aten.acos.default, lambda a: -_asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2")
-elementwise(aten.rad2deg.default, lambda a: 180.0 / math.pi, formula="180 / pi")
-elementwise(aten.deg2rad.default, lambda a: math.pi / 180.0, formula="pi / 180")
-elementwise(aten.abs.default, torch.sign, formula="sgn(a)")
-elementwise(aten.neg.default, lambda a: -1.0, formula="-1")
-elementwise(aten.square.default, lambda a: a, formula="a")
-elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)")
-elementwise(aten.sqrt.default, lambda a: over(torch.sqrt(a), a), formula="1 / sqrt(a)")
-elementwise(aten.rsqrt.default, lambda a: over(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.reciprocal.default, lambda a: over(torch.reciprocal(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log.default, lambda a: over(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log2.default, lambda a: over(torch.log2(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.log10.default, lambda a: over(torch.log10(a), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.logit.default, lambda a, eps=None: over(torch.logit(a, eps), a), formula="f(a) / a (no value at 0: all carried)")
-elementwise(aten.acosh.default, lambda a: over(torch.acosh(a), a), formula="f(a) / a (no value at 0: all carried)")
+elementwise(
+    aten.selu.default,
+    lambda a: _elu(a, 1.6732632423543772, 1.0507009873554805),
+    formula="scale * elu's",
+    activation=True,
+    **KEEPS_SIGN,
+)
+elementwise(aten.gelu.default, _gelu, formula="Phi(a), the normal distribution function", activation=True, **KEEPS_SIGN)
+elementwise(aten.silu.default, torch.sigmoid, formula="sigmoid(a)", activation=True, **KEEPS_SIGN)
+elementwise(
+    aten.mish.default,
+    lambda a: torch.tanh(torch.nn.functional.softplus(a)),
+    formula="tanh(softplus(a))",
+    activation=True,
+    **KEEPS_SIGN,
+)
+elementwise(aten.hardswish.default, torch.nn.functional.hardsigmoid, formula="relu6(a + 3) / 6", activation=True, **KEEPS_SIGN)
+elementwise(
+    aten.sigmoid.default,
+    lambda a: 0.25 * _tanh_over(0.5 * a),
+    0.5,
+    formula="tanh(a/2) / (2a), c = 1/2",
+    activation=True,
+    gate=True,
+    **POSITIVE,
+)
+elementwise(
+    aten.hardsigmoid.default,
+    _hardsigmoid,
+    0.5,
+    formula="1/6 inside [-3, 3], 1/(2|a|) outside, c = 1/2",
+    activation=True,
+    gate=True,
+    **POSITIVE,
+)
+elementwise(aten.tanh.default, _tanh_over, formula="tanh(a) / a", activation=True, **KEEPS_SIGN)
+elementwise(
+    aten.softplus.default,
+    _softplus,
+    lambda beta=1.0, threshold=20.0: LOG2 / beta,
+    formula="(softplus(a) - log 2) / a, c = log 2",
+    activation=True,
+    nonnegative=_softplus_sign,
+    **PLAIN,
+)
+elementwise(
+    aten.softshrink.default, _softshrink, formula="1 - bound/|a| outside the bound, 0 inside", activation=True, **KEEPS_SIGN
+)
+elementwise(
+    aten.hardshrink.default,
+    lambda a, bound=0.5: (a.abs() > bound).to(a.dtype),
+    formula="[|a| > bound]",
+    activation=True,
+    **KEEPS_SIGN,
+)
+elementwise(
+    aten.threshold.default,
+    _threshold,
+    _threshold_at_zero,
+    formula="(f(a) - f(0)) / a",
+    activation=True,
+    nonnegative=_threshold_sign,
+    rectifies=lambda given: given["threshold"] == 0 == given["value"],
+    **PLAIN,
+)
+elementwise(aten.exp.default, expm1_over, 1.0, formula="(e^a - 1) / a, c = 1", gate=True, **POSITIVE)
+elementwise(aten.expm1.default, expm1_over, formula="(e^a - 1) / a", **KEEPS_SIGN)
+elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a", **KEEPS_SIGN)
+elementwise(aten.sin.default, _sin_over, formula="sin(a) / a", **PLAIN)
+elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1", **PLAIN)
+elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a", **PLAIN)
+elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a", **KEEPS_SIGN)
+elementwise(aten.erf.default, _erf_over, formula="erf(a) / a", **KEEPS_SIGN)
+elementwise(aten.erfc.default, lambda a: -_erf_over(a), 1.0, formula="-erf(a) / a, c = 1", **POSITIVE)
+elementwise(aten.exp2.default, lambda a: _exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1", **POSITIVE)
+elementwise(aten.sinh.default, _sinh_over, formula="sinh(a) / a", **KEEPS_SIGN)
+elementwise(
+    aten.cosh.default, lambda a: torch.sinh(0.5 * a) * _sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1", **POSITIVE
+)
+elementwise(aten.asinh.default, lambda a: _quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a", **KEEPS_SIGN)
+elementwise(aten.atanh.default, lambda a: _quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a", **KEEPS_SIGN)
+elementwise(aten.asin.default, _asin_over, formula="asin(a) / a", **KEEPS_SIGN)
+elementwise(aten.acos.default, lambda a: -_asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2", **POSITIVE)
+elementwise(aten.rad2deg.default, lambda a: 180.0 / math.pi, formula="180 / pi", **KEEPS_SIGN)
+elementwise(aten.deg2rad.default, lambda a: math.pi / 180.0, formula="pi / 180", **KEEPS_SIGN)
+elementwise(aten.abs.default, torch.sign, formula="sgn(a)", **POSITIVE)
+elementwise(aten.neg.default, lambda a: -1.0, formula="-1", **PLAIN)
+elementwise(aten.square.default, lambda a: a, formula="a", **POSITIVE)
+elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)", nonnegative=_power_sign, **PLAIN)
+elementwise(aten.sqrt.default, lambda a: over(torch.sqrt(a), a), formula="1 / sqrt(a)", gate=True, **POSITIVE)
+elementwise(
+    aten.rsqrt.default, lambda a: over(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)", gate=True, **PLAIN
+)
+elementwise(
+    aten.reciprocal.default,
+    lambda a: over(torch.reciprocal(a), a),
+    formula="f(a) / a (no value at 0: all carried)",
+    gate=True,
+    **PLAIN,
+)
+elementwise(aten.log.default, lambda a: over(torch.log(a), a), formula="f(a) / a (no value at 0: all carried)", **PLAIN)
+elementwise(aten.log2.default, lambda a: over(torch.log2(a), a), formula="f(a) / a (no value at 0: all carried)", **PLAIN)
+elementwise(aten.log10.default, lambda a: over(torch.log10(a), a), formula="f(a) / a (no value at 0: all carried)", **PLAIN)
+elementwise(
+    aten.logit.default, lambda a, eps=None: over(torch.logit(a, eps), a), formula="f(a) / a (no value at 0: all carried)", **PLAIN
+)
+elementwise(aten.acosh.default, lambda a: over(torch.acosh(a), a), formula="f(a) / a (no value at 0: all carried)", **POSITIVE)

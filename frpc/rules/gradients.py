@@ -12,7 +12,7 @@ from frpc.errors import OptionError
 from frpc.references import Reference, ReferenceLike, as_reference
 from frpc.rules.increments import increment_rule
 from frpc.rules.paths import Path, Pooling
-from frpc.rules.rectified import RECTIFIERS, deconvnet_relu, guided_relu, rectified_relu
+from frpc.rules.rectified import deconvnet_relu, guided_relu, rectified_relu, rectifying_rule
 from frpc.rules.ruleset import Account, RuleSet, Site
 
 aten = torch.ops.aten
@@ -49,8 +49,9 @@ class Gradient(RuleSet):
 
 @dataclass(frozen=True)
 class GuidedBackprop(Gradient):
-    """Gradients, and at every ReLU (ReLU6, ``clamp``) only what is positive; a net without any gets its gradient. Transposed
-    direction only.
+    """Gradients, and at every ReLU (ReLU6, a ``clamp`` from 0) only what is positive; a net without any gets its gradient.
+
+    Transposed direction only.
 
     Source: Springenberg et al. 2015; S 2.1.2.2.
     """
@@ -59,9 +60,7 @@ class GuidedBackprop(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the guided one."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, guided_relu, ("self",), "v [z > 0] [v > 0]", "Springenberg et al. 2015")
-        return super().rule_for(site)
+        return rectifying_rule(site.op, guided_relu, "v [z > 0] [v > 0]", "Springenberg et al. 2015") or super().rule_for(site)
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ class Deconvnet(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the rectification of what is pulled."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, deconvnet_relu, ("self",), "v [v > 0]", "Zeiler & Fergus 2014; S 9-11")
-        return super().rule_for(site)
+        return rectifying_rule(site.op, deconvnet_relu, "v [v > 0]", "Zeiler & Fergus 2014; S 9-11") or super().rule_for(site)
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,7 @@ class RectifiedGradient(Gradient):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the one with a threshold."""
-        if site.op in RECTIFIERS:
-            return Rule(site.op, rectified_relu(self.q), ("self",), "v [z v > quantile]", "Kim et al. 2019")
-        return super().rule_for(site)
+        return rectifying_rule(site.op, rectified_relu(self.q), "v [z v > quantile]", "Kim et al. 2019") or super().rule_for(site)
 
 
 # Increments ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
+from frpc.locality import cells, windows_of_convolution
 from frpc.maps import Conv, Scale
 
 aten = torch.ops.aten
@@ -18,7 +19,16 @@ def per_channel(vector: Tensor, rank: int) -> Tensor:
     return vector.reshape([-1] + [1] * (rank - 2))
 
 
-@rule(aten.convolution.default, carries="input", formula="K * a, c = b", source="T 4.10, 4.11, algorithm 1", linear=True)
+@rule(
+    aten.convolution.default,
+    carries="input",
+    formula="K * a, c = b",
+    source="T 4.10, 4.11, algorithm 1",
+    linear=True,
+    weighted=True,
+    locality=windows_of_convolution,
+    in_file="programs",
+)
 def convolution(
     call: Call,
     a: Tensor,
@@ -42,6 +52,8 @@ def convolution(
     formula="gamma / sqrt(var + eps) per channel, c = beta - mean gamma / sqrt(var + eps)",
     source="method §2: batch norm in evaluation",
     linear=True,
+    locality=cells,
+    in_file="programs",
 )
 def batch_norm(
     call: Call,

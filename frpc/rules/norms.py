@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
 from frpc.errors import RuleDeclinedError
+from frpc.locality import along, trailing
 from frpc.maps import Center, Compose, LinearMap, LinearOp, Scale
 from frpc.maps.base import Shape
 from frpc.rules.arithmetic import Number, back, from_end, refuse_batch
@@ -21,6 +23,7 @@ from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.linear import batch_norm_affine, per_channel
 from frpc.rules.selection import gathered
 from frpc.torch_compat import schema_of
+from frpc.traits import always, if_all
 
 aten = torch.ops.aten
 Vector = Tensor | None
@@ -42,9 +45,18 @@ def _standardized(a: Tensor, blocks: Shape, scale: Tensor, weight: Vector, bias:
 
 @rule(
     aten.layer_norm.default,
+    formula="gamma / std on a - mean(a), c = beta",
+    source="method §2: norms",
+    locality=trailing("normalized_shape"),
+    spelled_out=True,
+)
+@rule(
     aten.native_layer_norm.default,
     formula="gamma / std on a - mean(a), c = beta",
     source="method §2: norms",
+    locality=trailing("normalized_shape"),
+    spelled_out=True,
+    in_file="programs",
 )
 def layer_norm(
     call: Call, a: Tensor, shape: Sequence[int], weight: Vector = None, bias: Vector = None, eps: float = 1e-5, *rest: object
@@ -65,14 +77,20 @@ def _grouped(a: Tensor, groups: int, weight: Vector, bias: Vector, eps: float) -
     return _standardized(a, blocks, scale, weight, bias)
 
 
-@rule(aten.group_norm.default, formula="gamma / std on a - mean(a), c = beta", source="method §2: norms")
+@rule(aten.group_norm.default, formula="gamma / std on a - mean(a), c = beta", source="method §2: norms", spelled_out=True)
 def group_norm(
     call: Call, a: Tensor, groups: int, weight: Vector = None, bias: Vector = None, eps: float = 1e-5, *rest: object
 ) -> Affine:
     return _grouped(a, groups, weight, bias, eps)
 
 
-@rule(aten.native_group_norm.default, formula="gamma / std on a - mean(a), c = beta", source="method §2: norms")
+@rule(
+    aten.native_group_norm.default,
+    formula="gamma / std on a - mean(a), c = beta",
+    source="method §2: norms",
+    spelled_out=True,
+    in_file="programs",
+)
 def native_group_norm(
     call: Call, a: Tensor, weight: Vector, bias: Vector, samples: int, channels: int, cells: int, groups: int, eps: float
 ) -> Affine:
@@ -83,6 +101,7 @@ def native_group_norm(
     aten.instance_norm.default,
     formula="gamma / std on a - mean(a), c = beta; with running statistics as batch norm",
     source="method §2: norms",
+    spelled_out=True,
 )
 def instance_norm(
     call: Call,
@@ -109,6 +128,8 @@ def instance_norm(
     aten._fused_rms_norm.default,
     formula="gamma / sqrt(mean(a^2) + eps)",
     source="method §2: norms",
+    locality=trailing("normalized_shape"),
+    spelled_out=True,
 )
 def rms_norm(call: Call, a: Tensor, shape: Sequence[int], weight: Vector = None, eps: float | None = None) -> Affine:
     smallest = torch.finfo(a.dtype).eps if eps is None else eps
@@ -140,7 +161,10 @@ def _deviation(a: Tensor, dims: Sequence[int], correction: Number | None) -> Ten
     return (a - a.mean(list(dims), keepdim=True)) / (count - (1 if correction is None else correction))
 
 
-@rule(aten.var.correction, formula="(a - mean(a)) / (n - correction), summed", source="method §2: norms")
+MOMENT: dict[str, Any] = {"nonnegative": always, "locality": along("dim"), "in_file": "constants"}
+
+
+@rule(aten.var.correction, formula="(a - mean(a)) / (n - correction), summed", source="method §2: norms", **MOMENT)
 def var(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | None, keepdim: bool) -> Affine:
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
@@ -148,7 +172,13 @@ def var(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | N
     return Affine({"self": weighed_sum(call, _deviation(a, dims, correction), dims, keepdim)})
 
 
-@rule(aten.std.correction, formula="(a - mean(a)) / ((n - correction) std), summed; 0 at std = 0", source="method §2: norms")
+@rule(
+    aten.std.correction,
+    formula="(a - mean(a)) / ((n - correction) std), summed; 0 at std = 0",
+    source="method §2: norms",
+    spelled_out=True,
+    **MOMENT,
+)
 def std(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | None, keepdim: bool) -> Affine:
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
@@ -156,7 +186,14 @@ def std(call: Call, a: Tensor, dim: Sequence[int] | None, correction: Number | N
     return Affine({"self": weighed_sum(call, coefficient, dims, keepdim)})
 
 
-@rule(aten.linalg_vector_norm.default, formula="sgn(a) (|a| / |a|_p)^(p-1), summed; 0 at a = 0", source="method §2: norms")
+@rule(
+    aten.linalg_vector_norm.default,
+    formula="sgn(a) (|a| / |a|_p)^(p-1), summed; 0 at a = 0",
+    source="method §2: norms",
+    gate=True,
+    spelled_out=True,
+    **MOMENT,
+)
 def vector_norm(
     call: Call, a: Tensor, order: Number = 2, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: object = None
 ) -> Affine:
@@ -189,6 +226,10 @@ def _above_winner(a: Tensor, dim: int, index: Tensor) -> LinearMap:
     aten._safe_softmax.default,
     formula="(e^z - 1)/(z Z) on z = a - a_max, c = 1/Z; M = c = 0 where the softmax is 0",
     source="method §2: secant through 0, from the largest element",
+    gate=True,
+    nonnegative=always,
+    locality=along("dim"),
+    in_file="constants",
 )
 def softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
     along, winner = _winner(a, dim)
@@ -200,13 +241,26 @@ def softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
     return Affine({str(schema_of(call.op).arguments[0].name): m}, torch.where(left_out, 0.0, inverse))
 
 
-@rule(aten._log_softmax.default, formula="1 on a - a_max, c = -log Z", source="method §2: from the largest element")
+@rule(
+    aten._log_softmax.default,
+    formula="1 on a - a_max, c = -log Z",
+    source="method §2: from the largest element",
+    locality=along("dim"),
+    in_file="constants",
+)
 def log_softmax(call: Call, a: Tensor, dim: int, *rest: object) -> Affine:
     along, winner = _winner(a, dim)
     return Affine({"self": _above_winner(a, along, winner)}, gathered(winner, along)(call.value))
 
 
-@rule(aten.logsumexp.default, formula="1 on a_max, c = log Z", source="method §2: from the largest element")
+@rule(
+    aten.logsumexp.default,
+    formula="1 on a_max, c = log Z",
+    source="method §2: from the largest element",
+    nonnegative=if_all("self"),
+    locality=along("dim"),
+    in_file="constants",
+)
 def logsumexp(call: Call, a: Tensor, dims: Sequence[int], keepdim: bool = False) -> Affine:
     if len(dims) != 1:
         raise RuleDeclinedError("it sums over several dimensions: flatten them first")

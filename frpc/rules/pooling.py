@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
+from frpc.locality import windows_of_adaptive_pool, windows_of_pool
 from frpc.maps import LinearPool, Pool, Select
 from frpc.maps.base import size_hint
+from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
 
 
-@rule(aten.max_pool2d_with_indices.default, formula="the winning element", source="method §2: selection")
+@rule(
+    aten.max_pool2d_with_indices.default,
+    formula="the winning element",
+    source="method §2: selection",
+    picks=True,
+    locality=windows_of_pool,
+    in_file="programs",
+)
 def max_pool2d(
     call: Call,
     a: Tensor,
@@ -35,10 +45,20 @@ def max_pool2d(
 
 @rule(
     aten.max_pool3d_with_indices.default,
+    formula="the winning element",
+    source="method §2: selection",
+    picks=True,
+    locality=windows_of_pool,
+    in_file="programs",
+)
+@rule(
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool3d.default,
     formula="the winning element",
     source="method §2: selection",
+    picks=True,
+    locality=windows_of_adaptive_pool,
+    in_file="programs",
 )
 def max_pool(call: Call, a: Tensor, *arguments: object) -> Affine:
     return Affine({"self": Select(call.out[1], a.shape)})
@@ -49,13 +69,28 @@ def _each(value: Sequence[int] | int, count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
+def _average_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    divisor = arguments.get("divisor_override")
+    return "self" in positive and (divisor is None or divisor > 0)
+
+
 @rule(
     aten.avg_pool1d.default,
+    formula="average",
+    source="method §2: linear",
+    linear=True,
+    nonnegative=_average_sign,
+    locality=windows_of_pool,
+)
+@rule(
     aten.avg_pool2d.default,
     aten.avg_pool3d.default,
     formula="average",
     source="method §2: linear",
     linear=True,
+    nonnegative=_average_sign,
+    locality=windows_of_pool,
+    in_file="programs",
 )
 def avg_pool(
     call: Call,
@@ -81,12 +116,22 @@ def avg_pool(
 @rule(
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
-    aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default,
+    formula="average",
+    source="method §2: linear",
+    linear=True,
+    nonnegative=if_all("self"),
+    locality=windows_of_adaptive_pool,
+)
+@rule(
+    aten._adaptive_avg_pool2d.default,
     aten._adaptive_avg_pool3d.default,
     formula="average",
     source="method §2: linear",
     linear=True,
+    nonnegative=if_all("self"),
+    locality=windows_of_adaptive_pool,
+    in_file="programs",
 )
 def adaptive_avg_pool(call: Call, a: Tensor, size: Sequence[int]) -> Affine:
     def pool(u: Tensor) -> Tensor:

@@ -6,15 +6,26 @@ of them is a gate, :mod:`frpc.carriers` has taken it off the call's carried oper
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, rule
+from frpc.locality import products
 from frpc.maps import BatchedMatMul, Compose, LinearMap, LinearOp, MatMul, scaled
 from frpc.rules.arithmetic import Number, Term, refuse_batch, unmasked
 from frpc.rules.elementwise import expm1_over
+from frpc.traits import if_all
 
 aten = torch.ops.aten
+
+
+def _product_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """The sign of ``a b``; that of a square is known whatever a is."""
+    square = not isinstance(arguments["other"], int | float) and arguments["self"] is arguments["other"]
+    return square or if_all("self", "other")(arguments, positive)
 
 
 @rule(
@@ -22,6 +33,11 @@ aten = torch.ops.aten
     carries=("self", "other"),
     formula="b on a; both carried: b/2 on a, a/2 on b",
     source="method §2: products, half",
+    pointwise=True,
+    factors=("self", "other"),
+    passes_gates=True,
+    nonnegative=_product_sign,
+    in_file="constants",
 )
 def mul(call: Call, a: Tensor, b: Term) -> Affine:
     result = call.value.shape
@@ -35,11 +51,20 @@ def mul(call: Call, a: Tensor, b: Term) -> Affine:
     return Affine(terms)
 
 
+def _quotient_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """The sign of ``a / b`` by a number b; a tensor may hold -0.0, and a quotient by that is minus infinity."""
+    return isinstance(arguments["other"], int | float) and arguments["other"] > 0 and "self" in positive
+
+
 @rule(
     aten.div.Tensor,
     carries=("self", "other"),
     formula="1/b on a; a carried b is a coefficient",
     source="method §2: products, gate",
+    pointwise=True,
+    passes_gates=True,
+    nonnegative=_quotient_sign,
+    in_file="constants",
 )
 def div(call: Call, a: Term, b: Term) -> Affine:
     if call.carries("self"):
@@ -75,10 +100,23 @@ def _contracted(call: Call, first: str, second: str, factor: Number = 1) -> dict
 
 @rule(
     aten.mm.default,
+    carries=("self", "mat2"),
+    formula="B on A; both carried: B/2 on A, A/2 on B",
+    source="method §2: products of matrices",
+    weighted=True,
+    factors=("self", "mat2"),
+    nonnegative=if_all("self", "mat2"),
+    in_file="constants",
+)
+@rule(
     aten.bmm.default,
     carries=("self", "mat2"),
     formula="B on A; both carried: B/2 on A, A/2 on B",
     source="method §2: products of matrices",
+    factors=("self", "mat2"),
+    nonnegative=if_all("self", "mat2"),
+    locality=products("mat2"),
+    in_file="constants",
 )
 def mm(call: Call, a: Tensor, b: Tensor) -> Affine:
     return Affine(_contracted(call, "self", "mat2"))
@@ -89,6 +127,11 @@ def mm(call: Call, a: Tensor, b: Tensor) -> Affine:
     carries=("self", "other"),
     formula="B on A; both carried: B/2 on A, A/2 on B",
     source="method §2: products of matrices",
+    weighted=True,
+    factors=("self", "other"),
+    nonnegative=if_all("self", "other"),
+    locality=products("other"),
+    in_file="constants",
 )
 def matmul(call: Call, a: Tensor, b: Tensor) -> Affine:
     return Affine(_contracted(call, "self", "other"))
@@ -99,6 +142,9 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Affine:
     carries=("self", "vec"),
     formula="b on A; both carried: b/2 on A, A/2 on b",
     source="method §2: products of matrices",
+    factors=("self", "vec"),
+    nonnegative=if_all("self", "vec"),
+    in_file="constants",
 )
 def mv(call: Call, a: Tensor, b: Tensor) -> Affine:
     return Affine(_contracted(call, "self", "vec"))
@@ -120,6 +166,10 @@ def _added(call: Call, added: Tensor, first: str, second: str, beta: Number, alp
     carries=("self", "mat1", "mat2"),
     formula="beta C + alpha A B, the product as in mm",
     source="method §2: products of matrices",
+    weighted=True,
+    factors=("mat1", "mat2"),
+    nonnegative=if_all("self", "mat1", "mat2", "beta", "alpha"),
+    in_file="constants",
 )
 def addmm(call: Call, added: Tensor, a: Tensor, b: Tensor, beta: Number = 1, alpha: Number = 1) -> Affine:
     return _added(call, added, "mat1", "mat2", beta, alpha)
@@ -130,6 +180,9 @@ def addmm(call: Call, added: Tensor, a: Tensor, b: Tensor, beta: Number = 1, alp
     carries=("self", "batch1", "batch2"),
     formula="beta C + alpha A B, the product as in bmm",
     source="method §2: products of matrices",
+    factors=("batch1", "batch2"),
+    nonnegative=if_all("self", "batch1", "batch2", "beta", "alpha"),
+    in_file="constants",
 )
 def baddbmm(call: Call, added: Tensor, a: Tensor, b: Tensor, beta: Number = 1, alpha: Number = 1) -> Affine:
     return _added(call, added, "batch1", "batch2", beta, alpha)
@@ -140,6 +193,10 @@ def baddbmm(call: Call, added: Tensor, a: Tensor, b: Tensor, beta: Number = 1, a
     carries=("input", "weight", "bias"),
     formula="a W^T, c = b; a carried W shares as in mm",
     source="T 3.5, 3.8",
+    weighted=True,
+    factors=("input", "weight"),
+    locality=products("weight"),
+    in_file="constants",
 )
 def linear(call: Call, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Affine:
     result = call.value.shape
@@ -174,12 +231,21 @@ def _exponential(base: Tensor, exponent: Tensor, value: Tensor) -> Tensor:
     return torch.where(base > 0, logarithm * expm1_over(exponent * logarithm), other)
 
 
+def _base_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """The sign of ``a^p``, of a base that may be -0.0: the power of that with a negative p is minus infinity."""
+    base = arguments["self"]
+    return base > 0 if isinstance(base, int | float) else {"self", "exponent"} <= set(positive)
+
+
 @rule(
     aten.pow.Tensor_Tensor,
     aten.pow.Scalar,
     carries=("self", "exponent"),
     formula="a^(p-1) on a; of a constant a: (a^p - 1)/p on p, c = 1",
     source="method §2: secant through 0",
+    pointwise=True,
+    nonnegative=_base_sign,
+    in_file="constants",
 )
 def power(call: Call, a: Term, exponent: Tensor) -> Affine:
     result = call.value.shape
@@ -190,14 +256,30 @@ def power(call: Call, a: Term, exponent: Tensor) -> Affine:
     return Affine({"exponent": scaled(_exponential(base, exponent, call.value), exponent.shape, result)}, 1.0)
 
 
+def _larger_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """The larger of two is not negative where one is not; NaN wins, unlike in fmax."""
+    return "self" in positive or "other" in positive
+
+
 @rule(
     aten.maximum.default,
+    carries=("self", "other"),
+    formula="[a wins] on a, [a loses] on b; a wins ties",
+    source="method §2: selection",
+    pointwise=True,
+    nonnegative=_larger_sign,
+    in_file="constants",
+)
+@rule(
     aten.minimum.default,
     aten.fmax.default,
     aten.fmin.default,
     carries=("self", "other"),
     formula="[a wins] on a, [a loses] on b; a wins ties",
     source="method §2: selection",
+    pointwise=True,
+    nonnegative=if_all("self", "other"),
+    in_file="constants",
 )
 def winner(call: Call, a: Tensor, b: Tensor) -> Affine:
     wins = (call.value == a).to(call.value.dtype)

@@ -13,16 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.affine import Affine, Call
+from frpc.affine import Affine, Call, Rule, traits_of
 from frpc.maps import LinearMap
-from frpc.rules.paths import derivative
+from frpc.rules.increments import increment_rule
+from frpc.rules.paths import Path, derivative
 
-__all__ = ["RECTIFIERS", "deconvnet_relu", "guided_relu", "rectified_relu"]
+__all__ = ["deconvnet_relu", "guided_relu", "rectified_relu", "rectifying_rule"]
 
 aten = torch.ops.aten
 
-RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
-"""ReLU, and what cuts off below 0 in the same way: ReLU6 reaches a graph as ``hardtanh``."""
+
+def rectifying_rule(op: Any, function: Callable[..., Affine], formula: str, source: str) -> Rule | None:
+    """Returns a rule for an operator that cuts off what is below 0, as ReLU does; None for one that never does.
+
+    Some do so only with certain arguments: ReLU6 reaches a graph as ``hardtanh`` from 0 to 6, and ``hardtanh`` from -1 to 1 is no
+    ReLU. Calls of those get the Jacobian.
+    """
+    rectifies, standard = traits_of(op).rectifies, increment_rule(op, Path())
+    if rectifies is None or standard is None:
+        return None
+
+    def rule(call: Call, *arguments: Any) -> Affine:
+        return function(call) if rectifies(call.args) else standard(call)
+
+    rule.__name__ = function.__name__
+    return Rule(op, rule, standard.carries, formula, source)
 
 
 class Rectified(LinearMap):

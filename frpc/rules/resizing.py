@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, linear_op, rule
 from frpc.errors import RuleDeclinedError
+from frpc.locality import pixels_shuffled, pixels_unshuffled, resized
 from frpc.maps import LinearOp
+from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
 
-for _op in (
-    aten.upsample_nearest1d.vec,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest3d.vec,
-    aten._upsample_nearest_exact1d.vec,
-    aten._upsample_nearest_exact2d.vec,
-    aten._upsample_nearest_exact3d.vec,
-    aten.upsample_linear1d.vec,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_trilinear3d.vec,
-    aten.upsample_bicubic2d.vec,
-    aten._upsample_bilinear2d_aa.vec,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-):
-    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="a, resized", pool=True)
 
-for _op in (aten.im2col.default, aten.col2im.default):
-    linear_op(_op, lambda call, a, *arguments: lambda u: call.op(u, *arguments), formula="the operator itself", pool=True)
+def _itself(call: Call, a: Tensor, *arguments: object) -> Callable[[Tensor], Tensor]:
+    return lambda u: call.op(u, *arguments)
+
+
+NEAREST: dict[str, Any] = {"picks": True, "locality": resized("nearest")}
+EXACT: dict[str, Any] = {"picks": True, "locality": resized("nearest-exact")}
+LINEAR: dict[str, Any] = {"passes_gates": True, "nonnegative": if_all("input"), "locality": resized("linear")}
+for _op, _traits in (
+    (aten.upsample_nearest1d.vec, NEAREST),
+    (aten.upsample_nearest2d.vec, NEAREST),
+    (aten.upsample_nearest3d.vec, NEAREST),
+    (aten._upsample_nearest_exact1d.vec, EXACT),
+    (aten._upsample_nearest_exact2d.vec, EXACT),
+    (aten._upsample_nearest_exact3d.vec, EXACT),
+    (aten.upsample_linear1d.vec, LINEAR),
+    (aten.upsample_bilinear2d.vec, LINEAR),
+    (aten.upsample_trilinear3d.vec, LINEAR),
+    (aten.upsample_bicubic2d.vec, {"locality": resized("cubic")}),  # overshoots: of values above 0 it makes some below
+    (aten._upsample_bilinear2d_aa.vec, {"nonnegative": if_all("input")}),
+    (aten.pixel_shuffle.default, {"rearranges": True, "locality": pixels_shuffled, "in_file": "constants"}),
+    (aten.pixel_unshuffle.default, {"rearranges": True, "locality": pixels_unshuffled, "in_file": "constants"}),
+):
+    linear_op(_op, _itself, formula="a, resized", pool=True, **_traits)
+
+for _op in (aten.im2col.default, aten.col2im.default):  # what im2col reads beside the image is 0
+    linear_op(_op, _itself, formula="the operator itself", pool=True, nonnegative=if_all("self"), in_file="constants")
 
 
 def _by_axis(call: Call, a: Tensor, *arguments: object) -> Callable[[Tensor], Tensor]:
@@ -56,6 +67,11 @@ def _resized_units(a: Tensor, axis: int, size: Sequence[int], *options: object) 
 linear_op(aten._upsample_bicubic2d_aa.vec, _by_axis, formula="a, resized")
 
 
+def _sampled_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
+    """Bilinear and nearest samples lie between those of the image and 0, cubic ones may not."""
+    return "input" in positive and arguments["interpolation_mode"] in (0, 1)
+
+
 @rule(
     aten.grid_sampler_2d.default,
     aten.grid_sampler_3d.default,
@@ -63,6 +79,8 @@ linear_op(aten._upsample_bicubic2d_aa.vec, _by_axis, formula="a, resized")
     formula="a, interpolated at the grid's points; a carried grid is a coefficient",
     source="method §2: linear",
     linear=True,
+    nonnegative=_sampled_sign,
+    in_file="programs",
 )
 def grid_sampler(call: Call, a: Tensor, grid: Tensor, *options: object) -> Affine:
     if not call.carries("input"):

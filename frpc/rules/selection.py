@@ -10,8 +10,10 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
 from frpc.errors import RuleDeclinedError
+from frpc.locality import along
 from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
 from frpc.rules.arithmetic import back, refuse_batch, unmasked
+from frpc.traits import if_all
 
 aten = torch.ops.aten
 
@@ -39,6 +41,9 @@ def gathered(indices: Tensor, dim: int) -> Callable[[Tensor], Tensor]:
     formula="the chosen elements",
     source="method §2: selection",
     linear=True,
+    picks=True,
+    locality=along("dim"),
+    in_file="constants",
 )
 def winners(call: Call, a: Tensor, *arguments: Any) -> Affine:
     dim, indices = back(call.args["dim"], a.dim()), call.out[1]
@@ -71,8 +76,9 @@ def _extreme(call: Call, a: Tensor, dims: Sequence[int] = (), keepdim: bool = Fa
     return select
 
 
-linear_op(aten.amax.default, _extreme, formula="the largest element, the first on ties")
-linear_op(aten.amin.default, _extreme, formula="the smallest element, the first on ties")
+CHOSEN: dict[str, Any] = {"picks": True, "locality": along("dim"), "in_file": "constants"}
+linear_op(aten.amax.default, _extreme, formula="the largest element, the first on ties", **CHOSEN)
+linear_op(aten.amin.default, _extreme, formula="the smallest element, the first on ties", **CHOSEN)
 
 
 # Reading ----------------------------------------------------------------------------------------------------------------
@@ -82,11 +88,14 @@ linear_op(
     aten.gather.default,
     lambda call, a, dim, index, sparse_grad=False: gathered(index, back(dim, a.dim())),
     formula="a[indices]",
+    picks=True,
+    in_file="constants",
 )
 linear_op(
     aten.index_select.default,
     lambda call, a, dim, index: lambda u: u.index_select(back(dim, a.dim()), index),
     formula="a[indices]",
+    **CHOSEN,
 )
 
 
@@ -111,21 +120,31 @@ def _indexed(indices: Sequence[Tensor | None], rank: int) -> Callable[[Tensor], 
 
 
 for _op in (aten.index.Tensor, aten._unsafe_index.Tensor):
-    linear_op(_op, lambda call, a, indices: _indexed(indices, a.dim()), formula="a[indices]")
+    linear_op(_op, lambda call, a, indices: _indexed(indices, a.dim()), formula="a[indices]", picks=True, in_file="constants")
 
 
 # Writing ----------------------------------------------------------------------------------------------------------------
 
 
+FILLED: dict[str, Any] = {"linear": True, "nonnegative": if_all("self", "value"), "in_file": "constants"}
+
+
 @rule(
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
+    formula="[kept] on a, c = the value elsewhere",
+    source="method §2: selection",
+    pointwise=True,
+    keeps_tokens=True,
+    **FILLED,
+)
+@rule(
     aten.scatter.value,
     aten.index_fill.int_Scalar,
     aten.index_fill.int_Tensor,
     formula="[kept] on a, c = the value elsewhere",
     source="method §2: selection",
-    linear=True,
+    **FILLED,
 )
 def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
     rest = [value for name, value in call.args.items() if name != "self"]
@@ -141,6 +160,8 @@ def fill(call: Call, a: Tensor, *arguments: Any) -> Affine:
     formula="[kept] on a, b at the places written",
     source="method §2: selection",
     linear=True,
+    nonnegative=if_all("self", "src"),
+    in_file="constants",
 )
 def scatter(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return _written(call, a, "src")
@@ -153,6 +174,8 @@ def scatter(call: Call, a: Tensor, *arguments: Any) -> Affine:
     formula="[kept] on a, b at the places written",
     source="method §2: selection",
     linear=True,
+    nonnegative=if_all("self", "source"),
+    in_file="constants",
 )
 def copy_to(call: Call, a: Tensor, *arguments: Any) -> Affine:
     return _written(call, a, "source")
@@ -193,6 +216,8 @@ def _two(call: Call, a: Tensor, b: Tensor, name: str, on_a: LinearMap, on_b: Lin
     formula="[kept] on a, b at the places written; accumulating: a + b at the places",
     source="method §2: selection",
     linear=True,
+    nonnegative=if_all("self", "values"),
+    in_file="constants",
 )
 def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Affine:
     if not accumulate:
@@ -209,6 +234,8 @@ def index_put(call: Call, a: Tensor, indices: Sequence[Tensor | None], values: T
     formula="a + alpha b at the places",
     source="method §2: linear",
     linear=True,
+    nonnegative=if_all("self", "source", "alpha"),
+    in_file="constants",
 )
 def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: float = 1) -> Affine:
     read = LinearOp(lambda v: v.index_select(back(dim, a.dim()), index) * alpha, a.shape, b.shape)
@@ -222,6 +249,8 @@ def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: 
     formula="a + b at the places",
     source="method §2: linear",
     linear=True,
+    nonnegative=if_all("self", "src"),
+    in_file="constants",
 )
 def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, *how: Any) -> Affine:
     if how and tuple(how) != ("sum", True):
