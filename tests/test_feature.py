@@ -186,7 +186,7 @@ def test_segments_number_the_rectangles_of_a_grid() -> None:
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("call", ["kernel_shap", "shapley_values", "partition_shap"])
+@pytest.mark.parametrize("call", ["kernel_shap", "shapley_values", pytest.param("partition_shap", marks=pytest.mark.slow)])
 def test_shapley_values_sum_to_what_exceeds_nothing(call: str) -> None:
     for package in ("captum.attr", "sklearn", "shap"):
         pytest.importorskip(package)

@@ -63,6 +63,7 @@ def test_compiled_once_for_each_model_and_again_for_new_weights():
     assert len(ask._compiled) == 1  # what was compiled for a model goes with it
 
 
+@pytest.mark.slow  # and Quantus, which brings OpenCV and pandas, is not in [test]
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_metrics_of_quantus():
