@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from frpc.capture import snapshot
 from frpc.errors import InputError, OptionError, ShapeError, TargetError
 from frpc.torch_compat import version_of
 
@@ -23,6 +24,7 @@ __all__ = [
     "Question",
     "Targets",
     "joined",
+    "live",
     "module_of",
     "read",
     "versions",
@@ -87,6 +89,13 @@ def module_of(function: Callable[..., Any]) -> nn.Module:
     """The module that is meant: itself, the one whose method is given, or one around a plain function."""
     owner = function.__self__ if isinstance(function, MethodType) and function.__name__ == "forward" else function
     return owner if isinstance(owner, nn.Module) else Called(function)
+
+
+def live(model: nn.Module, asked: Question) -> nn.Module:
+    """The function itself in the form that a program has, in evaluation mode: where it is in training, a copy of it."""
+    arranged = Arranged(model, asked)
+    training = not isinstance(model, Called) and any(part.training for part in model.modules())
+    return snapshot(arranged) if training else arranged
 
 
 def versions(model: nn.Module) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from frpc import rules
-from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, module_of, read, versions, wrapped
+from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, live, module_of, read, versions, wrapped
 from frpc.compiler import compile
 from frpc.errors import BatchError, CaptureError, OptionError
 from frpc.explainer import Explainer
@@ -103,10 +103,23 @@ class Propagation:
             return held
         return asked
 
-    def _explained(self, asked: Question) -> tuple[Tensor, ...]:
+    def _explained(self, asked: Question, current: bool = False) -> tuple[Tensor, ...]:
+        """Explains the function as it is now.
+
+        It may depend on more than weights, on a variable or an attribute that has changed since it was captured. So it is run
+        once, and captured again if it gives something else than the program.
+
+        Args:
+            asked: the question.
+            current: the program is known to be the function as it is.
+        """
         explainer = self._explainer(asked)
-        found = explainer(*asked.tensors, **_functional(explainer, asked)).relevance
-        return found if isinstance(found, tuple) else (found,)
+        found = explainer(*asked.tensors, **_functional(explainer, asked))
+        if not current and not explainer.programs.follows(live(self._model, asked), asked.tensors, found.output):
+            self._explainers = {}
+            explainer = self._explainer(asked)  # whose first call holds it against the function
+            found = explainer(*asked.tensors, **_functional(explainer, asked))
+        return found.relevance if isinstance(found.relevance, tuple) else (found.relevance,)
 
     def _delta(self, asked: Question, attributions: Sequence[Tensor]) -> Tensor:
         explainer = self._explainer(asked)
@@ -309,9 +322,9 @@ class IntegratedGradients(Propagation):
         found = []
         for part in asked.parts(internal_batch_size):
             means = [torch.zeros_like(x) for x in part.inputs]
-            for place, weight in zip(places.tolist(), weights.tolist(), strict=True):
+            for step, (place, weight) in enumerate(zip(places.tolist(), weights.tolist(), strict=True)):
                 along = tuple(there + place * (x - there) for x, there in zip(part.inputs, part.references, strict=True))
-                gradients = self._explained(replace(part, inputs=along, references=()))
+                gradients = self._explained(replace(part, inputs=along, references=()), current=step > 0)
                 means = [mean + weight * gradient for mean, gradient in zip(means, gradients, strict=True)]
             found.append(tuple(m * (x - t) for m, x, t in zip(means, part.inputs, part.references, strict=True)))
         attributions = joined(found)

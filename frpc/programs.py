@@ -33,6 +33,7 @@ from frpc.verification import (
     Model,
     Verify,
     account_of,
+    agrees,
     confirm,
     constants_share,
     demand_balance,
@@ -235,6 +236,12 @@ class Programs:
             front = self.fronts.get(_signature(inputs)) or self.first_front()
             demand_balance(found, compiled, front, [x.detach() for x in inputs], functional, results[0])
         return found
+
+    def follows(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        """Says whether a module still gives what a program of it gave for these inputs; runs it once."""
+        front, given = self.front(inputs), [x.detach() for x in inputs]
+        with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the module that it is being compiled
+            return agrees(front, module, self._names or (), given, output)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
         """The linear functional that a target or a seed stands for, and whether there are K of them."""

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from frpc.arguments import versions
+from frpc.capture import snapshot
 from frpc.compiler import compile
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
@@ -57,13 +58,19 @@ class Explain:
         """
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         x = torch.as_tensor(np.asarray(inputs)).to(device=device or like.device, dtype=like.dtype)
-        explainer, indices = self._explainer(model), _indices(targets, len(x))
-        found = []
-        for rows in torch.arange(len(x)).split(self.internal_batch_size or max(len(x), 1)):
-            relevance = explainer(x[rows], target=indices[rows]).relevance
-            assert isinstance(relevance, Tensor)
-            found.append(relevance.cpu())
-        return torch.cat(found).numpy()
+        indices = _indices(targets, len(x))
+        parts = torch.arange(len(x)).split(self.internal_batch_size or max(len(x), 1))
+        return torch.cat([self._explained(model, x[rows], indices[rows]) for rows in parts]).numpy()
+
+    def _explained(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Explains the model as it is now: it is run once, and compiled again if it gives something else than its program."""
+        found = self._explainer(model)(x, target=target)
+        current = snapshot(model) if any(part.training for part in model.modules()) else model
+        if not self._explainer(model).programs.follows(current, (x,), found.output):
+            del self._compiled[model]
+            found = self._explainer(model)(x, target=target)
+        assert isinstance(found.relevance, Tensor)
+        return found.relevance.cpu()
 
     def _explainer(self, model: nn.Module) -> Explainer:
         weights = versions(model)

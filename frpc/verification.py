@@ -33,6 +33,7 @@ __all__ = [
     "Model",
     "Verify",
     "account_of",
+    "agrees",
     "check_verify",
     "confirm",
     "constants_share",
@@ -244,6 +245,20 @@ def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Ten
             "itself. Its code depends on more than its inputs and tensors, e.g. on torch.compiler.is_compiling()."
         )
     raise CompileError(differs)
+
+
+def agrees(shared: Front, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], got: Tensor) -> bool:
+    """Says whether a module gives, up to rounding, the output that a program gave for these inputs.
+
+    Args:
+        shared: the graph of the program.
+        module: not a copy: whatever it has become since it was captured.
+        names: as for :class:`Model`.
+        inputs: what the program was given.
+        got: its output.
+    """
+    errors = [_difference(got, x) for x in Model(module, names).tensors(inputs) if x.shape == got.shape]
+    return any(error <= _allowed(shared, inputs, error) for error in errors)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

@@ -24,7 +24,7 @@ from frpc.captum import (
     IntegratedGradients,
     Saliency,
 )
-from frpc.errors import InputError, OptionError, ShapeError, TargetError
+from frpc.errors import CompileError, InputError, OptionError, ShapeError, TargetError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -236,6 +236,53 @@ def test_weights_are_those_of_the_call():
             change()
         assert torch.allclose(method.attribute(x, target=1).sum(1), model(x)[:, 1], atol=1e-12)
     assert model.training
+
+
+class Switched(nn.Module):
+    """What it computes depends on an attribute that is no tensor, and on a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.column, self.factors = nn.Linear(6, 3), 0, [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)[:, self.column] * self.factors[0]
+
+
+@pytest.mark.parametrize("method", [FRP, InputXGradient, IntegratedGradients, LID])
+def test_what_is_explained_is_the_function_as_it_is(method):
+    """Variables, attributes and lists are no weights: nothing tells that they have changed but the function's value."""
+    net, x = built(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))), randn(2, 6, seed=1)
+    column = 0
+    asked = method(lambda z: net(z)[:, column])
+    asked.attribute(x)
+    column = 2
+    assert error(asked.attribute(x), method(lambda z: net(z)[:, 2]).attribute(x)) <= 1e-12
+
+    switched = built(lambda: nn.Sequential(Switched()))[0]
+    asked = method(switched)
+    before = asked.attribute(x)
+    switched.column = 1
+    assert error(asked.attribute(x), method(switched).attribute(x)) <= 1e-12
+    switched.factors[0] = -2.0
+    assert error(asked.attribute(x), method(switched).attribute(x)) <= 1e-12
+    switched.column, switched.factors[0] = 0, 1.0
+    assert error(asked.attribute(x), before) <= 1e-12
+
+
+def test_a_function_that_gives_something_else_each_time_is_refused():
+    calls = iter(range(100))
+    with pytest.raises(CompileError, match="another output at every call"):
+        FRP(lambda z: z.sum(1) * (1 + next(calls))).attribute(randn(2, 6, seed=1))
+
+
+def test_a_model_in_training_is_explained_in_evaluation_mode_and_left_as_it_is():
+    net, x = built(lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3))), randn(2, 6, seed=1)
+    expected = FRP(net).attribute(x, target=1)
+    net.train()
+    method = FRP(net)
+    assert all(error(method.attribute(x, target=1), expected) <= 1e-12 for _ in range(2))
+    assert all(part.training for part in net.modules())
 
 
 def test_functions_and_bound_methods():

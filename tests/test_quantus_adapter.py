@@ -63,6 +63,23 @@ def test_compiled_once_for_each_model_and_again_for_new_weights():
     assert len(ask._compiled) == 1  # what was compiled for a model goes with it
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.factor = nn.Linear(4, 3), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x) * self.factor
+
+
+def test_an_attribute_that_is_no_weight_is_followed():
+    model, ask = Scaled().eval(), Explain()
+    x, y = np.random.default_rng(0).random((2, 4)).astype(np.float32), np.array([0, 2])
+    before = ask(model, x, y)
+    model.factor = -2.0
+    assert np.allclose(ask(model, x, y), -2 * before, atol=1e-6)
+
+
 @pytest.mark.slow  # and Quantus, which brings OpenCV and pandas, is not in [test]
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
