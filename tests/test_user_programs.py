@@ -128,7 +128,7 @@ QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), print_b
 
 
 @given(programs(statements=6))
-@settings(QUIET, max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(QUIET, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
 def test_programs_as_people_write_them(program: Program) -> None:
     judge(program)
 
