@@ -123,11 +123,13 @@ class RuleTable:
         rules: the rules, each with the traits of its operator.
         described: traits of operators that have no rule.
         named: operators of either kind by their names.
+        refused: operators that can have no rule, and why.
     """
 
     rules: dict[OpOverload, Rule] = field(default_factory=dict)
     described: dict[OpOverload, Traits] = field(default_factory=dict)
     named: dict[str, OpOverload] = field(default_factory=dict)
+    refused: dict[OpOverload, str] = field(default_factory=dict)
 
     def add(self, new: Rule, override: bool = False) -> None:
         if new.op in self.rules and not override:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import Affine, Call, Operand, Rule, bind, traits_of
+from frpc.affine import TABLE, Affine, Call, Operand, Rule, bind, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
 from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.graph import describe, origin_of
@@ -241,7 +241,8 @@ def _assign_one(
     before = not others and traits_of(feed.target).weighted and _behind(feed, of) is node.target
     rule = rules.rule_for(Site(node.target, origin_of(node).module, first, _is_weighted(node, operands), hints.behind, before))
     if rule is None:
-        raise RuleDeclinedError("no rule" if rules.account.constants else f"no rule in {rules.name}")
+        known = TABLE.refused.get(node.target)
+        raise RuleDeclinedError(known or ("no rule" if rules.account.constants else f"no rule in {rules.name}"))
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import fx
 
 from frpc.attention import expand_attention
+from frpc.bags import expand_embedding_bags
 from frpc.decompose import expand_composites
 from frpc.fused import (
     expand_bounds,
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     expand_distances,
     expand_similarities,
     expand_composites,
+    expand_embedding_bags,
     unify_norms,
     fold_constants,
 )

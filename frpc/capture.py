@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from frpc import stopped
+from frpc.composed import AT_CAPTURE
 from frpc.errors import (
     CaptureError,
     EmptyBatchError,
@@ -204,7 +205,9 @@ def _export(
             program = torch.export.export(
                 model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
             )
-        return program.run_decompositions({})  # functional: in-place operators become plain ones, nothing else is unrolled
+        return program.run_decompositions(
+            dict(AT_CAPTURE)
+        )  # functional: in-place operators become plain ones, little else changes
 
 
 def _positional(model: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:

@@ -20,7 +20,16 @@ from frpc.graph import first_result, origin_of
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload
 
-__all__ = ["PRODUCTS", "Product", "carrying_operands", "find_sources", "is_first_result", "may_carry", "operands_of"]
+__all__ = [
+    "EMBEDDING_BAGS",
+    "PRODUCTS",
+    "Product",
+    "carrying_operands",
+    "find_sources",
+    "is_first_result",
+    "may_carry",
+    "operands_of",
+]
 
 aten = torch.ops.aten
 
@@ -28,6 +37,9 @@ Product = Literal["auto", "half", "gate", "all"]
 """How a product of two carried values is shared: see :class:`frpc.rules.FRP`; ``all``: nothing is taken off, divisors neither."""
 
 PRODUCTS: tuple[Product, ...] = ("auto", "half", "gate")
+
+
+EMBEDDING_BAGS = {aten._embedding_bag.default, aten._embedding_bag_forward_only.default}
 
 
 def operands_of(node: fx.Node) -> dict[Operand, fx.Node]:
@@ -143,6 +155,14 @@ def _token_embeddings(graph: fx.Graph, integers: Sequence[fx.Node]) -> list[fx.N
     for node in graph.nodes:
         if node.target is aten.embedding.default and node.args[1] in tokens:
             found.append(node)
+        elif node.target in EMBEDDING_BAGS and node.args[1] in tokens:
+            place = origin_of(node)
+            raise OptionError(
+                f"EmbeddingBag takes one list of tokens and offsets here, so that it has no batch of samples to explain:\n"
+                f"    {place.module or '(top level)'}   {place.where}   {place.source}\n"
+                "  Give it a batch of bags instead, [B, L], the shorter ones filled up with its padding_idx: then every token "
+                "has relevance, [B, L, D]."
+            )
         elif traits_of(node.target).keeps_tokens and not first_result(node.meta["val"]).is_floating_point():
             tokens.update([node] if any(n in tokens for n in _moved(node)) else [])
     return found

@@ -1,4 +1,4 @@
-"""Decomposition: an operator without a rule that PyTorch itself composes of others is replaced by those others."""
+"""Decomposition: an operator without a rule that is composed of others, by PyTorch or by hand, is replaced by those others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import TABLE, traits_of
+from frpc.composed import COMPOSED
 from frpc.graph import first_result, origin_of, replace, replace_items
-from frpc.torch_compat import OpOverload, fake_mode_of, get_decompositions, has_composite_kernel, make_fx, schema_of
+from frpc.torch_compat import (
+    OpOverload,
+    fake_mode_of,
+    get_decompositions,
+    has_composite_kernel,
+    make_fx,
+    overload_name,
+    schema_of,
+)
 
 __all__ = ["expand_composites", "spell_out"]
 
 aten = torch.ops.aten
-_SPELLED_OUT: dict[Any, Any] = get_decompositions([aten.aminmax, aten.floor_divide, aten.special_ndtr])
-"""Operators PyTorch computes in one piece and also defines through others."""
-
 
 _SPELLED_OUT_NORMS: dict[Any, Any] = get_decompositions(
     [
@@ -80,39 +86,44 @@ def spell_out(graph_module: fx.GraphModule) -> bool:
 
 
 def expand_composites(graph_module: fx.GraphModule) -> bool:
-    """``f(x) -> g(h(x))`` for operators PyTorch defines as compositions (``pad``, ``softsign``, ``einsum``, ...)."""
+    """``f(x) -> g(h(x))`` for operators defined as compositions (``pad``, ``softsign``, ``einsum``, losses, ...)."""
     changed = False
     for node in list(graph_module.graph.nodes):
         makes_tensors = isinstance(first_result(node.meta.get("val")), Tensor)  # sizes are read as they are
         if node.op == "call_function" and makes_tensors and _is_composite(node.target) and TABLE.get(node.target) is None:
-            changed = _inline(graph_module.graph, node) or changed
+            changed = _inline(graph_module.graph, node, COMPOSED) or changed
     return changed
 
 
 def _is_composite(target: Any) -> bool:
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    return target in _SPELLED_OUT or has_composite_kernel(target)
+    return target in COMPOSED or has_composite_kernel(target)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT) -> bool:
+def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any]) -> bool:
     """Puts the traced composition of a call in its place; returns whether that changed anything."""
     sources = node.all_input_nodes
     tensors = [n for n in sources if isinstance(n.meta.get("val"), Tensor)]
     if not tensors:
         return False
+    whole: Any = node.target
+    function: Any = _BY_HAND.get(node.target, table.get(node.target, node.target))
 
-    def call(values: list[Any]) -> Any:
+    def call(*values: Any) -> Any:
         given = dict(zip(sources, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-        return _BY_HAND.get(node.target, node.target)(*args, **kwargs)
+        result = function(*args, **kwargs)
+        result = whole(*args, **kwargs) if result is NotImplemented else result
+        return tuple(result) if isinstance(result, tuple) else result  # without names, which would become a call in the graph
 
     example: Any = tensors[0].meta["val"]
     with fake_mode_of(example), torch.no_grad():
-        traced = make_fx(call, decomposition_table=table)([n.meta["val"] for n in sources])
+        traced = make_fx(call, decomposition_table=table)(*(n.meta["val"] for n in sources))
+    traced.graph.eliminate_dead_code()
+    _write_nothing(traced.graph)
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
-    writes = any(isinstance(n.target, OpOverload) and schema_of(n.target).is_mutable for n in calls)
-    if writes or (len(calls) == 1 and calls[0].target is node.target):
+    if any(_writes(n) for n in calls) or (len(calls) == 1 and calls[0].target is node.target):
         return False
     copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
     with graph.inserting_before(node):
@@ -126,3 +137,31 @@ def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any] = _SPELLED_OUT
     else:
         replace_items(node, results)
     return True
+
+
+def _write_nothing(graph: fx.Graph) -> None:
+    """``f_(x) -> f(x)``, read in place of x from there on, where x has no other name: PyTorch's own compositions write so."""
+    for node in list(graph.nodes):
+        if not _writes(node):
+            continue
+        written, packet = node.args[0], getattr(aten, node.target.overloadpacket.__name__.removesuffix("_"), None)
+        functional = getattr(packet, overload_name(node.target), None)
+        if functional is None or any(_aliases(n) for n in (written, *written.users) if n is not node):
+            continue
+        node.target = functional
+        later, seen = set(), False
+        for other in graph.nodes:
+            seen = seen or other is node
+            later.update([other] if seen and other is not node else [])
+        written.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
+
+
+def _aliases(node: fx.Node) -> bool:
+    """Says whether a value may lie in memory that has another name: an input, or the result of a view."""
+    if not isinstance(node.target, OpOverload):
+        return True
+    return any(value.alias_info is not None for value in schema_of(node.target).returns)

@@ -100,7 +100,7 @@ def at_reference(
             there = constants[f"reference_{position}"]
             # Where a dimension holds more than samples, or the graph knows their number, one reference does not broadcast: it is
             # repeated from the start.
-            given[source] = there.expand(here.shape) if merged or fixed else there
+            given[source] = there.expand(here.shape).contiguous() if merged or fixed else there  # views are of memory in order
         else:
             given[source] = reference.blur(here) if reference.kind == "blur" else torch.zeros_like(here)
     hooks: dict[str, Any] = {} if observe is None else {"observe": lambda node, phase: observe(node, "reference")}

@@ -163,6 +163,8 @@ def _demand_one_batch(inputs: Sequence[Tensor]) -> None:
         said = f"The inputs have different batch sizes: {sizes}."
         if any(not x.is_floating_point() and x.dim() == 2 and x.shape[0] == 2 for x in inputs):
             raise BatchError(f"{said}\n  {NODES}")
+        if all(not x.is_floating_point() and x.dim() == 1 for x in inputs):
+            said += " If they are tokens and offsets of an EmbeddingBag: give it bags of one length, [B, L], instead."
         raise ShapeError(f"{said} All inputs are [B, ...]; hold what is the same for all samples as a buffer of the model.")
 
 

@@ -196,6 +196,7 @@ CASES: tuple[Case, ...] = (
     Case(aten.mul.Tensor, "one", of(lambda a: a * 1), (V,)),
     Case(aten.div.Tensor, "two carried", both(lambda a, b: a / (2 + b.square())), (I, I)),
     Case(aten.div.Tensor, "constant", of(lambda a: a / K4), (V,)),
+    Case(aten.div.Tensor, "whole numbers", of(lambda a: a / torch.tensor([1, 3, 7, 9])), (V,)),
     Case(aten.div.Tensor, "number", of(lambda a: a / 3), (V,)),
     Case(aten.div.Tensor, "of a constant", of(lambda a: torch.div(K4, a)), (V,), "quotient", positive=True),
     Case(aten.cat.default, "", both(lambda a, b: torch.cat([a, b, a], 1)), (I, (3, 3, 7, 5))),

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import frpc
 from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
+from frpc.bags import expand_embedding_bags
 from frpc.capture import capture, snapshot
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
@@ -264,7 +265,8 @@ def test_every_canonicalization_has_a_test() -> None:
     tested = {one_pass for one_pass, *_ in CANONICAL.values()} | {
         trimming.refuse_random,
         keep_float64,
-    }  # test_precision.py has the latter
+        expand_embedding_bags,
+    }  # test_precision.py and test_bags.py have the latter two
     assert [p.__name__ for p in canonicalize.PASSES if p not in tested] == []
 
 

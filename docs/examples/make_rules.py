@@ -31,9 +31,10 @@ not listed under *carries* are coefficients: they may be constants, not values t
 
 The operators are those of the canonical graph. Some that a model may use never reach it: the compiler first rewrites
 `conv1d`, `conv2d`, `conv3d` and their transposed forms to `convolution`, max pooling to the forms with indices, `split`,
-`chunk` and `unbind` to slices, `glu` to its factors, what PyTorch composes of other operators to those, and drops dropout and
-copies. `frpc.examine(model, inputs)` shows what is left of yours. An operator without a rule is an error that names every
-place; [adding a rule](adding_a_rule.md) shows how to give it one.
+`chunk` and `unbind` to slices, `glu` to its factors, embedding bags to embeddings and a reduction, what is composed of other
+operators (losses, bilinear layers, cross products, unpooling, `logcumsumexp`, ...) to those, and drops dropout and copies.
+`frpc.examine(model, inputs)` shows what is left of yours. An operator without a rule is an error that names every place;
+[adding a rule](adding_a_rule.md) shows how to give it one.
 
 In the last column **T** is the thesis that introduced forward relevance propagation, with equation numbers; *method §2* is
 section 2 of [mathematics](mathematics.md), which extends its recursion to these operators.

@@ -118,7 +118,9 @@ def _div(call: Call, path: Path) -> Affine:
     terms: dict[Operand, LinearMap] = {}
     b, there = call.args["other"], call.reference
     if call.carries("self"):
-        inverse = 1.0 / b if there is None or not isinstance(b, Tensor) else 0.5 * (1.0 / b + 1.0 / there.args["other"])
+        ends = [end.args["other"] for end in (call, there) if end is not None]  # of whole numbers 1/b would be float32
+        parts = [1.0 / (end.to(call.value.dtype) if isinstance(end, Tensor) else end) for end in ends]
+        inverse = parts[0] if len(parts) == 1 else 0.5 * (parts[0] + parts[1])
         terms["self"] = scaled(inverse, call.args["self"].shape, call.value.shape)
     if call.carries("other"):
         square = b * b if there is None else b * there.args["other"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.affine import Affine, Call, rule
+from frpc.affine import TABLE, Affine, Call, rule
 from frpc.errors import RuleDeclinedError
 from frpc.locality import along, trailing
 from frpc.maps import Center, Compose, LinearMap, LinearOp, Scale
@@ -135,6 +135,12 @@ def rms_norm(call: Call, a: Tensor, shape: Sequence[int], weight: Vector = None,
     smallest = torch.finfo(a.dtype).eps if eps is None else eps
     scale = torch.rsqrt((a * a).mean(list(range(-len(shape), 0)), keepdim=True) + smallest)
     return Affine({"input": Scale(scale if weight is None else scale * weight, a.shape)})
+
+
+TABLE.refused[aten._native_batch_norm_legit.no_stats] = (
+    "it normalizes by the statistics of the batch: the result mixes samples. Keep running statistics "
+    "(track_running_stats=True), or use InstanceNorm or GroupNorm"
+)
 
 
 # Moments and norms of vectors -------------------------------------------------------------------------------------------

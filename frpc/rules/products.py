@@ -69,7 +69,8 @@ def _quotient_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) 
 def div(call: Call, a: Term, b: Term) -> Affine:
     if call.carries("self"):
         assert isinstance(a, Tensor)
-        return Affine({"self": scaled(1.0 / b, a.shape, call.value.shape)})
+        divisor = b.to(call.value.dtype) if isinstance(b, Tensor) else b  # 1 over whole numbers would be float32
+        return Affine({"self": scaled(1.0 / divisor, a.shape, call.value.shape)})
     # c / b has no value at b = 0 to subtract: all of the result is carried by b, z = (z / b) b.
     assert isinstance(b, Tensor)
     return Affine({"other": scaled(call.value / b, b.shape, call.value.shape)})
