@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from frpc.affine import bind
-from frpc.graph import origin_of
+from frpc.graph import free_name, origin_of
 from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
 
 __all__ = ["Editor", "calls"]
@@ -38,9 +38,7 @@ class Editor:
             value: the tensor.
             like: any example value, whose fake mode the new example lives in.
         """
-        free = name.replace(".", "_")
-        while hasattr(self.module, free):
-            free += "_"
+        free = free_name(self.module, name)
         self.module.register_buffer(free, value)
         with self.module.graph.inserting_before(self.node):
             new = self.module.graph.get_attr(free)

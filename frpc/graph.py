@@ -26,6 +26,8 @@ __all__ = [
     "empty_like",
     "fetch",
     "first_result",
+    "free_name",
+    "hold",
     "origin_of",
     "replace",
     "replace_items",
@@ -101,6 +103,33 @@ def replace_items(old: fx.Node, results: Sequence[fx.Node]) -> None:
         position: Any = user.args[1]
         replace(user, results[position])
     old.graph.erase_node(old)
+
+
+def free_name(module: torch.nn.Module, name: str) -> str:
+    """Returns a name that nothing in a module has, as near to one as can be."""
+    free = name.replace(".", "_")
+    while hasattr(module, free):
+        free += "_"
+    return free
+
+
+def hold(module: torch.nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> str:
+    """Keeps a tensor in a module and returns its name there: the one given, unless another tensor has that.
+
+    The same values in the same order of memory are kept once.
+    """
+    found = name.replace(".", "_")
+    while hasattr(module, found):
+        there = getattr(module, found)
+        if isinstance(there, torch.Tensor) and _looks(there) == _looks(value) and torch.equal(there, value):
+            return found
+        found += "_"
+    module.register_buffer(found, value, persistent)
+    return found
+
+
+def _looks(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.device, value.shape, None if value.is_mkldnn else value.stride(), value.is_mkldnn
 
 
 def fetch(module: torch.nn.Module, target: str) -> Any:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
-from frpc.graph import fetch
-from frpc.torch_compat import OpOverload, overload_name, schema_of
+from frpc.effects import is_pure, owners_of, written_into
+from frpc.graph import fetch, free_name
+from frpc.maps.base import same_sizes
+from frpc.torch_compat import OpOverload, enable_python_dispatcher, overload_name, schema_of
 
 __all__ = [
     "PASSES",
@@ -30,15 +32,30 @@ Pass = Callable[[fx.GraphModule], bool]
 
 
 def overwrite_nothing(graph_module: fx.GraphModule) -> bool:
-    """``f_(x) -> f(x)``, and what read x afterwards reads the result: what is one value may then be computed once."""
-    changed, order = False, {node: position for position, node in enumerate(graph_module.graph.nodes)}
-    for node in list(graph_module.graph.nodes):
-        plain = _without_writing(node.target)
-        if plain is None or any(isinstance(u.target, OpOverload) and u.target.is_view for u in node.args[0].users):
+    """``f_(x) -> f(x)``, and what read x afterwards reads the result: what is one value may then be computed once.
+
+    Exact when: x is fresh memory that nothing sees through a view, no view itself, and f gives x's own type and shape, as writing
+    does: ``f_(x)`` rounds to x's type where ``f(x)`` takes the wider one.
+    """
+    graph, changed = graph_module.graph, False
+    order, owners = {node: position for position, node in enumerate(graph.nodes)}, owners_of(graph)
+    sharing: dict[fx.Node, list[fx.Node]] = {}
+    for node, found in owners.items():
+        for owner in found:
+            sharing.setdefault(owner, []).append(node)
+    writing = {node for node in graph.nodes if _without_writing(node.target) is not None}
+    for node in list(graph.nodes):
+        plain, x = _without_writing(node.target), node.args[0] if node.args else None
+        if plain is None or not isinstance(x, fx.Node) or len(owners[x]) != 1:
             continue
-        for user in list(node.args[0].users):
+        (owner,) = owners[x]
+        if owner.op != "call_function" or any(other not in writing for other in sharing[owner] if other is not owner):
+            continue
+        if not _gives(plain, node):
+            continue
+        for user in list(x.users):
             if order[user] > order[node]:
-                user.replace_input_with(node.args[0], node)
+                user.replace_input_with(x, node)
         node.target = plain
         changed = True
     return changed
@@ -53,38 +70,60 @@ def _without_writing(op: Any) -> OpOverload | None:
     return found
 
 
+def _gives(plain: OpOverload, node: fx.Node) -> bool:
+    """Says whether the operator that does not write gives a value of the written one's type and shape."""
+    if any("val" not in n.meta for n in (node, *node.all_input_nodes)):
+        return False
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with enable_python_dispatcher():
+        found, there = plain(*args, **kwargs), node.meta["val"]
+    return isinstance(found, Tensor) and found.dtype == there.dtype and same_sizes(found.shape, there.shape)
+
+
 def remove_dead(graph_module: fx.GraphModule) -> bool:
-    """Drops what no result depends on, e.g. primal passes met while tracing transposes."""
+    """Drops what no result depends on, e.g. primal passes met while tracing transposes; calls that write stay."""
     return bool(graph_module.graph.eliminate_dead_code())
 
 
 def _key(value: Any) -> Any:
-    """Makes an argument hashable, telling 1 from 1.0 and True."""
+    """Makes an argument hashable, telling 1 from 1.0 and True, and 0.0 from -0.0."""
     if isinstance(value, list | tuple):
         return (type(value).__name__, *(_key(v) for v in value))
     if isinstance(value, dict):
         return tuple((k, _key(v)) for k, v in sorted(value.items()))
+    if isinstance(value, float):
+        return ("float", repr(value))
     return (type(value).__name__, value)
 
 
 def merge_common(graph_module: fx.GraphModule) -> bool:
-    """``f(x), f(x) -> one f(x)``: the same operator on the same arguments is computed once."""
+    """``f(x), f(x) -> one f(x)``: the same operator on the same arguments is computed once.
+
+    Exact when: f draws no random numbers and writes nothing, and neither its result nor its operands are written into.
+    """
+    graph, changed = graph_module.graph, False
     seen: dict[Any, fx.Node] = {}
-    changed = False
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or (isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable):
+    owners = owners_of(graph)
+    written = {owner for node in graph.nodes for x in written_into(node) for owner in owners[x]}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_pure(node.target):
+            continue
+        if written and any(owners[n] & written for n in (node, *node.all_input_nodes)):
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
-            graph_module.graph.erase_node(node)
+            graph.erase_node(node)
             changed = True
     return changed
 
 
 def fold_constants(graph_module: fx.GraphModule) -> bool:
-    """``f(parameters) -> tensor``, unless the result is only another view of a parameter or larger than what it is made of."""
+    """``f(parameters) -> tensor``, unless the result is only another view of a parameter.
+
+    Exact when: f writes into nothing and draws no random numbers.
+    """
     changed = False
     several: dict[fx.Node, Any] = {}  # results of folded operators that have more than one
     for node in list(graph_module.graph.nodes):
@@ -93,7 +132,7 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
             _store(graph_module, node, several[node.args[0]][node.args[1]])
             changed = True
             continue
-        if node.op != "call_function" or not sources or any(n.op != "get_attr" for n in sources):
+        if node.op != "call_function" or not sources or any(n.op != "get_attr" for n in sources) or not is_pure(node.target):
             continue
         if _is_view(node) and not any(_foldable(u) for u in node.users):
             continue
@@ -121,9 +160,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    name = node.name
-    while hasattr(graph_module, name):
-        name += "_"
+    name = free_name(graph_module, node.name)
     graph_module.register_buffer(name, value)
     with graph_module.graph.inserting_before(node):
         stored = graph_module.graph.get_attr(name)
@@ -133,7 +170,10 @@ def _store(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
 
 
 def merge_scales(graph_module: fx.GraphModule) -> bool:
-    """``(v * s) * t -> v * (s t)`` for constants s, t of one shape: two passes over v become one."""
+    """``(v * s) * t -> v * (s t)`` for constants s, t of one shape and type: two passes over v become one.
+
+    Exact when: nothing else reads ``v * s``, and ``s t`` neither overflows nor underflows, up to rounding.
+    """
     changed = False
     for node in list(graph_module.graph.nodes):
         inner = node.args[0] if node.target is aten.mul.Tensor else None
@@ -141,7 +181,7 @@ def merge_scales(graph_module: fx.GraphModule) -> bool:
             continue
         outer_factor, inner_factor = node.args[1], inner.args[1]
         both = [f for f in (outer_factor, inner_factor) if isinstance(f, fx.Node) and f.op == "get_attr"]
-        if len(both) == 2 and both[0].meta["val"].shape == both[1].meta["val"].shape:
+        if len(both) == 2 and _multiply(*(fetch(graph_module, str(n.target)) for n in both)):
             with graph_module.graph.inserting_before(node):
                 product = graph_module.graph.call_function(aten.mul.Tensor, (inner_factor, outer_factor))
             product.meta = {**inner.meta, "val": both[0].meta["val"]}
@@ -150,8 +190,20 @@ def merge_scales(graph_module: fx.GraphModule) -> bool:
     return changed
 
 
+def _multiply(s: Tensor, t: Tensor) -> bool:
+    """Says whether two factors can be one: the product is finite, and 0 or tiny only where a factor is."""
+    if s.shape != t.shape or s.dtype != t.dtype or not s.is_floating_point():
+        return False
+    product, least = s * t, torch.finfo(s.dtype).smallest_normal
+    normal = (product.abs() >= least) | (s == 0) | (t == 0)
+    return bool((product.isfinite() & normal).all())
+
+
 def drop_covered_gates(graph_module: fx.GraphModule) -> bool:
-    """``threshold_backward(v, r) * (r / d) -> v * (r / d)`` for ``r = relu(a)``: where the gate is shut, the quotient is 0."""
+    """``threshold_backward(v, r, 0) * (r / d) -> v * (r / d)`` for ``r = relu(a)``: where the gate is shut, the quotient is 0.
+
+    Exact when: v is finite; 0 times an infinite v is NaN. Where d is 0 too, both are NaN.
+    """
     changed = False
     for node in graph_module.graph.nodes:
         if node.target is not aten.mul.Tensor or len(node.args) != 2:
@@ -176,7 +228,10 @@ def _is_gate_of(gate: Any, quotient: Any) -> bool:
 
 
 def fold_added_bias(graph_module: fx.GraphModule) -> bool:
-    """``convolution(x, w) + c -> convolution(x, w, c)`` for one constant a channel: a pass over the result less."""
+    """``convolution(x, w) + c -> convolution(x, w, c)`` for one constant a channel: a pass over the result less.
+
+    Exact when: c is of the result's type, the convolution has no bias yet, nothing else reads it, and ``alpha`` is 1.
+    """
     changed = False
     for node in list(graph_module.graph.nodes):
         convolved, added = (*node.args, None, None)[:2] if node.target is aten.add.Tensor and not node.kwargs else (None, None)
@@ -184,7 +239,8 @@ def fold_added_bias(graph_module: fx.GraphModule) -> bool:
             continue
         plain = convolved.target is aten.convolution.default and convolved.args[2] is None and len(convolved.users) == 1
         shape, rank = list(added.meta["val"].shape), convolved.meta["val"].dim()
-        if plain and shape == [convolved.meta["val"].shape[1], *[1] * (rank - 2)]:
+        same = added.meta["val"].dtype == convolved.meta["val"].dtype
+        if plain and same and rank > 2 and same_sizes(shape, [convolved.meta["val"].shape[1], *[1] * (rank - 2)]):
             with graph_module.graph.inserting_before(convolved):
                 flat = graph_module.graph.call_function(aten.reshape.default, (added, [-1]))
             flat.meta = {**added.meta, "val": added.meta["val"].reshape(-1)}
@@ -202,7 +258,8 @@ def drop_unread(graph_module: fx.GraphModule) -> bool:
     read = {str(n.target) for n in graph_module.graph.find_nodes(op="get_attr")}
     unread = [name for name, _ in graph_module.named_buffers() if name not in read]
     for name in unread:
-        delattr(graph_module, name)
+        owner, _, own = name.rpartition(".")
+        delattr(graph_module.get_submodule(owner), own)
     return bool(unread)
 
 

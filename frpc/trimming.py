@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from frpc.affine import bind
 from frpc.editor import Editor, calls
+from frpc.effects import is_pure
 from frpc.errors import TrainingModeError
 from frpc.graph import fetch, origin_of, replace
 from frpc.maps.base import size_hint
@@ -107,7 +108,7 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
     changed = False
     for node in list(graph_module.graph.nodes):
         arguments = node.all_input_nodes
-        if node.op != "call_function" or not arguments or any(n.op != "get_attr" for n in arguments) or not _is_pure(node.target):
+        if node.op != "call_function" or not arguments or any(n.op != "get_attr" for n in arguments) or not is_pure(node.target):
             continue
         real: Any = fx.map_arg((node.args, node.kwargs), lambda n: fetch(graph_module, str(n.target)))
         value = node.target(*real[0], **real[1])
@@ -116,8 +117,3 @@ def fold_constants(graph_module: fx.GraphModule) -> bool:
             changed = True
     graph_module.graph.eliminate_dead_code()
     return changed
-
-
-def _is_pure(op: Any) -> bool:
-    """Says whether a call gives the same at every run, and does nothing else."""
-    return not isinstance(op, OpOverload) or not (schema_of(op).is_mutable or torch.Tag.nondeterministic_seeded in op.tags)

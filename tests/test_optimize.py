@@ -77,7 +77,8 @@ def test_overwrite_nothing() -> None:
         second = graph.call_function(aten.mul_.Tensor, (copy, x))
         return (early, first, second, graph.call_function(aten.tanh.default, (copy,)))
 
-    before, x = program(build), randn(3)
+    x = randn(3)
+    before = with_examples(program(build), x)
     after, expected = copy_graph(before), [-x.exp(), (x.exp() + 1) * x, (x.exp() + 1) * x, ((x.exp() + 1) * x).tanh()]
     assert optimize.overwrite_nothing(after) is True
     after.recompile()
@@ -91,7 +92,7 @@ def test_overwrite_nothing() -> None:
         graph.call_function(aten.add_.Scalar, (copy, 1))
         return seen
 
-    assert optimize.overwrite_nothing(program(viewed)) is False
+    assert optimize.overwrite_nothing(with_examples(program(viewed), x)) is False
 
 
 def test_fold_constants() -> None:

@@ -48,7 +48,8 @@ def _times(program: fx.GraphModule, before: fx.Node, v: fx.Node, factor: float) 
 def gates_as_convolutions(program: fx.GraphModule) -> None:
     """``threshold_backward(v, relu, 0) -> v * min(max(relu * 2^126, 0), 1)``: 1 where the ReLU is open, 0 where it is shut.
 
-    Exact for normal numbers; a ReLU that lets a subnormal one through, below 1.2e-38, opens in part.
+    Exact when: the threshold is 0, what gates is a ReLU's own result, and numbers are normal; a ReLU that lets a subnormal one
+    through, below 1.2e-38, opens in part.
     """
     for node in list(program.graph.nodes):
         if node.target is not aten.threshold_backward.default:
@@ -66,19 +67,27 @@ def gates_as_convolutions(program: fx.GraphModule) -> None:
 
 
 def means_as_convolutions(program: fx.GraphModule) -> None:
-    """``expand(v) / n -> conv(expand(v), 1 / n)``: what a mean over space gives back enters in blocks."""
+    """``expand(v) / n -> conv(expand(v), 1 / n)``: what a mean over space gives back enters in blocks.
+
+    Exact when: n is a number and not 0, and v is of the result's type.
+    """
     for node in list(program.graph.nodes):
         if node.target not in (aten.div.Scalar, aten.div.Tensor) or node.kwargs or not _fills_blocks(node):
             continue
         v, count = node.args
-        if not isinstance(count, int | float) or v.target is not aten.expand.default:
+        if not isinstance(count, int | float) or count == 0 or not isinstance(v, fx.Node) or v.target is not aten.expand.default:
+            continue
+        if not _fills_blocks(v):
             continue
         node.replace_all_uses_with(_times(program, node, v, 1.0 / count))
         program.graph.erase_node(node)
 
 
 def transposed_into_blocks(program: fx.GraphModule) -> None:
-    """``conv_transpose(v) -> conv(conv_transpose(v), 1)``, ``pixel_shuffle`` alike: what reads them gets blocks."""
+    """``conv_transpose(v) -> conv(conv_transpose(v), 1)``, ``pixel_shuffle`` alike: what reads them gets blocks.
+
+    A factor of 1 changes no value; what does not fill blocks gains nothing and stays.
+    """
     for node in list(program.graph.nodes):
         transposed = node.target is aten.convolution.default and node.args[6]
         if (transposed or node.target is aten.pixel_shuffle.default) and _fills_blocks(node):
@@ -87,7 +96,7 @@ def transposed_into_blocks(program: fx.GraphModule) -> None:
 
 
 def sums_as_averages(program: fx.GraphModule) -> None:
-    """``sum(v) over space -> avg_pool(v) * (H W)``."""
+    """``sum(v) over space -> avg_pool(v) * (H W)``, where space is both of its dimensions and nothing else."""
     for node in list(program.graph.nodes):
         if node.target is not aten.sum.dim_IntList or node.kwargs or not _fills_blocks(node.args[0]):
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import fetch
+from frpc.graph import fetch, hold
 
 __all__ = ["BLOCK", "gates_as_products", "read", "strided_as_convolutions", "transposed_as_convolutions"]
 
@@ -21,7 +21,10 @@ BLOCK = 16
 
 
 def transposed_as_convolutions(program: fx.GraphModule) -> None:
-    """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: runtimes that block channels do so in convolutions alone."""
+    """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: runtimes that block channels do so in convolutions alone.
+
+    Exact when: the weights are constant, nothing is added to the result's size, and no more is cut off than the kernel is wide.
+    """
     for node in list(program.graph.nodes):
         if node.target is not aten.convolution.default or not node.args[6]:
             continue
@@ -43,6 +46,8 @@ def strided_as_convolutions(program: fx.GraphModule) -> None:
     ``y[s t + r] = sum_m v[t + d - m] w[s m + c]`` with ``r + p = s d + c``. Only where the result has s times the input's sides;
     1x1 kernels, of which most neighbours read nothing, stay. Where neighbours read different numbers of taps, and channels fill
     blocks, each has a convolution of its own, which multiplies by no zeros.
+
+    Exact when: the weights are constant, neither grouped nor dilated, images of fixed size, and there is no bias.
     """
     for node in list(program.graph.nodes):
         if node.target is not aten.convolution.default or not node.args[6] or node.args[2] is not None:
@@ -52,6 +57,8 @@ def strided_as_convolutions(program: fx.GraphModule) -> None:
         if not constant or groups != 1 or stride[0] < 2 or len(set(stride)) > 1 or len(stride) != 2 or set(dilation) != {1}:
             continue
         value, step = fetch(program, str(weight.target)), stride[0]
+        if not all(isinstance(n, int) for n in (*v.meta["val"].shape[2:], *node.meta["val"].shape[2:])):
+            continue
         sides = [(int(a), int(b)) for a, b in zip(v.meta["val"].shape[2:], node.meta["val"].shape[2:], strict=True)]
         if any(step * a != b for a, b in sides) or max(value.shape[2:]) == 1:
             continue
@@ -144,18 +151,16 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
 
 
 def read(program: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
-    """Reads a constant of the program, which is added under a name unless it is there: the same name, the same constant."""
-    free = name.replace(".", "_")
-    if not hasattr(program, free):
-        program.register_buffer(free, value)
+    """Reads a constant of the program, which is added unless it is there, under a name or one like it."""
+    held = hold(program, name, value)
     with program.graph.inserting_before(before):
-        return program.graph.get_attr(free)
+        return program.graph.get_attr(held)
 
 
 def gates_as_products(program: fx.GraphModule) -> None:
     """``threshold_backward(v, r, t) -> v * (r > t)``: a product of numbers runs on all cores, a choice between them does not.
 
-    The two differ where a shut gate meets an infinite ``v`` alone, and then the account is lost already.
+    Exact when: v is finite and r is a number. Where one is not, the account is lost already.
     """
     for node in list(program.graph.nodes):
         if node.target is not aten.threshold_backward.default:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.affine import bind
 from frpc.export.decompositions import read
 
 __all__ = ["transposed_as_products"]
@@ -43,12 +44,18 @@ _ALONG: dict[Any, AlongAxis] = {
 
 
 def transposed_as_products(program: fx.GraphModule) -> None:
-    """``avg_pool_backward(v) -> H^T v W``; each number s x s times, times a factor, where that is all it is."""
+    """``avg_pool_backward(v) -> H^T v W``; each number s x s times, times a factor, where that is all it is.
+
+    Exact when: images are batches of fixed size; how many elements a window has is then a product of what its rows and its
+    columns have, whether or not padding counts.
+    """
     for node in list(program.graph.nodes):
         along = _ALONG.get(node.target)
         if along is None or node.meta["val"].dim() != 4:
             continue
-        given = [*node.args, *node.kwargs.values()]
+        if not all(isinstance(n, int) for n in (*node.meta["val"].shape[2:], *node.args[0].meta["val"].shape[2:])):
+            continue
+        given = [*bind(node.target, node.args, node.kwargs).values()]
         sides = zip(node.meta["val"].shape[2:], node.args[0].meta["val"].shape[2:], strict=True)
         rows, columns = (_transposed(along, axis, int(n), int(m), given) for axis, (n, m) in enumerate(sides))
         repeats = _repeats(rows, columns)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import describe, fetch
+from frpc.graph import describe, fetch, hold
 from frpc.lower.refusal import Refusal
 
 __all__ = ["channels_last", "flip_transposed", "paint_blocks"]
@@ -69,6 +69,9 @@ def paint_blocks(graph_module: fx.GraphModule) -> list[Refusal]:
 
     The way back ends at an image of three channels, and kernels compute a vector of them: the rest of it was wasted. Blocks are
     2 x 2 where the stride is 1.
+
+    Exact when: the weights are constant, neither grouped nor dilated, the stride is one for both axes, and the image's size is
+    known. The kernel of blocks depends on stride and padding, and is one for each.
     """
     refused: list[Refusal] = []
     for node in list(graph_module.graph.nodes):
@@ -115,9 +118,7 @@ def _paint(graph_module: fx.GraphModule, node: fx.Node) -> None:
         _Blocks.of(stride[a], padding[a], int(value.shape[2 + a]), int(v.meta["val"].shape[2 + a]), int(out.shape[2 + a]))
         for a in (0, 1)
     ]
-    name = f"{weight.target}_blocks"
-    if not hasattr(graph_module, name):
-        graph_module.register_buffer(name, _blocked(value, axes))
+    name = hold(graph_module, f"{weight.target}_blocks", _blocked(value, axes))
     size = axes[0].size
     with graph.inserting_before(node):
         read = graph.get_attr(name)
@@ -168,6 +169,9 @@ def flip_transposed(graph_module: fx.GraphModule) -> list[Refusal]:
     """``conv_transpose(v, w), stride 1 -> conv(v, flip(w)^T)``: as fast as the forward convolution, and sums go into it.
 
     Only where oneDNN computes: other kernels for the way back are as fast and need no second copy of the weights.
+
+    Exact when: the weights are constant and not grouped, the stride is 1, nothing is added to the result's size, and no more is
+    cut off than the kernel is wide.
     """
     refused: list[Refusal] = []
     for node in list(graph_module.graph.nodes):
@@ -181,9 +185,7 @@ def flip_transposed(graph_module: fx.GraphModule) -> list[Refusal]:
             refused.append(Refusal("stride-1 transposed convolution as a convolution", node.name, reason))
             continue
         assert isinstance(weight, fx.Node) and isinstance(value, Tensor)
-        name = f"{weight.target}_flipped"
-        if not hasattr(graph_module, name):
-            graph_module.register_buffer(name, _flipped(fetch(graph_module, str(weight.target))))
+        name = hold(graph_module, f"{weight.target}_flipped", _flipped(fetch(graph_module, str(weight.target))))
         with graph_module.graph.inserting_before(node):
             read = graph_module.graph.get_attr(name)
         read.meta = {**weight.meta, "val": value.new_empty(getattr(graph_module, name).shape)}
@@ -216,7 +218,10 @@ def _flipped(weight: Tensor) -> Tensor:
 
 
 def channels_last(graph_module: fx.GraphModule) -> list[Refusal]:
-    """Puts the weights of 2-d convolutions into channels-last order; oneDNN then keeps activations in it throughout."""
+    """Puts the weights of 2-d convolutions into channels-last order; oneDNN then keeps activations in it throughout.
+
+    The same values in another order of memory, also for whatever else reads them.
+    """
     changed: set[str] = set()
     refused: list[Refusal] = []
     for node in graph_module.graph.nodes:

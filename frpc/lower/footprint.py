@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.lower.memory import Memory, is_number
+from frpc.effects import is_number
+from frpc.lower.memory import Memory
 from frpc.plan import Footprint
 from frpc.torch_compat import expression_of
 

@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from frpc.lower.refusal import Refusal
 
@@ -26,7 +26,8 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
     third of the memory, for a twentieth of the time. The result of a ReLU is above 0 just where it is not 0, which is what a cast
     to bool asks; unsigned bytes multiply in one pass. Gates of a few thousand elements stay as they are, in one call.
 
-    Exact when: v is finite; 0 times an infinite v is NaN.
+    Exact when: the threshold is 0, v is floating-point, which keeps its type beside bytes, and finite: 0 times an infinite v is
+    NaN.
     """
     return _keep_bytes(graph_module, SMALL, math.inf)
 
@@ -41,6 +42,8 @@ def _keep_bytes(graph_module: fx.GraphModule, least: float, beyond: float) -> li
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not aten.threshold_backward.default or not _is_rectified(node.args[1]) or node.args[2] != 0:
+            continue
+        if not _is_floating(node.args[0]):
             continue
         if not least <= _elements(node.args[1]) < beyond:
             continue
@@ -57,17 +60,25 @@ def _keep_bytes(graph_module: fx.GraphModule, least: float, beyond: float) -> li
 def byte_masks(graph_module: fx.GraphModule) -> list[Refusal]:
     """``v * (r > 0) -> v * bytes(r)`` for ``r = relu(a)``, or winners of it: gates that many columns v share.
 
-    Bytes multiply five times as fast as bools. Exact when: v is finite; 0 times an infinite v is NaN.
+    Bytes multiply five times as fast as bools.
+
+    Exact when: v is floating-point and finite. A product of two gates stays one of bools; 0 times an infinite v is NaN.
     """
     graph = graph_module.graph
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is aten.gt.Scalar and _is_rectified(node.args[0]) and node.args[1] == 0:
             for user in list(node.users):
-                if user.target is aten.mul.Tensor and user.args[0] is not node:
+                if user.target is aten.mul.Tensor and user.args[0] is not node and _is_floating(user.args[0]):
                     user.args = (user.args[0], _mask(graph, node.args[0], masks))
     graph.eliminate_dead_code()
     return []
+
+
+def _is_floating(value: Any) -> bool:
+    """Says whether a value is known to be a floating-point tensor."""
+    example = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(example, Tensor) and example.is_floating_point()
 
 
 def _elements(rectified: Any) -> float:

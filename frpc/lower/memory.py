@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -10,18 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
-from frpc.graph import fetch
+from frpc.effects import is_fresh, is_number, owners_of, writes, written_into
+from frpc.graph import fetch, hold
 from frpc.lower.refusal import Refusal
-from frpc.torch_compat import OpOverload, is_composite, schema_of
-from frpc_kernels import NAMESPACE
+from frpc.maps.base import same_sizes
 
-__all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "is_number", "reuse_memory"]
+__all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "reuse_memory"]
 
 aten = torch.ops.aten
 
 
 def free_views(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``view(x) -> reshape(x)``: in channels-last order a view may need a copy, and reshape makes it where it does."""
+    """``view(x) -> reshape(x)``: in channels-last order a view may need a copy, and reshape makes it where it does.
+
+    Other views, of bits as another type or of strides, stay.
+    """
     for node in graph_module.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
@@ -29,7 +31,10 @@ def free_views(graph_module: fx.GraphModule) -> list[Refusal]:
 
 
 def hold_views(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``view(parameter) -> tensor``: a view of a constant is made now, not at every call; it takes no memory."""
+    """``view(parameter) -> tensor``: a view of a constant is made now, not at every call; it takes no memory.
+
+    Exact when: it is a view; a copy would take memory, and is left. Programs never write into what they hold.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         source = node.args[0] if traits_of(node.target).whole_view and len(node.all_input_nodes) == 1 else None
@@ -39,8 +44,7 @@ def hold_views(graph_module: fx.GraphModule) -> list[Refusal]:
         view = node.target(value, *node.args[1:])
         if view.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
             continue
-        name = f"{node.name}_of_{source.target}".replace(".", "_")
-        graph_module.register_buffer(name, view, persistent=False)
+        name = hold(graph_module, f"{node.name}_of_{source.target}", view, persistent=False)
         with graph.inserting_before(node):
             read = graph.get_attr(name)
         read.meta = dict(node.meta)
@@ -54,13 +58,18 @@ def early_coefficients(graph_module: fx.GraphModule) -> list[Refusal]:
     """Moves what rules compute from values alone to where the last of those values is made.
 
     Values are then in the cache, and one coefficient for each layer is kept for the way back in place of all it is made of.
+
+    Exact when: what moves neither writes into memory nor reads what is written: it gives the same wherever it stands.
     """
     graph = graph_module.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
     late = set(graph.find_nodes(op="placeholder")[-1:])  # the seed: the way back starts there
+    owners = owners_of(graph)
+    written = {owner for node in graph.nodes for x in written_into(node) for owner in owners[x]}
     for node in list(graph.nodes):
         sources = node.all_input_nodes
-        if node in late or any(s in late for s in sources):
+        fixed = writes(node.target) or any(owners[s] & written for s in sources)
+        if node in late or fixed or any(s in late for s in sources):
             late.add(node)
         elif node.op == "call_function" and node.meta.get("phase") == "rule" and sources:
             last = max(sources, key=lambda n: order[n])
@@ -92,7 +101,11 @@ _COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
 
 
 def reuse_memory(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``f(x) -> f_(x)`` where x is memory that nobody reads later: no new memory is touched, which costs more than the work."""
+    """``f(x) -> f_(x)`` where x is memory that nobody reads later: no new memory is touched, which costs more than the work.
+
+    Exact when: x is fresh memory of the program's own, seen whole, of the result's size and type, that nothing reads later, also
+    not through a view, and that f reads once.
+    """
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
     memory = Memory(graph_module.graph)
     for node in graph_module.graph.nodes:
@@ -121,12 +134,9 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph, apart: Collection[fx.Node] = ()) -> None:
-        self._owner: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._owner = owners_of(graph, apart)
         self._sharing: dict[fx.Node, set[fx.Node]] = {}
-        for node in graph.nodes:
-            shared = () if node in apart else _shared(node)
-            owners = frozenset(o for x in shared for o in self._owner[x]) or frozenset([node])
-            self._owner[node] = owners
+        for node, owners in self._owner.items():
             for owner in owners:
                 self._sharing.setdefault(owner, set()).add(node)
 
@@ -161,41 +171,11 @@ def _writable(x: fx.Node) -> bool:
     """Says whether no two elements of x are one: fresh memory, seen through whole views."""
     while traits_of(x.target).whole_view and isinstance(x.args[0], fx.Node):
         x = x.args[0]
-    return x.op == "call_function" and (_is_fresh(x) or x.target in _WRITTEN)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Says whether a call's result is memory of its own, by the operator's signature."""
-    op = node.target
-    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn", NAMESPACE):
-        return node.op != "call_function"
-    if traits_of(op).whole_view:
-        return False  # _unsafe_view shares memory and does not say so
-    if is_composite(op) and not op.is_view:
-        return False  # made of other operators: it may return what it was given
-    return all(result.alias_info is None for result in schema_of(op).returns)
-
-
-def _shared(node: fx.Node) -> list[fx.Node]:
-    """Which operands a result may share memory with: those its operator's signature says, or else all tensors."""
-    if is_number(node) or _is_fresh(node):
-        return []
-    if isinstance(node.target, OpOverload) and all(r.alias_info for r in schema_of(node.target).returns):
-        named = [a.name for a in schema_of(node.target).arguments if a.alias_info]
-        given = dict(zip((a.name for a in schema_of(node.target).arguments), node.args, strict=False)) | node.kwargs
-        return [x for name in named if isinstance(x := given.get(name), fx.Node)]
-    return [x for x in node.all_input_nodes if not is_number(x)]
-
-
-def is_number(node: fx.Node) -> bool:
-    """Says whether a node is a size, or arithmetic on sizes."""
-    if node.op != "call_function" or node.target is aten.sym_size.int:
-        return node.op == "call_function"
-    return not isinstance(node.target, OpOverload) and node.target is not operator.getitem
+    return x.op == "call_function" and (is_fresh(x) or x.target in _WRITTEN)
 
 
 def _fits(x: fx.Node, reader: fx.Node) -> bool:
     here, there = x.meta.get("val"), reader.meta.get("val")
     if not isinstance(here, Tensor) or not isinstance(there, Tensor) or here.dtype != there.dtype:
         return False
-    return here.dim() == there.dim() and all(str(a) == str(b) for a, b in zip(here.shape, there.shape, strict=True))
+    return same_sizes(here.shape, there.shape)

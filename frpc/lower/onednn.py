@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import describe, fetch
+from frpc.graph import describe, fetch, free_name
 from frpc.lower.memory import Memory
 from frpc.lower.refusal import Refusal
+from frpc.maps.base import same_sizes
 
 __all__ = ["OPERATORS", "fuse_into_convolutions", "prepack", "sum_samples"]
 
@@ -42,6 +43,7 @@ def prepack(graph_module: fx.GraphModule) -> list[Refusal]:
     Exact when: the weights are constant and float32; the sums are the same, in another order.
     """
     refused: list[Refusal] = []
+    names: dict[str, str] = {}
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is not aten.convolution.default:
@@ -54,17 +56,18 @@ def prepack(graph_module: fx.GraphModule) -> list[Refusal]:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = given
         geometry = (padding, output_padding, stride, dilation, groups) if transposed else (padding, stride, dilation, groups)
         sizes = [int(n) for n in x.meta["val"].shape[1:]]
-        name = _name(str(weight.target), bool(transposed), geometry, sizes)
-        if not hasattr(graph_module, name):
+        key = _name(str(weight.target), bool(transposed), geometry, sizes)
+        if key not in names:
             packed = _packed(fetch(graph_module, str(weight.target)), bool(transposed), geometry, sizes)
             if packed is None:
                 refused.append(Refusal(WHAT, node.name, "its best order depends on the number of samples"))
             else:
-                graph_module.register_buffer(name, packed, persistent=False)
+                names[key] = free_name(graph_module, key)
+                graph_module.register_buffer(names[key], packed, persistent=False)
         if bias is not None and not (shift := fetch(graph_module, str(bias.target))).is_contiguous():
             graph_module.register_buffer(str(bias.target), shift.contiguous())  # oneDNN reads it as if it were
         with graph.inserting_before(node):
-            read = graph.get_attr(name if hasattr(graph_module, name) else str(weight.target))
+            read = graph.get_attr(names.get(key, str(weight.target)))
             read.meta = dict(weight.meta)
             operator = mkldnn._convolution_transpose_pointwise.default if transposed else CONVOLUTION
             result = graph.call_function(operator, (x, read, bias, *geometry, *_DONE))
@@ -109,7 +112,10 @@ def _packed(weight: Tensor, transposed: bool, geometry: Sequence[Any], sizes: Se
 
 
 def sum_samples(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``y + reshape(conv(x)) -> reshape(reshape(y) + conv(x))``: columns are summed as the samples they are convolved as."""
+    """``y + reshape(conv(x)) -> reshape(reshape(y) + conv(x))``: columns are summed as the samples they are convolved as.
+
+    Exact when: y is of the reshaped result's shape and type, ``alpha`` is 1, and nothing else reads the convolution.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
@@ -138,7 +144,11 @@ def sum_samples(graph_module: fx.GraphModule) -> list[Refusal]:
 
 
 def fuse_into_convolutions(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``relu(conv(x)) -> conv_relu(x)``, ``conv(x) + y -> conv_add(x, y)``, in y's memory where nobody reads y later."""
+    """``relu(conv(x)) -> conv_relu(x)``, ``conv(x) + y -> conv_add(x, y)``, in y's memory where nobody reads y later.
+
+    Exact when: nothing else reads the convolution, nothing follows in it yet, y is of its shape and type, ``alpha`` is 1, and
+    values are finite: oneDNN's ReLU need not let NaN through.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is aten.add.Tensor and not node.kwargs:
@@ -176,7 +186,7 @@ def _like(a: fx.Node, b: fx.Node) -> bool:
     one, two = a.meta.get("val"), b.meta.get("val")
     if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.dtype != two.dtype:
         return False
-    return [str(n) for n in one.shape] == [str(n) for n in two.shape]
+    return same_sizes(one.shape, two.shape)
 
 
 def _fuse_relu(graph: fx.Graph, node: fx.Node) -> None:

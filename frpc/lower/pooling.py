@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from frpc.affine import traits_of
 from frpc.lower.gates import RELUS
 from frpc.lower.refusal import Refusal
+from frpc.maps.base import same_sizes
 
 __all__ = ["gates_before_pools", "pools_without_input", "scatter_columns"]
 
@@ -24,6 +26,9 @@ def gates_before_pools(graph_module: fx.GraphModule) -> list[Refusal]:
     """``gate(scatter(v), r) -> scatter(gate(v, pool(r)))`` for ``r = relu(a)``: there are fewer winners than elements.
 
     A winner's value is that of its element, so both gates are open at the same places.
+
+    Exact when: what is pooled is the very ReLU that gates, the indices are that pool's, nothing else reads what is scattered, and
+    columns are scattered plane by plane, each into one of the pooled value's size.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -56,15 +61,19 @@ def _columns(graph: fx.Graph, node: fx.Node) -> None:
         found, opened = Scattered.behind(node.args[at]), node.args[1 - at]
         if found is None or not isinstance(opened, fx.Node) or opened.target is not aten.gt.Scalar or opened.args[1] != 0:
             continue
-        winners = _winners(graph, found.indices, opened.args[0])
-        if winners is None or len(found.shaped.users) != 1:
+        if len(found.shaped.users) != 1:
             continue
-        with graph.inserting_before(found.flat):
+        winners = _winners(graph, found.indices, opened.args[0])
+        if winners is None:
+            continue
+        with graph.inserting_before(found.added):  # behind the pool: what is scattered may come from before it
             mask = graph.call_function(aten.gt.Scalar, (winners, 0))
-            mask.meta = {**opened.meta, "val": winners.meta["val"] > 0} if "val" in winners.meta else dict(opened.meta)
+            mask.meta = {**opened.meta, "val": winners.meta["val"] > 0}
             gated = graph.call_function(aten.mul.Tensor, (found.v, mask))
-        gated.meta = dict(found.v.meta)
-        found.flat.update_arg(0, gated)
+            flat = graph.call_function(aten.reshape.default, (gated, found.flat.args[1]))
+        gated.meta, flat.meta = dict(found.v.meta), dict(found.flat.meta)
+        found.added.replace_input_with(found.flat, flat)
+        graph.erase_node(found.flat)
         node.replace_all_uses_with(found.shaped)
         graph.erase_node(node)
         return
@@ -110,12 +119,42 @@ class Scattered:
         v = _reshaped(flat)
         if zeros is None or zeros.target is not aten.new_zeros.default or indices is None or v is None:
             return None
-        assert added is not None and flat is not None
+        assert added is not None and flat is not None and index is not None
         alone = len(added.users) == len(flat.users) == 1
         pool: Any = indices.args[0] if indices.target is operator.getitem else None
         if not alone or pool is None or pool.target is not _POOL or indices.args[1] != 1:
             return None
-        return cls(shaped, added, flat, v, indices)
+        found = cls(shaped, added, flat, v, indices)
+        return found if found._by_planes(index, pool.args[0]) else None
+
+    def _by_planes(self, index: fx.Node, pooled: fx.Node) -> bool:
+        """Says whether every plane of v is scattered by its own indices into one of the pooled value's size.
+
+        ``v [K, B, C, H', W']`` lies as ``[K, B, C, H' W']``, the indices ``[B, C, H', W']`` likewise, seen once for each column.
+        """
+        nodes = (self.v, self.flat, index, self.added, self.shaped, self.indices, pooled)
+        if any(not isinstance(n.meta.get("val"), Tensor) for n in nodes):
+            return False
+        v, flat, spread, added, shaped, winners, x = (tuple(n.meta["val"].shape) for n in nodes)
+        if len(v) != 5 or len(winners) != 4 or not all(isinstance(n, int) for n in (*v[3:], *x[2:])):
+            return False
+        cells = math.prod(v[3:])
+        return (
+            self.added.args[1] in (-1, 3)
+            and self.v.meta["val"].dtype == self.added.meta["val"].dtype
+            and same_sizes(v[1:], winners)
+            and same_sizes(flat, (*v[:3], cells))
+            and same_sizes(spread, flat)
+            and same_sizes(shaped, (*v[:3], *x[2:]))
+            and same_sizes(added, (*v[:3], math.prod(x[2:])))
+            and self._keeps_planes(index, (*winners[:2], cells))
+        )
+
+    @staticmethod
+    def _keeps_planes(index: fx.Node, planes: tuple[Any, ...]) -> bool:
+        laid: Any = index.args[0]
+        shape = tuple(laid.meta["val"].shape)
+        return same_sizes(shape, planes) or same_sizes(shape, (1, *planes))
 
 
 def _reshaped(node: Any) -> fx.Node | None:
@@ -134,13 +173,15 @@ def scatter_columns(graph_module: fx.GraphModule) -> list[Refusal]:
 
     That kernel knows channels-last order; scattering along one axis costs two copies of all columns into another order. The
     indices are laid out once for each column, in the order of memory.
+
+    Exact when: columns are scattered plane by plane, as for :func:`gates_before_pools`.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
         found = Scattered.behind(node)
-        if found is None or len(found.indices.meta["val"].shape) != 4:
+        sizes: Any = node.args[1] if found is not None else ()  # K, B, C, H, W
+        if found is None or -1 in sizes:  # how many columns and samples there are has to be said
             continue
-        sizes: Any = node.args[1]  # K, B, C, H, W
         pooled = [int(n) for n in found.indices.meta["val"].shape[1:]]
         lead, channels = list(sizes[:2]), int(sizes[2])
         pool: Any = found.indices.args[0]
@@ -192,11 +233,13 @@ def pools_without_input(graph_module: fx.GraphModule) -> list[Refusal]:
     """``max_pool_backward(v, a, ...) -> max_pool_backward(v, room, ..., out=room)``: of a it takes the shape alone.
 
     So that a, the largest activation of many nets, need not be kept for the way back; average pooling would lay out zeros for it.
+
+    Exact when: a is a batch of images of fixed size on a CPU; the kernel there fills all it is given to write into.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
         filling = _FILLING.get(node.target)
-        if filling is None or node.meta["val"].dim() != 4 or node.meta["val"].device.type != "cpu":
+        if filling is None or node.kwargs or node.meta["val"].dim() != 4 or node.meta["val"].device.type != "cpu":
             continue
         v, _, *rest = node.args
         value = node.meta["val"]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.graph import fetch
+from frpc.graph import fetch, hold
 from frpc.lower.refusal import Refusal
+from frpc.maps.base import same_size, same_sizes
 
 __all__ = ["add_shares", "dot_shares", "join_shares"]
 
@@ -20,6 +21,8 @@ def dot_shares(graph_module: fx.GraphModule) -> list[Refusal]:
     """``sum(v * b) over features -> v @ b`` for a constant b: one call and no product in memory.
 
     ``v`` is ``[B, C]``, or ``[B, C, H, W]`` summed over space first, with b ``[C, 1, 1]``.
+
+    Exact when: all are of one type, nothing else reads the product, and all but the samples is summed, and dropped.
     """
     graph, sums = graph_module.graph, dict[fx.Node, fx.Node]()
     for node in list(graph.nodes):
@@ -48,9 +51,11 @@ def _fits(node: fx.Node, v: fx.Node, b: fx.Node) -> bool:
     value, constant, result = (n.meta.get("val") for n in (v, b, node))
     if value is None or constant is None or result is None or value.dtype != constant.dtype or value.dtype != result.dtype:
         return False
+    if {**node.kwargs, "dtype": None} != {"dtype": None} or value.dim() < 2 or not value.is_floating_point():
+        return False
     summed = sorted(d % value.dim() for d in given[1]) == list(range(1, value.dim())) and len(given) == 2
     ones = all(isinstance(n, int) and n == 1 for n in value.shape[2:])
-    return summed and ones and list(constant.shape) == list(value.shape[1:])
+    return summed and ones and same_sizes(constant.shape, value.shape[1:])
 
 
 def _dot(graph: fx.Graph, node: fx.Node, v: fx.Node, b: fx.Node, sums: dict[fx.Node, fx.Node]) -> None:
@@ -83,7 +88,11 @@ _WITH_SUM: dict[Any, Any] = {aten.mv.default: aten.addmv.default, aten.mul.Tenso
 
 
 def add_shares(graph_module: fx.GraphModule) -> list[Refusal]:
-    """``a + v @ b -> addmv(a, v, b)``, ``x * v + share -> addcmul(share, x, v)``: sums go with what is summed."""
+    """``a + v @ b -> addmv(a, v, b)``, ``x * v + share -> addcmul(share, x, v)``: sums go with what is summed.
+
+    Exact when: all are floating-point tensors of one type, the sum has the product's shape, its ``alpha`` is 1, and nothing else
+    reads the product.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
@@ -114,9 +123,11 @@ def _sums(term: fx.Node, rest: fx.Node) -> bool:
     if any(not isinstance(v, torch.Tensor) or v.dtype != values[0].dtype for v in values):  # type: ignore[union-attr]
         return False
     shape, own = term.meta["val"].shape, rest.meta["val"].shape
+    if term.kwargs or not rest.meta["val"].is_floating_point():
+        return False
     if term.target is aten.mv.default:
-        return str(list(shape)) == str(list(own))
-    return len(shape) == len(own) and all(str(a) == str(b) or b == 1 for a, b in zip(shape, own, strict=True))
+        return same_sizes(shape, own)
+    return len(shape) == len(own) and all(same_size(a, b) or same_size(b, 1) for a, b in zip(shape, own, strict=True))
 
 
 _FEW = 3  # terms: two calls make one of fewer
@@ -127,6 +138,8 @@ def join_shares(graph_module: fx.GraphModule) -> list[Refusal]:
     """``addmv(addmv(a, v, b), w, c), ... -> addmv(a, cat(v, w, ...), cat(b, c, ...))`` for a few hundred features v, w each.
 
     A net of fifty layers has as many shares; a call for each takes longer than the sums.
+
+    Exact when: every b is a constant, every sum ends in the next alone, and none is scaled.
     """
     graph = graph_module.graph
     for node in reversed(list(graph.nodes)):
@@ -138,8 +151,8 @@ def join_shares(graph_module: fx.GraphModule) -> list[Refusal]:
             rest = rest.args[0]
         if len(terms) < _FEW:
             continue
-        name = f"{node.name}_joined"
-        graph_module.register_buffer(name, torch.cat([fetch(graph_module, str(_constant(t).target)) for t in terms]))
+        joined = torch.cat([fetch(graph_module, str(_constant(t).target)) for t in terms])
+        name = hold(graph_module, f"{node.name}_joined", joined)
         with graph.inserting_before(node):
             sums = graph.call_function(aten.cat.default, ([_sum(t) for t in terms], 1))
             sums.meta = {**node.meta, "val": torch.cat([_sum(t).meta["val"] for t in terms], 1)}
