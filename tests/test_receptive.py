@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, fx, nn
 
 import frpc
@@ -17,8 +19,12 @@ from frpc.locality import cells
 from frpc.propagate import evaluate
 from frpc.receptive import Field, receptive_fields
 from frpc.traits import Axes, Operand
+from strategies import Case, cases
 
 aten = torch.ops.aten
+QUICK = settings(
+    deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
 
 # One operator -----------------------------------------------------------------------------------------------------------
 
@@ -206,53 +212,88 @@ def built(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
 
 
 def reads(explainer: frpc.Explainer, x: Tensor) -> dict[fx.Node, Tensor]:
-    """``[rows, columns, *positions]`` of every node: does it change at a position when a cell of the input does?"""
-    module = explainer.compiled(x).assignment.graph_module
+    """``[*cells, *positions]`` of every node with as many axes: does it change at a position when a cell of the input does?"""
+    module, shape, steps = explainer.compiled(x).assignment.graph_module, x.shape[2:], (3.0, -3.0, 30.0, -30.0)
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
-    cells_at, steps = [(i, j) for i in range(7) for j in range(7)], (3.0, -3.0, 30.0, -30.0)
-    moved = x[:1].repeat(1 + len(cells_at) * len(steps), 1, 1, 1)
-    for k, ((i, j), step) in enumerate((c, s) for c in cells_at for s in steps):
-        moved[1 + k, :, i, j] += step
+    bumps = torch.eye(shape.numel(), dtype=x.dtype).reshape(-1, 1, 1, *shape) * torch.tensor(steps).reshape(
+        -1, 1, *[1] * len(shape)
+    )
+    moved = torch.cat([x[:1], (x[:1] + bumps.flatten(0, 1))])
     with torch.no_grad():
         values = {n: first_result(v) for n, v in evaluate(module.graph, constants, (moved,)).items()}
     found = {}
     for node, value in values.items():
-        if isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(moved):
+        if isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(moved):
             differs = (value[1:] != value[:1]).any(1)  # [cells * steps, *positions]
-            found[node] = differs.unflatten(0, (7, 7, len(steps))).any(2)
+            found[node] = differs.unflatten(0, (*shape, len(steps))).any(len(shape))
     return found
 
 
 def hull(read: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first cell and the one behind the last that each position along an axis reads; and which read any."""
-    along = read.movedim(3 - axis, 4 - 1).any(3).any(1 - axis)  # [cells, positions]
-    size = along.shape[0]
-    return along.long().argmax(0), size - along.flip(0).long().argmax(0), along.any(0)
+    rank = read.dim() // 2
+    rest = [d for d in range(2 * rank) if d not in (axis, rank + axis)]
+    along = read.permute(axis, rank + axis, *rest).flatten(2).any(2) if rest else read  # [cells, positions]
+    return along.long().argmax(0), len(along) - along.flip(0).long().argmax(0), along.any(0)
 
 
-@pytest.mark.parametrize("name", NETS)
+def check_fields(explainer: frpc.Explainer, x: Tensor, exactly: bool) -> int:
+    """Nothing lies outside a field, and of fields that are exact nothing inside is never read; returns how many are local."""
+    fields, local = receptive_fields(explainer.compiled(x).assignment), 0
+    for node, read in reads(explainer, x).items():
+        axes = fields[node].axes if node in fields else None
+        local += axes is not None
+        for axis, (low, high) in enumerate(axes or ()):
+            first, behind, some = hull(read, axis)
+            assert bool((low <= first)[some].all() and (behind <= high)[some].all()), f"{node} reads cells outside its field"
+            if exactly:
+                assert torch.equal(low[some], first[some]) and torch.equal(high[some], behind[some]), f"{node}: too wide a field"
+    return local
+
+
+OFTEN = (
+    *("plain", "cumsum", "softmax over a row", "group norm", "layer norm", "matmul from the right", "matmul from the left"),
+    *("linear", "sort", "index_select", "flip", "transposed", "bicubic", "pools", "squeeze and excite", "two branches"),
+    *("a mask from the input", "with a constant row"),
+)
+
+
+def nets(often: Collection[str], *names: str) -> list[Any]:
+    """Some nets always, the others in the slow run."""
+    return [pytest.param(n, marks=() if n in often else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", nets(OFTEN, *NETS))
 def test_fields_hold_what_is_read_and_no_more(name: str) -> None:
     """Every node of a net, every cell of its input."""
     net, x = built(NETS[name])
-    explainer = frpc.compile(net, (x,), bias="receptive_field")
-    fields = receptive_fields(explainer.compiled(x).assignment)
-    local = 0
-    for node, read in reads(explainer, x).items():
-        axes = fields[node].axes if node in fields else None
-        if axes is None:
-            continue
-        local += 1
-        for axis, (low, high) in enumerate(axes):
-            first, behind, some = hull(read, axis)
-            assert bool((low <= first)[some].all() and (behind <= high)[some].all()), f"{node} reads cells outside its field"
-            if name not in UNKNOWN:
-                assert torch.equal(low[some], first[some]) and torch.equal(high[some], behind[some]), f"{node}: too wide a field"
-    assert local
+    assert check_fields(frpc.compile(net, (x,), bias="receptive_field"), x, exactly=name not in UNKNOWN)
+
+
+@settings(QUICK, max_examples=12)
+@given(cases())
+def test_fields_of_random_nets_hold_what_is_read(case: Case) -> None:
+    module, x = case
+    if x.dim() > 2:
+        check_fields(frpc.compile(module, (x,)), x, exactly=False)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=300, derandomize=False, print_blob=True, phases=list(Phase))
+@given(cases(steps=9))
+def test_fields_of_many_random_nets_hold_what_is_read(case: Case) -> None:
+    module, x = case
+    if x.dim() > 2:
+        check_fields(frpc.compile(module, (x,)), x, exactly=False)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "cumsum", "softmax over a row", "group norm", "flip", "squeeze and excite", "with a constant row", "pools", "sort"],
+    nets(
+        ("plain", "flip", "squeeze and excite", "with a constant row"),
+        *("plain", "flip", "squeeze and excite", "with a constant row"),
+        *("cumsum", "softmax over a row", "group norm", "pools", "sort"),
+    ),
 )
 def test_constants_land_on_cells_that_the_neuron_reads(name: str) -> None:
     """And relevance and constants together sum to the neuron; a field is an interval, so cells between count as read."""

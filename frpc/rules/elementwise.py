@@ -50,8 +50,15 @@ def _softplus_over(a: Tensor) -> Tensor:
 def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     # The operator switches to the identity above its threshold, where softplus differs from it by e^-threshold.
     h = a * beta
-    linear = (h - LOG2) / torch.where(h > threshold, h, 1.0)
-    return torch.where(h > threshold, linear, _softplus_over(h))
+    above = h > threshold
+    if threshold < 0:  # then 0 lies above it, f(0) = 0
+        below = torch.where(above, -1.0, h)
+        return torch.where(above, 1.0, torch.nn.functional.softplus(below) / below)
+    return torch.where(above, (h - LOG2) / torch.where(above, h, 1.0), _softplus_over(h))
+
+
+def _softplus_at_zero(beta: float = 1.0, threshold: float = 20.0) -> float:
+    return LOG2 / beta if threshold >= 0 else 0.0
 
 
 def _leaky_relu(a: Tensor, slope: float = 0.01) -> Tensor:
@@ -302,7 +309,7 @@ elementwise(aten.tanh.default, _tanh_over, formula="tanh(a) / a", activation=Tru
 elementwise(
     aten.softplus.default,
     _softplus,
-    lambda beta=1.0, threshold=20.0: LOG2 / beta,
+    _softplus_at_zero,
     formula="(softplus(a) - log 2) / a, c = log 2",
     activation=True,
     nonnegative=_softplus_sign,
