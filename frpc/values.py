@@ -48,7 +48,7 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Says whether tensors hold values now: nothing traces, transforms or records what is done with them."""
     if is_traced() or in_dispatch_mode() or any(is_transformed(t) or is_fake(t) for t in tensors):
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def whole(tensor: Tensor) -> Tensor:
