@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frpc.context import layer_context
-from frpc.errors import BatchError, InputError, OptionError
+from frpc.errors import BatchError, ConservationError, InputError, OptionError
 from frpc.explanation import Explanation
 from frpc.graph import describe, first_result
 from frpc.layermaps import LayerMaps
@@ -20,6 +20,8 @@ from frpc.plan import layer_node
 from frpc.programs import Programs, empty_like, layer_example
 from frpc.samples import FIRST, batches_of, place_of
 from frpc.targets import make_seed
+from frpc.values import is_plain
+from frpc.verification import limit_of
 
 __all__ = ["ask_layer", "ask_neurons"]
 
@@ -95,14 +97,32 @@ def _cones(
     values, local, bias = neuron_maps(context, indices)
     if policy == "uniform":
         local = local + (bias / inputs[0][0].numel()).reshape([*bias.shape, *[1] * (inputs[0].dim() - 1)])
-    return Explanation(values, local, bias, tuple(inputs))
+    if programs.verifying == "never" or not account.constants:
+        return Explanation(values, local, bias, tuple(inputs))
+    errors = _lost(values, local, bias if policy == "separate" else torch.zeros_like(bias))
+    if is_plain(inputs) and not float(errors.max()) <= limit_of(front):
+        if strategy == "auto":
+            return None  # the program that answers instead is held against the model
+        raise ConservationError(
+            f"Maps by windows of {layer} lose {float(errors.max()):.1e} of sum|V|, more than rounding explains; "
+            'strategy="transposed" names the rule that is wrong.'
+        )
+    return Explanation(values, local, bias, tuple(inputs), errors if programs.verifying == "always" else None)
+
+
+def _lost(values: Tensor, local: Tensor, beside: Tensor) -> Tensor:
+    """``|sum V + constants - z| / sum|V|`` of each neuron, ``[B, K]``."""
+    lost = local.flatten(2).sum(2, dtype=torch.float64) + beside - values
+    size = local.abs().flatten(2).sum(2, dtype=torch.float64) + beside.abs()
+    return lost.abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strategy: str, memory_limit: int) -> LayerMaps:
     """The maps of every neuron of a layer; see :meth:`frpc.Explainer.layer`."""
     front = programs.front(inputs)
     programs.check_layers(front, (name,))
-    _demand_samples_first(front, name)
+    with programs.reading_graphs():
+        _demand_samples_first(front, name)
     query = programs.asked(columns=True, of=name, bias="separate")
     assignment = programs.assignment(front, inputs, query)
 

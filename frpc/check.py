@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from frpc.affine import Affine, Operand
-from frpc.assign import Assigned
+from frpc.audit import NodeAccount, audit
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
-from frpc.explanation import Explanation
-from frpc.graph import fetch, first_result, origin_of
-from frpc.printing import columns
-from frpc.propagate import affine_maps, evaluate, pull
+from frpc.graph import origin_of
+from frpc.printing import columns as table
 from frpc.targets import Target
+from frpc.verification import account_of
 
 __all__ = ["Conservation", "LayerConservation", "check"]
 
@@ -28,7 +24,8 @@ class LayerConservation:
     Attributes:
         layer: module path.
         nodes: how many operators it has.
-        error: the largest ``|<G_z, z> - sum_k <G_k, a_k> - <G_z, c>| / sum |G_z z|`` of its nodes.
+        error: the largest ``|<G_z, z> - sum_k <G_k, a_k> - <G_z, c>|`` of its nodes, over the larger of ``sum |G_z z|`` and
+            ``sum_k sum |G_k a_k|``.
         constants: ``<G_z, c>`` of its nodes over the explained output.
         worst: the node with the largest error.
     """
@@ -64,7 +61,7 @@ class Conservation:
         head = f"{totals}, worst node {self.worst}"
         cells = [("layer", "nodes", "error", "constants", "worst node")]
         cells += [(r.layer or "(top level)", str(r.nodes), f"{r.error:.1e}", f"{r.constants:.2%}", r.worst) for r in self.rows]
-        return f"{head}\n{columns(cells)}"
+        return f"{head}\n{table(cells)}"
 
 
 def check(
@@ -88,60 +85,27 @@ def check(
             f"check holds maps against the whole output, which {explainer.rules.name} does not explain (it conserves "
             f"{explainer.rules.account.conserves}); what its map leaves out is explanation.bias."
         )
-    explanation = explainer(*inputs, target=target, seed=seed, **named)
-    if explanation.bias.dim() != 1:
+    programs = explainer.programs
+    inputs = programs.given(inputs, named)
+    front = programs.front(inputs)
+    functional, columns = programs.seed(front, inputs, target, seed)
+    if columns:
         raise TargetError("check takes one target a sample; call it for each of the K targets.")
-    inputs = explanation.inputs
-    compiled = explainer.compiled(*inputs)
-    functional = explainer.seed_for(*inputs, target=target, seed=seed)
-    explained = (explanation.output.double() * functional.double()).flatten(1).sum(1)
-    module = compiled.assignment.graph_module
-    constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
-    result = module.graph.output_node().args[0]
-    assert isinstance(result, fx.Node)
-    with torch.no_grad():
-        values = evaluate(module.graph, constants, [x.detach() for x in inputs])
-        maps = affine_maps(compiled.assignment, values, compiled.plan.pulled)
-        audit = _Audit(values, maps)
-        pull(compiled.assignment, maps, {result: functional}, compiled.plan.wanted, record=audit.record)
-    whole = float(explained.abs().sum()) or 1.0
-    rows = tuple(audit.row(layer, whole) for layer in audit.by_layer)
-    return Conservation(*_end_to_end(explanation, explained, explainer.bias_policy == "separate"), rows)
+    compiled = programs.program(front, inputs, programs.asked())
+    results = programs.run(compiled, inputs, functional)
+    balance = account_of(compiled, functional, results)
+    assert balance is not None, "rules that follow constants make an account"
+    with programs.reading_graphs():
+        found = audit(compiled.assignment, compiled.plan, inputs, functional)
+    whole, share = float(balance.explained.abs().sum()) or 1.0, float(results[-1].double().sum())
+    by_layer: dict[str, list[NodeAccount]] = {}
+    for account in found.nodes:
+        by_layer.setdefault(origin_of(account.assigned.node).module, []).append(account)
+    rows = tuple(_row(layer, accounts, whole) for layer, accounts in by_layer.items())
+    return Conservation(float(balance.errors.max()), share / (float(balance.explained.sum()) or 1.0), rows)
 
 
-def _end_to_end(explanation: Explanation, explained: Tensor, separate: bool) -> tuple[float, float]:
-    maps = explanation.relevance if isinstance(explanation.relevance, tuple) else (explanation.relevance,)
-    sums = sum(m.double().flatten(1).sum(1) for m in maps) + (explanation.bias.double() if separate else 0.0)
-    size = sum(m.double().abs().flatten(1).sum(1) for m in maps) + (explanation.bias.double().abs() if separate else 0.0)
-    assert isinstance(sums, Tensor) and isinstance(size, Tensor)
-    error = (sums - explained).abs() / size.clamp(min=torch.finfo(torch.float64).tiny)
-    share = float(explanation.bias.double().sum() / (explained.sum() if float(explained.sum()) else 1.0))
-    return float(torch.where(size == 0, explained.abs(), error).max()), share
-
-
-class _Audit:
-    """Collects what every node received and passed on."""
-
-    def __init__(self, values: Mapping[fx.Node, object], maps: Mapping[fx.Node, Affine]) -> None:
-        self.values, self.maps = values, maps
-        self.by_layer: dict[str, list[tuple[str, float, float]]] = {}  # node, error, constants
-
-    def record(self, assigned: Assigned, v: Tensor, passed: Mapping[Operand, Tensor]) -> None:
-        received = v.double() * self._value(assigned.node)
-        constant = self.maps[assigned.node].constant
-        kept = 0.0 if constant is None else float((v.double() * constant).sum())
-        gave = sum(float((share.double() * self._value(assigned.operands[name])).sum()) for name, share in passed.items())
-        size = float(received.abs().sum())
-        error = abs(float(received.sum()) - gave - kept) / size if size else abs(gave + kept)
-        self.by_layer.setdefault(origin_of(assigned.node).module, []).append((assigned.node.name, error, kept))
-
-    def _value(self, node: fx.Node) -> Tensor:
-        value = self.values[node]
-        first = first_result(value)
-        assert isinstance(first, Tensor)
-        return first.double()
-
-    def row(self, layer: str, whole: float) -> LayerConservation:
-        entries = self.by_layer[layer]
-        worst = max(entries, key=lambda e: e[1])
-        return LayerConservation(layer, len(entries), worst[1], sum(e[2] for e in entries) / whole, worst[0])
+def _row(layer: str, accounts: list[NodeAccount], whole: float) -> LayerConservation:
+    worst = max(accounts, key=lambda account: account.error)
+    constants = sum(account.constants for account in accounts) / whole
+    return LayerConservation(layer, len(accounts), worst.error, constants, worst.assigned.node.name)

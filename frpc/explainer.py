@@ -72,7 +72,7 @@ class Explainer(nn.Module):
         compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, top=top))
         results = self.programs.run(compiled, inputs, functional)
         balance = self.programs.balance(compiled, inputs, functional, results)
-        return explanation_of(results, columns, inputs, None if balance is None else balance.errors)
+        return explanation_of(results, columns, inputs, None if balance is None else balance.errors, compiled.places)
 
     def at(
         self,
@@ -162,9 +162,7 @@ class Explainer(nn.Module):
         """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
         inputs = self.programs.given(inputs, named)
         front = self.programs.front(inputs)
-        output = front.canonical(*(x.detach() for x in inputs))
-        assert isinstance(output, Tensor)
-        return output
+        return self.programs.predicted(front, inputs)
 
     def layers(self) -> list[str]:
         """Returns the module paths that :meth:`at` knows, in the order they are computed."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from frpc.samples import FIRST, Batch, of_sample
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -24,6 +26,7 @@ class Explanation:
         bias: the constants' share of the explained output, ``[B]`` or ``[B, K]``; with ``bias="separate"`` it is not in the
             map, otherwise it is.
         inputs: what was explained.
+        places: where samples are in each relevance, K left out; first where nothing is said.
         conservation: ``|sum V + bias - y| / sum|V|`` of each sample, like ``bias``, with ``frpc.compile(..., verify="always")``;
             None otherwise, and for methods that follow no constants.
 
@@ -35,6 +38,7 @@ class Explanation:
     bias: Tensor
     inputs: tuple[Tensor, ...] = field(repr=False, default=())
     conservation: Tensor | None = field(repr=False, default=None)
+    places: tuple[Batch, ...] = field(repr=False, default=())
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.output, self.relevance))
@@ -42,8 +46,9 @@ class Explanation:
     def map(self, sample: int = 0, target: int = 0, source: int = 0) -> Tensor:
         """Returns one sample's map, of the ``target``-th of K targets and the ``source``-th input."""
         relevance = self.relevance[source] if isinstance(self.relevance, tuple) else self.relevance
-        one = relevance[sample]
-        return one[target] if self.bias.dim() == 2 else one
+        place = self.places[source] if self.places else FIRST
+        one = relevance[:, target] if self.bias.dim() == 2 else relevance
+        return of_sample(one, place, sample)
 
     def plot(self, image: Any = None, *, sample: int = 0, target: int = 0) -> Figure:
         """Draws one sample's map, over ``image`` where one is given.
@@ -94,7 +99,11 @@ class LayerRelevance(Mapping[str, Tensor]):
 
 
 def explanation_of(
-    results: Sequence[Tensor], columns: bool, inputs: Sequence[Tensor], conservation: Tensor | None = None
+    results: Sequence[Tensor],
+    columns: bool,
+    inputs: Sequence[Tensor],
+    conservation: Tensor | None = None,
+    places: tuple[Batch, ...] = (),
 ) -> Explanation:
     """Lays out what a program about the inputs returned, ``(output, relevance ..., constants' share)``.
 
@@ -106,7 +115,9 @@ def explanation_of(
     relevances = [r.contiguous() for r in relevances]  # programs compute in channels-last order; callers index freely
     if columns and conservation is not None:
         conservation = conservation.movedim(0, 1)
-    return Explanation(output, relevances[0] if len(relevances) == 1 else tuple(relevances), bias, tuple(inputs), conservation)
+    return Explanation(
+        output, relevances[0] if len(relevances) == 1 else tuple(relevances), bias, tuple(inputs), conservation, places
+    )
 
 
 def layer_relevance_of(results: Sequence[Tensor], columns: bool, names: Sequence[str]) -> LayerRelevance:

@@ -37,6 +37,7 @@ from frpc.verification import (
     confirm,
     constants_share,
     demand_balance,
+    demand_output,
     held_apart,
     verify,
     weights,
@@ -86,6 +87,7 @@ class Programs:
         self._ahead = False
         self._graphs = threading.RLock()
         self._apart: set[Signature] = set()  # of which batches of several samples were tried
+        self._agreed: set[Signature] = set()  # of which an output was compared with the model's
         self.conservation: float | None = None  # |sum V - y| / sum|V| of the example inputs, once they were given
         self.constants_share: float | None = None  # what part of their maps constants are
 
@@ -197,13 +199,13 @@ class Programs:
         program = compiled.portable if is_traced() else compiled.function
         results = run(program, inputs, functional, compiled.references, form)
         demand_finite(compiled, inputs, functional, results)
-        if inputs[0].shape[0] >= compiled.pending and self.verifying != "never":
+        if compiled.pending < math.inf and self.verifying != "never":
             self._verify(compiled, inputs, functional, results)
         return results
 
     def _verify(self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor, results: Sequence[Tensor]) -> None:
         """Holds a program against the model at its first call, and once more where that call had one sample only."""
-        if not is_plain(inputs):
+        if not is_plain(inputs) or len(inputs[0]) < compiled.pending:
             return
         signature, given = _signature(inputs), [x.detach() for x in inputs]
         with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the model that it is being compiled
@@ -213,6 +215,7 @@ class Programs:
             known = signature in self._apart
             if compiled.pending == 1:
                 reason = verify(compiled, front, model, given, functional, results, known)
+                self._agreed.add(signature)
             else:
                 reason = None if known else held_apart(front, model, given)
             if reason is not None:
@@ -222,6 +225,17 @@ class Programs:
         if apart:
             self._apart.add(signature)
         compiled.pending = math.inf if signature in self._apart else 2
+
+    def predicted(self, front: Front, inputs: Sequence[Tensor]) -> Tensor:
+        """The model's output from the captured graph, which is compared with the model's own once."""
+        output: Tensor = front.canonical(*(x.detach() for x in inputs))
+        signature = _signature(inputs)
+        if signature not in self._agreed and self.verifying != "never" and is_plain(inputs):
+            with self._graphs, _TRACING:
+                if self.fronts.get(signature) is front:
+                    demand_output(front, Model(self.model, self._names or ()), [x.detach() for x in inputs], output)
+                    self._agreed.add(signature)
+        return output
 
     def balance(
         self, compiled: Compiled, inputs: Sequence[Tensor], functional: Tensor, results: Sequence[Tensor]
@@ -287,6 +301,7 @@ class Programs:
                 for signature, query in self.compiled
             }
             self._take(fresh, fronts, programs)
+            self.conservation = self.constants_share = None  # which were those of other weights
 
     def convert(self, change: Callable[[Tensor], Tensor]) -> None:
         """Moves the model to another device or type. What was captured there is forgotten; the next call captures anew."""
@@ -318,7 +333,7 @@ class Programs:
     def _take(self, model: nn.Module, fronts: dict[Signature, Front], compiled: dict[tuple[Signature, Query], Compiled]) -> None:
         """Sets new contents; calls that run in other threads go on with what they hold."""
         self.model, self.fronts, self.compiled, self._assignments = model, fronts, compiled, {}
-        self._apart = set()
+        self._apart, self._agreed = set(), set()
 
     def first(self) -> Compiled:
         """The program compiled first."""

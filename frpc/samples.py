@@ -27,6 +27,7 @@ __all__ = [
     "batches_of",
     "fitting",
     "guessed",
+    "of_sample",
     "one_per_sample",
     "place_of",
     "spread_out",
@@ -83,6 +84,13 @@ def spread_out(share: Tensor, rank: int, batch: Batch) -> Tensor:
         parts = share.unsqueeze(-2).unsqueeze(-1)  # [*L, 1, B, 1]
         share = parts.expand([*share.shape[:-1], batch.outer, share.shape[-1], batch.inner]).flatten(-3)
     return share.reshape([*share.shape[:-1], *[1] * batch.axis, share.shape[-1], *[1] * (rank - 1 - batch.axis)])
+
+
+def of_sample(value: Tensor, place: Batch, sample: int) -> Tensor:
+    """What belongs to one sample: ``value[sample]`` where samples come first and alone."""
+    parts = value.unflatten(place.axis, (place.outer, -1, place.inner)).select(place.axis + 1, sample)
+    one = parts.flatten(place.axis, place.axis + 1)
+    return one.squeeze(place.axis) if place.factor == 1 else one
 
 
 def guessed(value: Tensor, fixed: int | None) -> Batch | None:

@@ -38,6 +38,7 @@ __all__ = [
     "confirm",
     "constants_share",
     "demand_balance",
+    "demand_output",
     "held_apart",
     "limit_of",
     "verify",
@@ -141,6 +142,15 @@ def verify(
     if balance is not None:
         demand_balance(balance, compiled, shared, inputs, functional, results[0])
     return reason
+
+
+def demand_output(shared: Front, model: Model, inputs: Sequence[Tensor], output: Tensor) -> None:
+    """Compares an output with the model's.
+
+    Raises:
+        CompileError: if they differ by more than rounding can explain; says how.
+    """
+    _demand_same(shared, model, inputs, output, model.tensors(inputs), "")
 
 
 def held_apart(shared: Front, model: Model, inputs: Sequence[Tensor]) -> str | None:

@@ -295,7 +295,10 @@ def test_an_embedding_of_a_folded_batch(kind: type[Choices], source: str | None,
     assert torch.allclose(found.relevance, local if bias == "separate" else local + evenly)
     several = explainer(ids, target=torch.tensor([[0, 1], [2, 1]]))
     assert torch.allclose(several.bias[:, 1], share)
-    assert torch.allclose(several.relevance[:, 1][: len(local) // 2], found.relevance[: len(local) // 2])
+    assert torch.allclose(several.relevance[:, 1], found.relevance)
+    for k in (0, 1):
+        assert torch.allclose(several.map(k, 1), found.map(k))
+        assert torch.allclose(found.map(k).sum() + (found.bias[k] if bias == "separate" else 0), y[k])
     more = torch.randint(0, 60, (4, 3, 7), generator=torch.Generator().manual_seed(1))
     assert torch.allclose(explainer(more, target=0).bias, right_source(model, more, 0)[1])
 

@@ -177,6 +177,27 @@ def test_outputs_are_compared_with_the_model_and_not_with_its_capture(kind: str,
         ask()
 
 
+@pytest.mark.parametrize("kind", FICKLE)
+def test_predictions_are_compared_too(kind: str) -> None:
+    factor, said = FICKLE[kind]
+    with pytest.raises(CompileError, match=rf"differs from the model's by .* of its largest value .*{said}"):
+        frpc.compile(Fickle(factor)).predict(X)
+    assert torch.equal(frpc.compile(net()).predict(X), net()(X))
+
+
+def test_maps_by_windows_are_held_to_their_sum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 12 * 12, 3))
+    x = torch.randn(2, 2, 16, 16)
+    right = frpc.compile(model, (x,), verify="always").neurons("2", [(1, 2, 3)], x, strategy="windows")
+    assert right.conservation is not None
+    assert float(right.conservation.max()) <= 1e-6
+    explainer = frpc.compile(model, rule=wrong())
+    for strategy in ("windows", "auto", "transposed"):
+        with pytest.raises(ConservationError, match=r"Maps by windows of 2 lose|The rule 'too_much'"):
+            explainer.neurons("2", [(1, 2, 3)], x, strategy=strategy)
+
+
 def test_later_programs_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     explainer = frpc.compile(net(), (X,))
     explainer(X, target=0)
