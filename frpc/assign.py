@@ -12,6 +12,7 @@ from torch import fx
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule, bind, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
+from frpc.constants import cure
 from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.graph import describe, origin_of
 from frpc.maps import LinearMap
@@ -85,6 +86,7 @@ class Assignment:
         gaps: nodes that ought to carry and cannot.
         account: what the multipliers of its rules mean.
         batches: where the samples are in every value.
+        cure: how the gaps may count as constants, for the error about them.
     """
 
     graph_module: fx.GraphModule
@@ -94,6 +96,7 @@ class Assignment:
     gaps: tuple[Gap, ...]
     account: Account = field(default_factory=Account)
     batches: Mapping[fx.Node, Batch] = field(default_factory=dict)
+    cure: str = ""
 
     def demand_complete(self) -> Assignment:
         """Returns itself, or raises with every gap at once.
@@ -102,7 +105,7 @@ class Assignment:
             UnsupportedOpError: if a node cannot carry relevance.
         """
         if self.gaps:
-            raise UnsupportedOpError(self.gaps, len(self.rules) + len(self.gaps))
+            raise UnsupportedOpError(self.gaps, len(self.rules) + len(self.gaps), self.cure)
         return self
 
 
@@ -143,6 +146,7 @@ def assign(
         layers: module paths of inner layers that are asked about.
     """
     sources = find_sources(graph_module.graph, source)
+    explained = _explained(graph_module.graph, of)
     starts = [*sources, *(n for n in graph_module.graph.nodes if layers and stopped_by(n) == "")]
     live = _live(graph_module, rules, constant, starts, of)
     batches = batches_of(graph_module.graph, fixed_batch)
@@ -170,7 +174,13 @@ def assign(
         except RuleDeclinedError as reason:
             gaps.append(_gap(node, str(reason), isinstance(reason, SamplesUnknownError)))
     carried = frozenset((*sources, *live)) - fixed
-    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches)
+    remedy = cure(graph_module.graph, sources, constant, explained, gaps) if gaps else ""
+    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches, remedy)
+
+
+def _explained(graph: fx.Graph, of: str) -> list[Any]:
+    """Returns the layer whose neurons are explained, or the model's output."""
+    return [n for n in graph.nodes if of and of in n.meta.get("layers", ())] or [graph.output_node().args[0]]
 
 
 def _behind(node: fx.Node, of: str) -> OpOverload | None:
@@ -209,8 +219,7 @@ def _live(
                 operands[node] = carrying_operands(node, carried, product)
             else:
                 operands[node] = {("", i): n for i, n in enumerate(node.all_input_nodes) if n in carried}
-    explained = [n for n in graph_module.graph.nodes if of and of in n.meta.get("layers", ())]
-    wanted: set[Any] = {*explained, graph_module.graph.output_node().args[0]}
+    wanted: set[Any] = {*_explained(graph_module.graph, of), graph_module.graph.output_node().args[0]}
     for node in reversed(graph_module.graph.nodes):
         if node in wanted and node in operands:
             wanted.update(operands[node].values())

@@ -195,17 +195,19 @@ class UnsupportedOpError(FrpcError):
 
     Attributes:
         gaps: every :class:`Gap`, in graph order.
+        total: how many nodes ought to carry.
+        cure: how the gaps may count as constants instead, or that they cannot.
     """
 
-    def __init__(self, gaps: Sequence[Gap], total: int) -> None:
-        self.gaps, self.total = tuple(gaps), total
-        super().__init__(_describe_gaps(self.gaps, total))
+    def __init__(self, gaps: Sequence[Gap], total: int, cure: str = "") -> None:
+        self.gaps, self.total, self.cure = tuple(gaps), total, cure
+        super().__init__(_describe_gaps(self.gaps, total, cure))
 
-    def __reduce__(self) -> tuple[type[UnsupportedOpError], tuple[tuple[Gap, ...], int]]:
-        return type(self), (self.gaps, self.total)  # an exception is pickled by its message otherwise
+    def __reduce__(self) -> tuple[type[UnsupportedOpError], tuple[tuple[Gap, ...], int, str]]:
+        return type(self), (self.gaps, self.total, self.cure)  # an exception is pickled by its message otherwise
 
 
-def _describe_gaps(gaps: Sequence[Gap], total: int) -> str:
+def _describe_gaps(gaps: Sequence[Gap], total: int, cure: str) -> str:
     causes: dict[tuple[str, str], list[Gap]] = {}
     for gap in gaps:
         causes.setdefault((gap.op, gap.reason), []).append(gap)
@@ -220,7 +222,7 @@ def _describe_gaps(gaps: Sequence[Gap], total: int) -> str:
     if first.fix:
         return "\n".join([*lines, f"  Fix: {first.fix}"])
     lines.append(f"  Fix: register a rule with @frpc.rule(torch.ops.{first.op}) — docs/adding_a_rule.md;")
-    lines.append(f'       or let it count as a constant: frpc.compile(..., constant=["{first.module or "*"}"])')
+    lines += [f"       {cure}"] if cure else []
     return "\n".join(lines)
 
 

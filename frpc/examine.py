@@ -90,6 +90,7 @@ def examine(
             )
         elif node.name in gaps:
             gap = gaps[node.name]
-            fix = gap.fix or f'{gap.reason}: @frpc.rule(torch.ops.{gap.op}), or constant=["{gap.module}"]'
+            constant_too = f', or constant=["{gap.module}"]' if gap.module else ""
+            fix = gap.fix or f"{gap.reason}: @frpc.rule(torch.ops.{gap.op}){constant_too}"
             rows.append(CoverageRow(node.name, gap.op, "", *place, gap.shape, fix))
     return Coverage(type(model).__name__, tuple(rows))

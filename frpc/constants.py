@@ -1,0 +1,41 @@
+"""Which modules could count as constants where an operator has no rule, so that something is left to explain."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from frpc.carriers import may_carry
+from frpc.errors import Gap
+
+__all__ = ["cure"]
+
+
+def cure(
+    graph: fx.Graph, sources: Sequence[fx.Node], constant: Sequence[str], explained: Collection[fx.Node], gaps: Sequence[Gap]
+) -> str:
+    """Says how the gaps may count as constants, in a line of the error about them; says so where they cannot."""
+    modules = sorted({gap.module for gap in gaps})
+    if all(modules) and _reached(graph, sources, (*constant, *modules), explained):
+        names = ", ".join(f'"{name}"' for name in modules)
+        return f"or let it count as a constant: frpc.compile(..., constant=[{names}])"
+    nodes = {gap.node for gap in gaps}
+    if _reached(graph, sources, constant, explained, nodes):
+        return 'or move that line into a module of its own, and let it count as a constant: constant=["path.of.module"]'
+    return "it cannot count as a constant: every way from the input to the output passes through it"
+
+
+def _reached(
+    graph: fx.Graph,
+    sources: Sequence[fx.Node],
+    constant: Sequence[str],
+    explained: Collection[fx.Node],
+    blocked: Collection[str] = (),
+) -> bool:
+    """Says whether anything that is explained still depends on a source by values."""
+    carried = set(sources)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.name not in blocked and may_carry(node, carried, constant):
+            carried.add(node)
+    return any(node in carried for node in explained)
