@@ -25,6 +25,7 @@ OBJECTS: dict[str, Any] = {  # of classes whose objects alone have an attribute
     "torch.autograd.function.BackwardCFunction": type("Some", (torch.autograd.Function,), {})._backward_cls,  # type: ignore[attr-defined]
 }
 OF_PYTHON = {"_replace", "_asdict", "_fields", "_getframe"}
+DOTTED = re.compile(r"torch(\.\w+)+")
 OPERATORS = re.compile(r"^(torch\.ops|aten|mkldnn)\.")
 
 
@@ -49,7 +50,7 @@ def touched(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 continue
             hidden = node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in own | OF_PYTHON
             of_sizes = node.attr in ("expr", "hint") and isinstance(node.value, ast.Attribute) and node.value.attr == "node"
-            if hidden or of_sizes or (text.startswith("torch.") and is_private(text)):
+            if hidden or of_sizes or (DOTTED.fullmatch(text) and is_private(text)):
                 yield node.lineno, text
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr") and len(node.args) > 1:
             name = node.args[1]
@@ -132,6 +133,7 @@ def test_what_is_private_is_seen(text: str) -> None:
         "class A:\n    def _b(self): return self._c\ndef f(a): return a._b()",
         "point._replace(x=1)",
         "for n in graph.nodes: n.node.name",
+        "class A:\n    def _b(self): return torch.cat([self._b()]).numpy()",
     ],
 )
 def test_what_is_not_private_passes(text: str) -> None:
