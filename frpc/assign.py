@@ -16,6 +16,7 @@ from frpc.constants import cure
 from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.graph import describe, origin_of
 from frpc.maps import LinearMap
+from frpc.pairs import is_complex
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
@@ -252,6 +253,8 @@ def _assign_one(
     if rule is None:
         known = TABLE.refused.get(node.target)
         raise RuleDeclinedError(known or ("no rule" if rules.account.constants else f"no rule in {rules.name}"))
+    if not traits_of(node.target).complex and any(is_complex(n) for n in (node, *operands.values())):
+        raise RuleDeclinedError("no rule for complex numbers")
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:

@@ -12,6 +12,7 @@ from torch import fx
 
 from frpc.attention import expand_attention
 from frpc.bags import expand_embedding_bags
+from frpc.complexes import split_complex
 from frpc.decompose import expand_composites
 from frpc.fused import (
     expand_bounds,
@@ -54,6 +55,8 @@ PASSES: tuple[Pass, ...] = (
     expand_bounds,
     expand_distances,
     expand_similarities,
+    split_complex,
+    keep_float64,
     expand_composites,
     expand_embedding_bags,
     unify_norms,

@@ -350,6 +350,10 @@ def _explained_output(program: ExportedProgram, node: fx.Node, output: str | int
     if output is not None:
         chosen = _entry(structure, output)
     else:
+        if any(isinstance(n, fx.Node) and n.meta["val"].is_complex() for n in user) and len(user) == 1:
+            raise OptionError(
+                "The model's output is complex, and relevance is a share of real numbers: return z.abs(), or z.real."
+            )
         floating = [n for n in user if isinstance(n, fx.Node) and n.meta["val"].is_floating_point()]
         logits = structure.get("logits") if isinstance(structure, dict) else getattr(structure, "logits", None)
         if len(floating) != 1 and logits is None:

@@ -65,7 +65,9 @@ def read_by(node: fx.Node) -> list[fx.Node]:
 def may_carry(node: fx.Node, carried: Collection[fx.Node], constant: Sequence[str]) -> bool:
     """Says whether a call's result depends on carried values by more than their shapes."""
     first = first_result(node.meta.get("val"))
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+    if not isinstance(first, torch.Tensor):
+        return False
+    if not (first.is_floating_point() or first.is_complex()):  # complex values carry: what has no rule for them is an error
         return False
     if stopped_by(node) == "":
         return False

@@ -21,7 +21,7 @@ from frpc.torch_compat import (
     schema_of,
 )
 
-__all__ = ["expand_composites", "spell_out"]
+__all__ = ["expand_composites", "inline_composite", "spell_out"]
 
 aten = torch.ops.aten
 
@@ -93,6 +93,16 @@ def expand_composites(graph_module: fx.GraphModule) -> bool:
         if node.op == "call_function" and makes_tensors and _is_composite(node.target) and TABLE.get(node.target) is None:
             changed = _inline(graph_module.graph, node, COMPOSED) or changed
     return changed
+
+
+def inline_composite(graph: fx.Graph, node: fx.Node) -> bool:
+    """Puts what PyTorch composes an operator of in the place of one call; returns whether that changed anything.
+
+    Only what PyTorch itself does in C++ counts, which holds for complex numbers too.
+    """
+    target = node.target
+    composite = isinstance(target, OpOverload) and target.namespace == "aten" and has_composite_kernel(target)
+    return composite and _inline(graph, node, {})
 
 
 def _is_composite(target: Any) -> bool:

@@ -38,7 +38,7 @@ def demand_finite(compiled: Compiled, inputs: Sequence[Tensor], functional: Tens
         raise NonFiniteError("The relevance holds NaN or Inf: a derivative on the way from the output is infinite or NaN.")
     origin = origin_of(node)
     raise NonFiniteError(
-        f"The relevance would hold NaN or Inf: the {phase} of {node.target} is infinite or NaN at this input\n"
+        f"The relevance would hold NaN or Inf: the {phase} of {node.target} is infinite or NaN for this input\n"
         f"    {origin.module or '(top level)'}   {origin.where}   {origin.source}\n"
         "  Keep its operand away from that point, e.g. sqrt(x + 1e-12) or clamp(min=1e-6); or explain values with "
         "frpc.rules.FRP(), which takes no derivatives."
@@ -67,6 +67,10 @@ def _first_place(compiled: Compiled, inputs: Sequence[Tensor], functional: Tenso
             if node in assignment.carried and isinstance(one, Tensor) and not bool(torch.isfinite(one).all()):
                 return node, "value"
         references = at_reference(assignment, constants, inputs, values)
+        for node, value in (references or {}).items():
+            one = first_result(value)
+            if node in assignment.carried and isinstance(one, Tensor) and not bool(torch.isfinite(one).all()):
+                return node, "value at the reference"
         maps = affine_maps(assignment, values, compiled.plan.pulled, references=references)
         result = compiled.plan.result
         output, there = first_result(values[result]), None if references is None else first_result(references[result])

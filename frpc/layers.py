@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +16,7 @@ from frpc.context import LayerContext, layer_context
 from frpc.errors import MemoryLimitError, OptionError
 from frpc.graph import first_result
 from frpc.layermaps import LayerMaps, human_bytes
+from frpc.maps.base import numel
 from frpc.plan import total_cost
 from frpc.propagate import push
 from frpc.windows import Grid, Rows, lighten, stream
@@ -237,8 +237,8 @@ def _producer(
 
 def _cells_at_once(context: LayerContext) -> int:
     """How many input cells go forward together, so that the largest value stays near 64 MB."""
-    shapes = (first_result(n.meta["val"]).shape[1:] for n in context.nodes)
-    return max(1, min(64, (1 << 24) // max((math.prod(int(n) for n in shape) for shape in shapes), default=1)))
+    shapes = (first_result(n.meta["val"]).shape[1:] for n in context.nodes)  # the batch may stand behind: no guard on it
+    return max(1, min(64, (1 << 24) // max((numel(shape) for shape in shapes), default=1)))
 
 
 def _dense_rows(

@@ -66,8 +66,12 @@ def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:
 def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:
     """Returns the relative rounding of a captured model's output: that of the coarsest type it casts to on its way."""
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in _CASTS]
-    casts = [n.meta["val"].dtype for n in nodes if n.args[0].meta["val"].dtype.is_floating_point]
-    return max(torch.finfo(dtype).eps for dtype in (output.dtype, *casts) if dtype.is_floating_point)
+    casts = [n.meta["val"].dtype for n in nodes if _is_inexact(n.args[0].meta["val"].dtype)]
+    return max(torch.finfo(dtype).eps for dtype in (output.dtype, *casts) if _is_inexact(dtype))
+
+
+def _is_inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:

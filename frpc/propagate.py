@@ -220,7 +220,7 @@ def _accumulate(pulled: dict[fx.Node, Tensor], node: fx.Node, v: Tensor) -> None
 
 
 def inner(v: Tensor, c: Tensor | float, shape: Sequence[Any], batch: Batch) -> Tensor:
-    """Returns ``<c, v>`` for each sample and column.
+    """Returns ``<c, v>`` for each sample and column; complex numbers count as pairs, ``Re(conj(c) v)``.
 
     Shapes: v ``[*L, *shape]``, c broadcastable to ``shape``; returns ``[*L, B]``.
     """
@@ -229,4 +229,6 @@ def inner(v: Tensor, c: Tensor | float, shape: Sequence[Any], batch: Batch) -> T
     repeated = [d - rank for d in range(rank) if d != batch.axis and isinstance(sizes[d], int) and sizes[d] == 1]
     if repeated:  # sum first over what c repeats: one pass over v, and the product is small
         v = v.sum(repeated, keepdim=True)
-    return one_per_sample(v * c, rank, batch)
+    pairs = v.is_complex()
+    product = (torch.view_as_real(v) * torch.view_as_real(c + torch.zeros_like(v))).sum(-1) if pairs else v * c
+    return one_per_sample(product, rank, batch)

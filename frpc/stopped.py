@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from frpc.errors import CaptureError
-from frpc.torch_compat import forward_class, is_view, pytree
+from frpc.torch_compat import forward_class, is_view, pytree, version_of
 
 __all__ = ["Watching", "settle", "stopped_by", "watching"]
 
@@ -48,7 +48,7 @@ class Watching(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared: list[Tensor] = []  # marked values that share memory with another in the model
+        self.shared: list[tuple[Tensor, int]] = []  # values that share memory in the model, and how often they were written to
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,14 +57,16 @@ class Watching(TorchFunctionMode):
             return self._marked(args[0], "", shares=True)
         if func in (torch.detach_, torch.Tensor.detach_):
             return args[0].copy_(self._marked(args[0], ""))
-        out = func(*args, **(kwargs or {}))
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        results = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        written = given[:1] if func is torch.Tensor.__setitem__ else [t for t in results if any(t is g for g in given)]
-        if any(t is s for t in written for s in self.shared):
+        before = [_version(t) for t in given]
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.view and any(isinstance(a, torch.dtype) for a in (*args, *(kwargs or {}).values())):
+            return self._marked(out, "", shares=True)  # memory read as another type has no derivative
+        written = [t for t, version in zip(given, before, strict=True) if _version(t) != version]
+        if any(_version(t) != version for t, version in self.shared):
             raise CaptureError(
-                "The model writes in place into a value that was detached or made under torch.no_grad(), and so into the value "
-                "it came from. Gradient methods need it apart: write into x.detach().clone()."
+                "The model writes in place into a value that was detached, or seen through a view under torch.no_grad(), and so "
+                "into two values at once. Gradient methods need them apart: use x.detach().clone()."
             )
         if torch.is_grad_enabled() or not given:
             return out
@@ -73,7 +75,7 @@ class Watching(TorchFunctionMode):
         for t in written:
             t.copy_(self._marked(t, reason or _WRITTEN))
         return pytree.tree_map_only(
-            Tensor, lambda t: t if any(t is w for w in written) else self._marked(t, reason, shares=is_view(t)), out
+            Tensor, lambda t: t if any(t is g for g in given) else self._marked(t, reason, shares=is_view(t)), out
         )
 
     def _marked(self, value: Tensor, reason: str, shares: bool = False) -> Tensor:
@@ -81,8 +83,13 @@ class Watching(TorchFunctionMode):
             return value
         found: Tensor = _stop(value, reason)
         if shares:
-            self.shared.append(found)
+            self.shared.extend((t, _version(t)) for t in (value, found))
         return found
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count."""
+    return -1 if tensor.is_inference() else version_of(tensor)
 
 
 def _function_around(frame: FrameType | None) -> str:

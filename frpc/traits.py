@@ -82,6 +82,7 @@ class Traits:
         passes_gates: of a gate and constants it makes a gate.
         nonnegative: see :data:`Sign`.
         rectifies: says of a call's arguments, by schema name, whether it cuts off what is below 0, as ReLU does.
+        complex: its rule knows complex numbers, as pairs of real ones.
         locality: see :data:`Locality`; pointwise operators need none.
         spelled_out: a norm that rules of increments take as what it computes.
         in_file: what a program file may use it for: ``programs``; ``constants`` too, which are computed when a file is read;
@@ -105,6 +106,7 @@ class Traits:
     passes_gates: bool = False
     nonnegative: Sign | None = None
     rectifies: Callable[[Mapping[str, Any]], bool] | None = None
+    complex: bool = False
     locality: Locality | None = None
     spelled_out: bool = False
     in_file: InFile = "never"

@@ -97,6 +97,7 @@ STOPS: dict[str, Callable[[Tensor], Tensor]] = {
     "set_grad_enabled": switched_off,
     "detach_": detached_in_place,
     "winners": winners,
+    "detached and returned as it is": lambda h: h.detach().contiguous().flatten(1).to(h.dtype) * h,
     "detached copy written to": lambda h: h.detach().clone().mul_(2) * h,
     "straight through, rounded": lambda h: h + (torch.round(4 * h) / 4 - h).detach(),
     "straight through, signs": lambda h: torch.sign(h).detach() - h.clamp(-1, 1).detach() + h.clamp(-1, 1),
@@ -243,12 +244,20 @@ def written_through_detach(h: Tensor) -> Tensor:
     return h
 
 
+def written_behind_detach(h: Tensor) -> Tensor:
+    h = h * 1
+    before = h.detach()
+    h[:, 0] = 0
+    return h * before
+
+
 def test_writing_in_place_where_autograd_does_not_look_is_refused() -> None:
     x = inputs()
     with pytest.raises(UnsupportedOpError, match="written in place under"):
         frpc.compile(made(written_without_gradients), (x,), method="gradient")
-    with pytest.raises(CaptureError, match="writes in place into a value that was detached"):
-        frpc.compile(made(written_through_detach), (x,), method="gradient")
+    for function in (written_through_detach, written_behind_detach):
+        with pytest.raises(CaptureError, match="writes in place into a value that was detached"):
+            frpc.compile(made(function), (x,), method="gradient")
     model = made(written_without_gradients)
     torch.testing.assert_close(frpc.compile(model, (x,))(x, target=1).relevance.sum(1), model(x)[:, 1])
 

@@ -93,7 +93,12 @@ def check_maps(compiled: Compiled, inputs: tuple[Tensor, ...]) -> None:
             pushed, pulled = affine.terms[name].push(u), affine.terms[name].pull(v)
             assert (pushed.shape, pulled.shape) == (result.shape, a.shape)
             bound = 1e-12 * (pushed.abs() * v.abs()).sum()
-            assert bool(((pushed * v).sum() - (u * pulled).sum()).abs() <= bound), f"{node.target}: pull is not push's transpose"
+            assert bool((inner(pushed, v) - inner(u, pulled)).abs() <= bound), f"{node.target}: pull is not push's transpose"
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """`sum a b`; complex numbers count as pairs of real ones."""
+    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
 
 
 def rebuilt(affine: Affine, operands: dict[str | tuple[str, int], Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from frpc.rules import (
     resizing,
     rounding,
     selection,
+    spectral,
     unruled,
     views,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "resizing",
     "rounding",
     "selection",
+    "spectral",
     "unruled",
     "views",
 ]

@@ -24,9 +24,10 @@ from frpc.affine import TABLE, Affine, Call, Operand, Rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, scaled
 from frpc.rules.arithmetic import from_end, refuse_batch
-from frpc.rules.elementwise import expm1_over
+from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Increment, Path, averaged, derivative, part_above
+from frpc.rules.spectral import turn
 from frpc.rules.winners import extreme, larger, max_pool, ordered
 from frpc.torch_compat import schema_of
 
@@ -176,6 +177,51 @@ def _variance(call: Call, path: Path) -> Affine:
     return Affine({"self": weighed_sum(call, coefficient, dims, call.args["keepdim"])})
 
 
+def _hypot(call: Call, path: Path) -> Affine:
+    """``a/|z|`` on a, ``b/|z|`` on b; exactly ``(a + a_r) / (|z| + |z_r|)``: the increments of the squares add up to |z|'s."""
+    terms: dict[Operand, LinearMap] = {}
+    sides = [(call.args["self"], call.args["other"])]
+    if call.reference is not None and path.steps is not None:
+        sides = list(zip(path.points(call, "self"), path.points(call, "other"), strict=True))
+    for which, name in enumerate(("self", "other")):
+        if not call.carries(name):
+            continue
+        if call.reference is not None and path.steps is None:
+            slope = over(call.args[name] + call.reference.args[name], call.value + call.reference.value)
+        else:
+            slopes = [over(point[which], torch.hypot(*point)) for point in sides]
+            slope = sum(slopes[1:], slopes[0]) / len(slopes)
+        terms[name] = scaled(slope, call.args[name].shape, call.value.shape)
+    return Affine(terms)
+
+
+def _atan2(call: Call, path: Path) -> Affine:
+    """The Jacobian; exactly one secant for each operand, the mean of those with the other at either end of the path.
+
+    As for products: the first operand moves before the second, or behind it, and both ways count half.
+    """
+    a, b, there = call.args["self"], call.args["other"], call.reference
+    if there is None or path.steps is not None:
+        points = list(zip(path.points(call, "self"), path.points(call, "other"), strict=True))
+        turns = [turn(*point) for point in points]
+        slopes = [sum(parts[1:], parts[0]) / len(points) for parts in zip(*turns, strict=True)]
+    else:
+        p, q = there.args["self"], there.args["other"]
+        first, second = torch.atan2(a, q), torch.atan2(p, b)  # where one of them has moved
+        slopes = [
+            0.5 * (_angle_secant(a, p, b, call.value - second) + _angle_secant(a, p, q, first - there.value)),
+            0.5 * (_angle_secant(b, q, a, call.value - first, 1) + _angle_secant(b, q, p, second - there.value, 1)),
+        ]
+    named = zip(("self", "other"), slopes, strict=True)
+    return Affine({n: scaled(slope, call.args[n].shape, call.value.shape) for n, slope in named if call.carries(n)})
+
+
+def _angle_secant(a: Tensor, r: Tensor, other: Tensor, change: Tensor, place: int = 0) -> Tensor:
+    """The secant of ``atan2`` in one of its operands, the other held; ``place`` says which one moves."""
+    a, r, other = torch.broadcast_tensors(a, r, other)
+    return _secant(lambda u: torch.atan2(other, u) if place else torch.atan2(u, other), a, r, change)
+
+
 # Softmax ------------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +299,8 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
         "beta C + the product as in bmm",
     ),
     aten.linear.default: (_linear, ("input", "weight", "bias"), "W on a; both carried: as mm"),
+    aten.hypot.default: (_hypot, ("self", "other"), "(a + a_r) / (|z| + |z_r|) on a, (b + b_r) / (|z| + |z_r|) on b"),
+    aten.atan2.default: (_atan2, ("self", "other"), "secants, the other operand at either end"),
     aten.var.correction: (_variance, ("self",), "(dev(a) + dev(r)) / (n - correction), summed"),
     aten.maximum.default: (larger, ("self", "other"), "the part of the path on which each is ahead"),
     aten.minimum.default: (larger, ("self", "other"), "the part of the path on which each is behind"),

@@ -15,13 +15,13 @@ from frpc.affine import declare
 aten = torch.ops.aten
 
 _POINTWISE = """
-addcdiv.default addcmul.default angle.default atan2.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor
+addcdiv.default addcmul.default angle.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor
 bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor bitwise_xor.Scalar bitwise_xor.Tensor
 clamp.Tensor clamp_max.Tensor clamp_min.Tensor clip.Tensor clip.default copysign.Scalar copysign.Tensor digamma.default
 div.Scalar div.Scalar_mode div.Tensor_mode elu_backward.default eq.Scalar eq.Tensor erfinv.default float_power.Scalar
 float_power.Tensor_Scalar float_power.Tensor_Tensor floor_divide.default fmod.Tensor frexp.Tensor gcd.default ge.Scalar
 ge.Tensor gelu_backward.default gt.Scalar gt.Tensor hardshrink_backward.default hardsigmoid_backward.default
-hardswish_backward.default hardtanh_backward.default heaviside.default hypot.default i0.default igamma.default igammac.default
+hardswish_backward.default hardtanh_backward.default heaviside.default i0.default igamma.default igammac.default
 isfinite.default isinf.default isnan.default isneginf.default isposinf.default lcm.default ldexp.Tensor le.Scalar le.Tensor
 leaky_relu_backward.default lerp.Tensor lgamma.default log_sigmoid_backward.default logaddexp.default logaddexp2.default
 logical_and.default logical_not.default logical_or.default logical_xor.default logit_backward.default lt.Scalar lt.Tensor
