@@ -1,7 +1,8 @@
 """Which operands carry relevance: from the sources forward, from the output back, and products that take one factor as a gate.
 
 A call carries if one of its *carrying operands* does. Of a product of two carried values one factor may be a *gate*: a number in
-(0, 1) or a norm that says how much of the other passes, so that relevance goes to the other alone (method §2, products).
+(0, 1), a norm or what those are made of. It says how much of the other passes, so relevance goes to the other alone (method §2,
+products).
 """
 
 from __future__ import annotations

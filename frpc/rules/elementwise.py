@@ -7,15 +7,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
 from frpc.maps import Gate, Scale
-from frpc.traits import Operand, Sign, always, if_all
+from frpc.rules.ranges import (
+    BOUNDS,
+    KEEPS_SIGN,
+    PLAIN,
+    POSITIVE,
+    RELU,
+    bounded_below,
+    cut_at_zero,
+    power_sign,
+    softplus_sign,
+    threshold_sign,
+)
+from frpc.traits import if_all
 
 aten = torch.ops.aten
 LOG2 = math.log(2.0)
@@ -144,45 +154,6 @@ def over(value: Tensor, a: Tensor) -> Tensor:
     return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
 
 
-# What is true of them ---------------------------------------------------------------------------------------------------
-
-
-def _bounded_below(low: str, high: str) -> Sign:
-    """The sign of ``min(max(a, low), high)``; either bound may be missing."""
-
-    def sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-        below, above = arguments.get(low), arguments.get(high)
-        return (above is None or above >= 0) and ("self" in positive or (below is not None and below >= 0))
-
-    return sign
-
-
-def _cut_at_zero(low: str, high: str) -> Callable[[Mapping[str, Any]], bool]:
-    """``min(max(a, 0), high)`` is a ReLU, up to high."""
-    return lambda arguments: arguments[low] == 0 and (arguments.get(high) is None or arguments[high] > 0)
-
-
-def _softplus_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    """Of a negative beta the result is negative everywhere; above its threshold, which may be negative too, it is a."""
-    return bool(arguments["beta"] > 0 and (arguments["threshold"] >= 0 or "self" in positive))
-
-
-def _threshold_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    return bool(arguments["value"] >= 0 and ("self" in positive or arguments["threshold"] >= 0))
-
-
-def _power_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    """Even powers are never negative. Others are not where a is not; but -0.0 to the power of -1 is minus infinity."""
-    exponent = arguments["exponent"]
-    return bool(exponent % 2 == 0 or ("self" in positive and exponent > 0))
-
-
-PLAIN: dict[str, Any] = {"in_file": "constants"}
-KEEPS_SIGN: dict[str, Any] = {"nonnegative": if_all("self"), **PLAIN}  # f(a) >= 0 where a >= 0
-POSITIVE: dict[str, Any] = {"nonnegative": always, **PLAIN}
-RELU: dict[str, Any] = {"activation": True, "rectifies": lambda arguments: True, **POSITIVE}
-BOUNDS: dict[str, Any] = {"passes_gates": True, "keeps_tokens": True, "nonnegative": _bounded_below("min", "max"), **PLAIN}
-
 # The rules --------------------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +201,8 @@ elementwise(
     _clamp_at_zero,
     formula="(clamp(a) - clamp(0)) / a",
     activation=True,
-    nonnegative=_bounded_below("min_val", "max_val"),
-    rectifies=_cut_at_zero("min_val", "max_val"),
+    nonnegative=bounded_below("min_val", "max_val"),
+    rectifies=cut_at_zero("min_val", "max_val"),
     **PLAIN,
 )
 elementwise(
@@ -240,7 +211,7 @@ elementwise(
     _clamp_at_zero,
     formula="(clamp(a) - clamp(0)) / a",
     activation=True,
-    rectifies=_cut_at_zero("min", "max"),
+    rectifies=cut_at_zero("min", "max"),
     **BOUNDS,
 )
 elementwise(
@@ -249,7 +220,7 @@ elementwise(
     lambda low: _clamp_at_zero(low, None),
     formula="(clamp(a) - clamp(0)) / a",
     activation=True,
-    rectifies=_cut_at_zero("min", "max"),
+    rectifies=cut_at_zero("min", "max"),
     **BOUNDS,
 )
 elementwise(
@@ -312,7 +283,7 @@ elementwise(
     _softplus_at_zero,
     formula="(softplus(a) - log 2) / a, c = log 2",
     activation=True,
-    nonnegative=_softplus_sign,
+    nonnegative=softplus_sign,
     **PLAIN,
 )
 elementwise(
@@ -331,7 +302,7 @@ elementwise(
     _threshold_at_zero,
     formula="(f(a) - f(0)) / a",
     activation=True,
-    nonnegative=_threshold_sign,
+    nonnegative=threshold_sign,
     rectifies=lambda given: given["threshold"] == 0 == given["value"],
     **PLAIN,
 )
@@ -358,7 +329,7 @@ elementwise(aten.deg2rad.default, lambda a: math.pi / 180.0, formula="pi / 180",
 elementwise(aten.abs.default, torch.sign, formula="sgn(a)", **POSITIVE)
 elementwise(aten.neg.default, lambda a: -1.0, formula="-1", **PLAIN)
 elementwise(aten.square.default, lambda a: a, formula="a", **POSITIVE)
-elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)", nonnegative=_power_sign, **PLAIN)
+elementwise(aten.pow.Tensor_Scalar, _power, lambda p: 1.0 if p == 0 else 0.0, formula="a^(p-1)", nonnegative=power_sign, **PLAIN)
 elementwise(aten.sqrt.default, lambda a: over(torch.sqrt(a), a), formula="1 / sqrt(a)", gate=True, **POSITIVE)
 elementwise(
     aten.rsqrt.default, lambda a: over(torch.rsqrt(a), a), formula="f(a) / a (no value at 0: all carried)", gate=True, **PLAIN

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
 from frpc.maps import Cast, Identity, Scale
-from frpc.rules.elementwise import KEEPS_SIGN, PLAIN, over
+from frpc.rules.elementwise import over
+from frpc.rules.ranges import KEEPS_SIGN, PLAIN
 from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
