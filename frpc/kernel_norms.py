@@ -12,7 +12,7 @@ from torch import fx
 
 from frpc.affine import traits_of
 from frpc.kernel_patterns import alike, follow, operands, readers_of
-from frpc.maps.base import same_size
+from frpc.maps.base import same_size, same_sizes
 
 __all__ = ["RootMeanSquare", "centred_pulls", "layer_scales", "pulls", "rms_norms", "written_out"]
 
@@ -112,7 +112,8 @@ def layer_scales(x: fx.Node, eps: float) -> Iterator[fx.Node]:
         if reader.target is not aten.var.correction or reader.kwargs.get("correction") != 0 or not reader.kwargs.get("keepdim"):
             continue
         value, axes = operands(reader)[:2]
-        if axes in ([-1], [value.meta["val"].dim() - 1]):
+        rows = (*x.meta["val"].shape[:-1], 1)
+        if axes in ([-1], [value.meta["val"].dim() - 1]) and same_sizes(reader.meta["val"].shape, rows):
             yield from follow(reader, (aten.add.Tensor, eps), (aten.rsqrt.default, None))
 
 

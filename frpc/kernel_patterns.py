@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -104,15 +105,33 @@ def readers_of(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def scatters(node: fx.Node, pool: fx.Node) -> bool:
-    """``zeros.scatter_add(-1, winners, v.flatten(-2))`` with v like the pooled value, or columns of it."""
-    if node.target is not aten.scatter_add.default or operands(node)[1] != -1:
+    """``zeros.scatter_add(-1, winners, v.flatten(-2))`` with v like the pooled value, or columns of it.
+
+    Every plane of v has its own winners, and goes into a plane of the pooled value's size.
+    """
+    if node.target is not aten.scatter_add.default or operands(node)[1] not in (-1, node.meta["val"].dim() - 1):
         return False
-    zeros, _, _, flattened = operands(node)
-    v = operands(flattened)[0] if isinstance(flattened, fx.Node) and traits_of(flattened.target).reshapes else None
-    if not isinstance(v, fx.Node) or "zeros" not in str(getattr(zeros, "target", "")):
+    zeros, _, index, flattened = operands(node)
+    v = operands(flattened)[0] if isinstance(flattened, fx.Node) and traits_of(flattened.target).keeps_order else None
+    if not isinstance(v, fx.Node) or getattr(zeros, "target", None) not in _ZEROS:
         return False
-    value, pooled = v.meta["val"], pool.meta["val"][0]
-    return value.dim() in (4, 5) and value.shape[-3:] == pooled.shape[-3:]
+    value, pooled, image = (tuple(n.shape) for n in (v.meta["val"], pool.meta["val"][0], operands(pool)[0].meta["val"]))
+    cells, into = math.prod(value[-2:]), math.prod(image[-2:])
+    planes = [tuple(n.meta["val"].shape) for n in (flattened, index, node)]
+    if len(value) not in (4, 5) or not all(isinstance(n, int) for n in (cells, into)):
+        return False
+    laid = index
+    while laid.target is aten.expand.default:
+        laid = operands(laid)[0]
+    one = (*pooled[:-2], cells)
+    return (
+        same_sizes(value[-3:], pooled[-3:])
+        and all(same_sizes(p, (*value[:-2], n)) for p, n in zip(planes, (cells, cells, into), strict=True))
+        and (same_sizes(laid.meta["val"].shape, one) or same_sizes(laid.meta["val"].shape, (1, *one)))
+    )
+
+
+_ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 
 
 def gate_readers(relu: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -146,11 +165,12 @@ def normal_cdfs(z: fx.Node) -> Iterator[fx.Node]:
 
 
 def follow(node: fx.Node, *steps: tuple[Any, Any]) -> Iterator[fx.Node]:
-    """Ends of chains of operators from a node, each with the number it takes."""
+    """Ends of chains of operators from a node, each with the number it takes and nothing else: no ``alpha``, no rounding mode."""
     if not steps:
         yield node
         return
     (target, number), *rest = steps
     for user in node.users:
-        if user.target is target and (number is None or operands(user)[1] == number):
+        taken = [node] if number is None else [node, number]
+        if user.target is target and list(operands(user)) == taken and not user.kwargs:
             yield from follow(user, *rest)

@@ -104,7 +104,7 @@ class Rewriting:
             x, *geometry = pool_arguments(pool)
             items = {operands(user)[1]: user for user in pool.users}
             readers = list(readers_of(items[1])) if 1 in items else []
-            strange = next((r for r in readers if r.target is not _POOL_BACK and not scatters(r, pool)), None)
+            strange = next((r for r in readers if not self.carries_back(r, pool) and not scatters(r, pool)), None)
             reason = self.ask("pool_select", x)
             if not readers:
                 reason = "nothing asks for its winners"
@@ -123,6 +123,13 @@ class Rewriting:
             if 0 in items:
                 replace(items[0], y)
             self.program.graph.eliminate_dead_code()
+
+    def carries_back(self, reader: fx.Node, pool: fx.Node) -> bool:
+        """Whether a call is the transpose of a pool, into an image of the size that was pooled."""
+        if reader.target is not _POOL_BACK or len(operands(reader)) != 8:
+            return False
+        _, image, *_, winners = operands(reader)
+        return alike(image, operands(pool)[0]) and winners.target is operator.getitem and operands(winners) == (pool, 1)
 
     def flat(self, before: fx.Node, v: fx.Node, rank: int) -> fx.Node:
         """``[K, B, ...] -> [K B, ...]``, where there are columns."""
@@ -147,8 +154,7 @@ class Rewriting:
     def gates(self) -> None:
         """``r = relu(z)`` read by ``threshold_backward(v, r, 0)`` or ``v * (r > 0)``: bits, and what reads them."""
         for relu in self.all(aten.relu.default, aten.relu_.default):
-            readers = list(gate_readers(relu))
-            if not readers:
+            if next(gate_readers(relu), None) is None:
                 continue
             z = operands(relu)[0]
             if reason := self.ask("gate", z):
@@ -156,8 +162,8 @@ class Rewriting:
                 continue
             a, bits = self.put_items(relu, self.ops.relu_gate.default, z)
             replace(relu, a)
-            for reader, v in readers:
-                self.close(reader, v, bits, a.meta["val"])
+            while (found := next(gate_readers(a), None)) is not None:  # one after another: a gate may close what another gave
+                self.close(*found, bits, a.meta["val"])
             self.program.graph.eliminate_dead_code()
 
     def close(self, reader: fx.Node, v: fx.Node, bits: fx.Node, gate: Any) -> None:
@@ -294,13 +300,16 @@ class Rewriting:
             replace(items[0], y)
             for scale in scales:
                 replace(scale, s)
-            for centred, v in list(centred_pulls(s, gamma)):
+            while (found := next(centred_pulls(s, gamma), None)) is not None:
+                centred, v = found
                 replace(centred, self.put(centred, self.ops.norm_pull.default, v, gamma, s, True))
             self.program.graph.eliminate_dead_code()
 
     def square_norms(self) -> None:
         """``x s gamma`` with ``s = 1 / sqrt(mean(x^2) + eps)``, and ``v s gamma``."""
-        for norm in list(rms_norms(self.program.graph)):
+        seen = set[fx.Node]()
+        while (norm := next((n for n in rms_norms(self.program.graph) if not seen & {*n.scales}), None)) is not None:
+            seen.update(norm.scales)  # one after another: a norm may be of what another gave
             x, gamma = norm.x, norm.gamma
             reason = self.ask("norm_gate", x, gamma, None)
             if not norm.values:
@@ -316,6 +325,7 @@ class Rewriting:
                 replace(value, y)
             for scale in norm.scales:
                 replace(scale, s)
-            for product, v in list(pulls(s, gamma)) if gamma is not None else ():  # without gamma it is one product already
+            while gamma is not None and (found := next(pulls(s, gamma), None)) is not None:  # without gamma it is one product
+                product, v = found
                 replace(product, self.put(product, self.ops.norm_pull.default, v, gamma, s, False))
             self.program.graph.eliminate_dead_code()

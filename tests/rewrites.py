@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hypothesis
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -318,3 +320,29 @@ def _other(draw: Any, graph: fx.Graph, node: fx.Node, old: Any) -> Any:
     if isinstance(old, float):
         return draw(st.sampled_from([n for n in NUMBERS if type(n) is not bool and not math.isnan(n)]))
     return old
+
+
+def check_random_graphs(rewrite: Rewrite, count: int) -> None:
+    """Draws graphs, runs the pass on each, and compares what is computed before and after."""
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],  # graphs are small as they come, and printed
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn(rewrite))
+    def agrees(graph: Any) -> None:
+        before, shapes, free = graph
+        try:
+            after, changed = rewritten(rewrite.run, before)
+            compared = agree(rewrite, before, after, shapes, free)
+        except Exception as error:
+            raise AssertionError(f"{shapes}, {'free' if free else 'fixed'} batch\n{code(before)}") from error
+        seen[("rewritten" if changed else "left") if compared else "not comparable"] += 1
+
+    agrees()
+    assert min(seen["rewritten"], seen["left"]) >= count // 20, f"{rewrite.name}: {dict(seen)}"

@@ -14,9 +14,11 @@ from torch import Tensor, fx
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
 
+import rewrites_kernels
 from frpc import kernel_lowering, kernel_rewriting
 from frpc.errors import OptionError
 from graphs import program, randn, with_examples
+from rewrites import Line, agree, check_random_graphs, rewritten, written
 from test_kernels_interpret import in_interpreter
 
 aten = torch.ops.aten
@@ -179,3 +181,35 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel_lowering.use_kernels(program)
     assert str(error.value) == f'backend="triton" cannot be had here: {reason}'
     assert kernel_lowering.why_not(torch.device("cuda")) == reason
+
+
+FIRES = [pytest.param(line, id=line.what) for line in rewrites_kernels.REWRITES[0].fires]
+NEAR = [pytest.param(line, id=line.what) for line in rewrites_kernels.REWRITES[0].near]
+
+
+@pytest.mark.parametrize("line", FIRES)
+def test_what_kernels_replace(line: Line) -> None:
+    """With the kernels' slow references in their place, the program gives the same."""
+    rewrite = rewrites_kernels.REWRITES[0]
+    before, shapes = written(line, rewrite.dtype)
+    after, _ = rewritten(rewrite.run, before)
+    assert kernel_lowering.count_launches(after) != {}
+    assert agree(rewrite, before, after, shapes, not line.fixed) > 0
+
+
+@pytest.mark.parametrize("line", NEAR)
+def test_what_only_looks_like_a_kernel(line: Line) -> None:
+    after, _ = rewritten(rewrites_kernels.use_kernels, written(line, torch.float32)[0])
+    assert kernel_lowering.count_launches(after) == {}
+
+
+def test_every_kernel_is_launched() -> None:
+    launched: set[str] = set()
+    for line in rewrites_kernels.REWRITES[0].fires:
+        launched |= {*kernel_lowering.count_launches(rewritten(rewrites_kernels.use_kernels, written(line, torch.float32)[0])[0])}
+    assert {f"frpc_kernels.{name}.default" for name in launched} == {str(op) for op in kernel_lowering.operators()}
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_programs_keep_their_function(count: int) -> None:
+    check_random_graphs(rewrites_kernels.REWRITES[0], count)

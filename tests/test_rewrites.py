@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
 import rewrites_canonical
 import rewrites_programs
-from rewrites import Rewrite, agree, code, drawn, rewritten, written
+from rewrites import Rewrite, agree, check_random_graphs, rewritten, written
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 torch.library.define("near::_assert_scalar_like", "(Tensor x) -> Tensor")
@@ -43,31 +42,6 @@ def test_every_pass_has_near_misses() -> None:
     listed = Counter(r.run for r in ALL for _ in r.near)
     missing = [p.__name__ for p in {*rewrites_canonical.EVERY, *rewrites_programs.EVERY} if not listed[p]]
     assert missing == [], "passes without near misses in tests/rewrites_*.py"
-
-
-def check_random_graphs(rewrite: Rewrite, count: int) -> None:
-    seen: Counter[str] = Counter()
-
-    @settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],  # graphs are small as they come, and printed
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(drawn(rewrite))
-    def agrees(graph: Any) -> None:
-        before, shapes, free = graph
-        try:
-            after, changed = rewritten(rewrite.run, before)
-            compared = agree(rewrite, before, after, shapes, free)
-        except Exception as error:
-            raise AssertionError(f"{shapes}, {'free' if free else 'fixed'} batch\n{code(before)}") from error
-        seen[("rewritten" if changed else "left") if compared else "not comparable"] += 1
-
-    agrees()
-    assert min(seen["rewritten"], seen["left"]) >= count // 20, f"{rewrite.name}: {dict(seen)}"
 
 
 DRAWN = [pytest.param(r, id=r.name) for r in ALL if r.drawn and r.fires]
