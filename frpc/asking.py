@@ -50,7 +50,7 @@ def ask_neurons(
     chosen = torch.stack([values[place] for place in places], 1)
     maps = relevances[0] if len(relevances) == 1 else tuple(relevances)
     errors = None if balance is None else balance.errors.movedim(0, 1)
-    return Explanation(chosen, maps, bias.movedim(0, 1), tuple(inputs), errors)
+    return Explanation(chosen, maps, bias.movedim(0, 1), tuple(inputs), errors, compiled.places)
 
 
 def _demand_samples_first(front: Front, layer: str) -> None:

@@ -129,7 +129,8 @@ class Explainer(nn.Module):
         found = self.neurons(layer, [index], *inputs, strategy=None, **named)
         relevance = found.relevance
         one = tuple(r[:, 0] for r in relevance) if isinstance(relevance, tuple) else relevance[:, 0]
-        return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs)
+        errors = None if found.conservation is None else found.conservation[:, 0]
+        return Explanation(found.output[:, 0], one, found.bias[:, 0], found.inputs, errors, found.places)
 
     def layer(
         self, name: str, *inputs: Tensor, strategy: str | None = None, memory_limit: int = 4 * 10**9, **named: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from frpc.errors import BatchError, FrpcError, SourceError
+from frpc.errors import BatchError, FrpcError, ProgramFileError, SourceError
 from frpc.samples import Batch, Evidence, fitting, one_per_sample, spread_out
 
 
@@ -303,6 +304,33 @@ def test_an_embedding_of_a_folded_batch(kind: type[Choices], source: str | None,
     assert torch.allclose(explainer(more, target=0).bias, right_source(model, more, 0)[1])
 
 
+def test_neurons_behind_a_folded_batch() -> None:
+    class Later(Choices):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.last(super().forward(ids)).relu()
+
+    model, ids = Later().double(), torch.randint(0, 60, (2, 3, 7), generator=torch.Generator().manual_seed(0))
+    found = frpc.compile(model, (ids,), verify="always").neuron("last", (1,), ids)
+    value = model.last(Choices.forward(model, ids))[:, 1].detach()
+    assert torch.allclose(found.output, value)
+    assert torch.allclose(found.relevance.reshape(2, -1).sum(1), value)
+    assert torch.allclose(torch.stack([found.map(0).sum(), found.map(1).sum()]), value)
+    assert found.conservation is not None
+    assert found.conservation.shape == (2,)
+
+
+def test_a_folded_batch_is_not_saved(tmp_path: Path) -> None:
+    """A file has no words for where its samples are."""
+    ids = torch.randint(0, 60, (2, 3, 7), generator=torch.Generator().manual_seed(0))
+    for kind in (Choices, TimeMajor):
+        with pytest.raises(ProgramFileError, match="does not hold one entry for each sample, samples first"):
+            frpc.compile(kind(), (ids,)).save(tmp_path / "folded.frpc")
+
+
 def test_inner_layers_of_a_folded_batch() -> None:
     model, ids = Choices().double(), torch.randint(0, 60, (2, 3, 7), generator=torch.Generator().manual_seed(0))
     explainer = frpc.compile(model, (ids,))
@@ -443,6 +471,15 @@ def test_what_could_not_be_tried_is_said() -> None:
         "inputs of two samples"
     ]
     assert not frpc.compile(Coded(), (torch.randn(2, 4), torch.tensor([[3], [4]]))).refusals
+
+
+def test_one_loss_for_each_sample() -> None:
+    """An operator of several results, the first of which holds one number for each sample."""
+    model = Function(lambda x, y: nn.functional.cross_entropy(x, y, reduction="none"))
+    x, y = randn(4, 3), torch.tensor([0, 1, 2, 1])
+    found = frpc.compile(model, (x, y))(x, y)
+    assert torch.allclose(found.output, model(x, y))
+    assert torch.allclose(found.relevance.sum(1), found.output)
 
 
 # The pieces -------------------------------------------------------------------------------------------------------------

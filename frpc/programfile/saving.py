@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from frpc.capture import InputSpec
 from frpc.errors import OptionError, ProgramFileError
-from frpc.graph import describe
+from frpc.graph import describe, first_result
 from frpc.lineage import Lineage
 from frpc.pipeline import Compiled
 from frpc.programfile.constants import check_calls, write_entries
@@ -23,6 +23,7 @@ from frpc.programfile.questions import question_of, write_question, write_top
 from frpc.programfile.values import FaultError, write_value
 from frpc.programs import Programs, Signature
 from frpc.rules.ruleset import RuleSet
+from frpc.samples import place_of
 
 __all__ = ["named_tensors", "save"]
 
@@ -46,6 +47,7 @@ def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path
         for many in (False, True) if columns else (False,):
             programs.compiled_for(signature, programs.asked(columns=many))
     saved = [(signatures.index(s), found) for (s, query), found in programs.compiled.items() if question_of(query) is not None]
+    _demand_samples_first(programs, saved)
     model = named_tensors(programs.model) if weights == "reference" else None
     try:
         gathered = gather(_tensors(programs, saved), lambda t: _lineage(programs, t), model)
@@ -55,6 +57,22 @@ def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path
         raise ProgramFileError(f"{programs.model_name} cannot be saved: it holds {fault}.") from fault
     write(target, document, gathered.stored)
     return target
+
+
+def _demand_samples_first(programs: Programs, saved: Sequence[Saved]) -> None:
+    """Refuses programs whose maps do not hold samples first: a file has no words for where they are.
+
+    Raises:
+        ProgramFileError: names the source or the layer.
+    """
+    for _, compiled in saved:
+        inner = bool(compiled.plan.query.layers)
+        for node, place in zip(compiled.plan.wanted, compiled.places, strict=True):
+            if place.axis or place.outer != 1 or (place.factor != 1 and not inner):
+                raise ProgramFileError(
+                    f"{programs.model_name} cannot be saved: relevance of {describe(first_result(node.meta['val']))} does not "
+                    f"hold one entry for each sample, samples first.\n    {place_of(node)}\n  Name another source with source=."
+                )
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
