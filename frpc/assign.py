@@ -12,6 +12,7 @@ from torch import fx
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule, bind, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
+from frpc.coded import refuse_codes
 from frpc.constants import cure
 from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.graph import describe, origin_of
@@ -145,11 +146,16 @@ def assign(
         source: see :func:`frpc.carriers.find_sources`.
         of: module path of the layer whose neurons are explained; empty for the model's output.
         layers: module paths of inner layers that are asked about.
+
+    Raises:
+        SourceError: if elements of an input are codes, and it was not said what is asked about; see :mod:`frpc.coded`.
     """
     sources = find_sources(graph_module.graph, source)
     explained = _explained(graph_module.graph, of)
     starts = [*sources, *(n for n in graph_module.graph.nodes if layers and stopped_by(n) == "")]
     live = _live(graph_module, rules, constant, starts, of)
+    if source is None and not rules.account.gradients and not layers:  # a gradient by a code is 0, as autograd's
+        refuse_codes(graph_module.graph, sources, live)
     batches = batches_of(graph_module.graph, fixed_batch)
     positive, reading = never_negative(graph_module.graph), _reading(graph_module.graph, sources)
     found: dict[fx.Node, Assigned] = {}
