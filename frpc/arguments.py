@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frpc.capture import snapshot
 from frpc.errors import InputError, OptionError, ShapeError, TargetError
+from frpc.snapshot import snapshot
 from frpc.torch_compat import version_of
 
 __all__ = [

@@ -27,30 +27,35 @@ __all__ = ["ask_layer", "ask_neurons"]
 
 
 def ask_neurons(
-    programs: Programs, layer: str, indices: Sequence[tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
+    programs: Programs, layer: str, indices: Sequence[int | tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
 ) -> Explanation:
     """Explains K neurons of a layer; see :meth:`frpc.Explainer.neurons`."""
+    places = [_place(index) for index in indices]
     front = programs.front(inputs)
     programs.check_layers(front, (layer,))
     with programs.reading_graphs():
         _demand_samples_first(front, layer)
         example = empty_like(layer_example(front, layer))
     sizes = [int(n) for n in example.shape[1:]]
-    seeds = [make_seed(tuple(index), None, example, int(inputs[0].shape[0]))[0] for index in indices]
+    seeds = [make_seed(index, None, example, int(inputs[0].shape[0]))[0] for index in places]
     if not seeds:
         raise InputError(f"Name at least one neuron of {layer} {sizes}.")
-    if (found := _cones(programs, front, layer, indices, inputs, strategy)) is not None:
+    if (found := _cones(programs, front, layer, places, inputs, strategy)) is not None:
         return found
     compiled = programs.program(front, inputs, programs.asked(columns=True, of=layer))
     functional = torch.stack(seeds)
     values, *relevances, bias = results = programs.run(compiled, inputs, functional)
     balance = programs.balance(compiled, inputs, functional, results)
     relevances = [r.movedim(0, 1) for r in relevances]
-    places: list[Any] = [(slice(None), *index) for index in indices]
-    chosen = torch.stack([values[place] for place in places], 1)
+    chosen = torch.stack([values[(slice(None), *place)] for place in places], 1)
     maps = relevances[0] if len(relevances) == 1 else tuple(relevances)
     errors = None if balance is None else balance.errors.movedim(0, 1)
     return Explanation(chosen, maps, bias.movedim(0, 1), tuple(inputs), errors, compiled.places)
+
+
+def _place(index: Any) -> tuple[Any, ...]:
+    """Reads a neuron's index: a number where the layer has one dimension."""
+    return tuple(index) if isinstance(index, Sequence) or getattr(index, "ndim", False) else (index,)
 
 
 def _demand_samples_first(front: Front, layer: str) -> None:

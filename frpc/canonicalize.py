@@ -23,8 +23,8 @@ from frpc.fused import (
     expand_similarities,
     unify_norms,
 )
-from frpc.moving import select_to_slice_scatter, split_to_slices, stack_to_cat, unroll_circular_pads
-from frpc.precision import keep_float64
+from frpc.moving import drop_blank_operands, select_to_slice_scatter, split_to_slices, stack_to_cat, unroll_circular_pads
+from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
 from frpc.recovered import recover_shrinks, unify_shuffles
 from frpc.recurrent import unroll_recurrent_layers
 from frpc.sliding import expose_winners, unify_convolutions
@@ -38,6 +38,8 @@ PASSES: tuple[Pass, ...] = (
     refuse_random,
     remove_assertions,
     keep_float64,
+    norms_in_one_type,
+    promote_explicitly,
     remove_copies,
     unify_convolutions,
     unroll_recurrent_layers,
@@ -48,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     unroll_circular_pads,
     select_to_slice_scatter,
     stack_to_cat,
+    drop_blank_operands,
     expand_gated_linear_units,
     expand_attention,
     expand_products_added,

@@ -7,15 +7,13 @@ there is one output tensor, the one to be explained.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
-import traceback
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,24 +21,18 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from frpc import stopped
+from frpc import stopped, tracing
 from frpc.composed import AT_CAPTURE
-from frpc.errors import (
-    CaptureError,
-    EmptyBatchError,
-    InputError,
-    NonFiniteError,
-    OptionError,
-    TrainingModeError,
-    WeightsError,
-    nearest,
-)
-from frpc.graph import Origin, set_layers
+from frpc.errors import EmptyBatchError, FrpcError, Gap, InputError, NonFiniteError, UnsupportedOpError, WeightsError, nearest
+from frpc.graph import Origin, describe, name_layers, origin_of
+from frpc.reasons import StoppedError, failure, first_line, quiet_logs
+from frpc.regions import enter_regions
 from frpc.stopped import settle, watching
-from frpc.torch_compat import FakeTensorMode, fake_mode_of, pytree
+from frpc.torch_compat import FakeTensorMode, HigherOrderOperator, fake_mode_of, fixed_size
+from frpc.tracing import Traced, tensors_by_name
 from frpc.values import all_hold, is_traced, whole
 
-__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_finite", "snapshot", "tensors_of", "tree"]
+__all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_decisive", "check_finite", "tensors_of", "tree"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,7 @@ class Captured:
         fake_mode: the mode the nodes' example values live in.
         model_name: class name of the user's module.
         static_batch_reason: why the batch size is fixed, or None where it is free.
+        decisive: tensors of the model, by name, whose values shaped the graph (a mask that became indices), as they were.
     """
 
     graph_module: fx.GraphModule
@@ -79,32 +72,7 @@ class Captured:
     fake_mode: FakeTensorMode
     model_name: str
     static_batch_reason: str | None
-
-
-def snapshot(model: nn.Module) -> nn.Module:
-    """Returns a copy of the module in evaluation mode; the original keeps its mode, parameters and hooks.
-
-    Raises:
-        TrainingModeError: if the module cannot be copied, or a part of it stays in training mode after ``eval()``.
-        CaptureError: if it is a TorchScript module.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("This is a TorchScript module, which torch.export does not take: compile the module it was made from.")
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise TrainingModeError(
-            f"{type(model).__name__} cannot be copied ({error}), so it cannot be put into evaluation mode without changing "
-            "yours. Detach tensors kept on the module that need gradients, or define __deepcopy__."
-        ) from error
-    copied.eval()
-    training = [name or "(the model itself)" for name, part in copied.named_modules() if part.training]
-    if training:
-        raise TrainingModeError(
-            f"{', '.join(training[:5])} of {type(model).__name__} stays in training mode after eval(): its train() is "
-            "overridden. Explain the model in evaluation mode: let train(False) reach every part."
-        )
-    return copied.requires_grad_(False)
+    decisive: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def argument_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
@@ -130,7 +98,7 @@ def capture(
     """Captures ``model`` at ``inputs`` as one functional ATen graph with a free batch size where the model allows it.
 
     Args:
-        model: the module, in evaluation mode: see :func:`snapshot`.
+        model: the module, in evaluation mode: see :func:`frpc.snapshot.snapshot`.
         inputs: example inputs, batch first.
         output: which output to explain, for models that return several.
         names: names to pass the inputs by, in the order of ``forward``; empty to pass them by position.
@@ -142,19 +110,21 @@ def capture(
         NonFiniteError: if an example holds NaN or Inf.
     """
     _check_examples(inputs)
-    inputs = [x.detach() for x in inputs]
-    pair = tuple(_pair(x) for x in inputs)
+    inputs = tuple(x.detach() for x in inputs)
+    traced = Traced(model, names, output)
     reason = None
-    try:
-        program = _export(model, pair, names, gradients, dynamic=True)
-    except Exception as error:
-        reason = _first_line(error)
-        program = _export_static(model, tuple(inputs), names, gradients, error)
-    graph_module = _plain_graph(program, model, output)
+    with quiet_logs():
+        try:
+            program = _export(traced, tuple(_pair(x) for x in inputs), gradients, dynamic=True)
+        except Exception as error:
+            reason = first_line(error)
+            program = _export_static(traced, inputs, gradients, error)
+    graph_module = _plain_graph(program, traced)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     specs = tuple(_spec(node, reason is None) for node in placeholders)
     modes = [fake_mode_of(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), Tensor)]
-    return Captured(graph_module, specs, modes[0], type(model).__name__, reason)
+    decisive = {name: value.clone() for name, value in tensors_by_name(model) if name in traced.decisive}
+    return Captured(graph_module, specs, modes[0], type(model).__name__, reason, decisive)
 
 
 def _check_examples(inputs: Sequence[Tensor]) -> None:
@@ -194,92 +164,113 @@ def _pair(x: Tensor) -> Tensor:
     return torch.cat([x[:1], x[:1]]) if x.shape[0] == 1 else x[:2]
 
 
-def _export(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], gradients: bool, dynamic: bool
-) -> ExportedProgram:
+def _export(traced: Traced, inputs: tuple[Tensor, ...], gradients: bool, dynamic: bool) -> ExportedProgram:
     batch = Dim("batch", min=1)
-    named = dict(zip(names, inputs, strict=True)) if names else {}
-    shapes: Any = {n: {0: batch} for n in names} if names else _positional(model, [{0: batch} for _ in inputs])
-    with torch.no_grad(), _quiet("The tensor attributes"):  # recurrent layers note their weights anew at every call
-        with watching(model, gradients):
-            program = torch.export.export(
-                model, () if names else inputs, named, dynamic_shapes=shapes if dynamic else None, strict=False
-            )
-        return program.run_decompositions(
-            dict(AT_CAPTURE)
-        )  # functional: in-place operators become plain ones, little else changes
+    shapes: Any = (tuple({0: batch} for _ in inputs),) if dynamic else None
+    with torch.no_grad(), _quiet("The tensor attribute"):  # recurrent layers note their weights again at every call
+        with watching(traced.model, gradients):
+            program = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
+        enter_regions(program.graph_module)
+        program = program.run_decompositions(dict(AT_CAPTURE))  # functional: in-place operators become plain ones, little else
+    if dynamic:
+        _demand_free_batch(program)
+    return program
 
 
-def _positional(model: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:
-    """Lays shapes out as torch.export wants them: what ``forward(self, *x)`` takes is one tuple."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
-    rest = (tuple(shapes[first:]),) if len(shapes) > first else ()
-    return (*shapes[:first], *rest)
+def _demand_free_batch(program: ExportedProgram) -> None:
+    """Makes sure that no operator has fixed the batch at the size of the example on the way.
+
+    Raises:
+        RuntimeError: if one has.
+    """
+    kinds = {s.arg.name: s.kind for s in program.graph_signature.input_specs}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if kinds[node.name] is InputKind.USER_INPUT and fixed_size(node.meta["val"].shape[0]) is not None:
+            raise RuntimeError("an operator of the model is written for the batch size it is captured with")
 
 
-def _export_static(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], gradients: bool, first: Exception
-) -> ExportedProgram:
+def _export_static(traced: Traced, inputs: tuple[Tensor, ...], gradients: bool, first: Exception) -> ExportedProgram:
+    if isinstance(first, StoppedError) and isinstance(first.error, FrpcError):
+        raise first.error
     try:
-        return _export(model, inputs, names, gradients, dynamic=False)
-    except CaptureError:  # it says what is wrong in the model
-        raise
+        return _export(traced, inputs, gradients, dynamic=False)
     except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}\n"
-            f"  at {_user_line(error)}\n"
-            f"{_PACKED if _is_packed(error) else ''}"
-            "  Try: replace data-dependent Python branches and .item() by tensor operators (torch.where), keep numpy out of "
-            "forward, and pass every varying quantity as an input."
-        ) from first
+        raise failure(traced.model, lambda: traced.called(inputs), error) from first
 
 
-_PACKED = "  Packed sequences have sizes that depend on the lengths: call frpc.recurrent.masked(layer, x, lengths) instead.\n"
-
-
-def _is_packed(error: Exception) -> bool:
-    """Says whether an error comes out of packing a sequence, or of a layer that was given a packed one."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(f.f_code.co_filename.endswith("utils/rnn.py") or f.f_locals.get("batch_sizes") is not None for f in frames)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _user_line(error: Exception) -> str:
-    """Names the innermost frame that lies outside torch."""
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    torch_folder = torch.__path__[0]
-    user = [f for f in frames if not f[0].startswith(torch_folder) and not f[0].startswith("<") and f[0] != __file__]
-    return f"{user[-1][0]}:{user[-1][1]}" if user else "(no line of yours is in the traceback)"
-
-
-def _plain_graph(program: ExportedProgram, model: nn.Module, output: str | int | None) -> fx.GraphModule:
+def _plain_graph(program: ExportedProgram, traced: Traced) -> fx.GraphModule:
     """Rebuilds the exported graph with parameters as ``get_attr`` nodes and the explained tensor as its only output."""
     graph = fx.Graph()
     constants: dict[str, Any] = {}
     kinds = {s.arg.name: s for s in program.graph_signature.input_specs}
     copies: dict[fx.Node, fx.Node] = {}
+    explained, *returned = _results(program)
+    names, noted = _input_names(traced, program), set(returned)
     for node in program.graph.nodes:
         if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
             target = kinds[node.name].target
             assert target is not None
-            constants[target] = _constant(program, target)
+            name = target.removeprefix(_MODEL)
+            constants[name] = _constant(program, target)
             with _quiet("Attempted to insert a get_attr Node"):
-                copies[node] = graph.get_attr(target)
+                copies[node] = graph.get_attr(name)
+            copies[node].meta = dict(node.meta)
+        elif node.op == "placeholder":
+            copies[node] = graph.placeholder(names.pop(0))
             copies[node].meta = dict(node.meta)
         elif node.op == "output":
-            explained = _explained_output(program, node, output)
-            copies[node] = graph.output(copies[explained])
-        else:
+            graph.output(copies[explained])
+        elif node not in noted:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             copies[node].meta["origin"] = _origin(node)
+    _refuse_control_flow(graph)
     settle(graph)
-    set_layers(graph, {name for name, _ in model.named_modules(remove_duplicate=False) if name})
+    name_layers([(copies[_noted(note)], _origin(note).module) for note in returned], traced.returned)
+    graph.eliminate_dead_code()  # what only the copies used, and other outputs
     return fx.GraphModule(tree(constants), graph, class_name="Captured")
+
+
+def _noted(copied: fx.Node) -> fx.Node:
+    """The node that a copy was taken of; where autograd does not follow, the copy is marked."""
+    copied = copied.args[0] if copied.target is torch.ops.frpc.stop.default else copied  # type: ignore[assignment]
+    assert copied.target is torch.ops.aten.clone.default and isinstance(copied.args[0], fx.Node)
+    return copied.args[0]
+
+
+_MODEL = "model."  # what torch.export puts before the names of a model inside Traced
+
+
+def _results(program: ExportedProgram) -> list[Any]:
+    """The nodes of the explained tensor and of the copies of what modules returned."""
+    specs, node = program.graph_signature.output_specs, program.graph.output_node()
+    return [a for a, s in zip(node.args[0], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]
+
+
+def _input_names(traced: Traced, program: ExportedProgram) -> list[str]:
+    """Names the inputs as the model's ``forward`` does."""
+    if traced.names:
+        return list(traced.names)
+    count = sum(s.kind is InputKind.USER_INPUT for s in program.graph_signature.input_specs)
+    names: list[str] = []
+    for parameter in inspect.signature(traced.model.forward).parameters.values():
+        several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{parameter.name}_{i}" for i in range(count - len(names))] if several else [parameter.name]
+    return names[:count]
+
+
+def _refuse_control_flow(graph: fx.Graph) -> None:
+    """Refuses operators that take functions (``torch.cond``, ``while_loop``): what they run is not in the graph.
+
+    Raises:
+        UnsupportedOpError: naming all whose results are used.
+    """
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    found = [n for n in calls if isinstance(n.target, HigherOrderOperator) and n.users]
+    if found:
+        reason = "it runs functions that it is given, which frpc does not look into"
+        places = [(n, origin_of(n)) for n in found]
+        gaps = [Gap(n.name, str(n.target), reason, o.module, o.where, o.source, describe(n.meta.get("val"))) for n, o in places]
+        raise UnsupportedOpError(gaps, len(calls))
 
 
 @contextmanager
@@ -304,7 +295,7 @@ def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
     found: dict[str, Any] = {}
     for name, old in graph_module.named_buffers(remove_duplicate=False):
         new = _attribute(model, name)
-        if new is None and name.startswith(_LIFTED):
+        if new is None and name.rpartition(".")[2].startswith(_LIFTED):
             new = old
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
             there = "no such tensor" if not isinstance(new, Tensor) else f"{list(new.shape)} {new.dtype} on {new.device}"
@@ -314,6 +305,21 @@ def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
             )
         found[name] = new.detach()
     return tree(found)
+
+
+def check_decisive(captured: Captured, model: nn.Module) -> None:
+    """Makes sure that a model has the values that a graph was shaped by.
+
+    Raises:
+        WeightsError: naming one that differs.
+    """
+    for name, old in captured.decisive.items():
+        new = _attribute(model, name)
+        if not isinstance(new, Tensor) or new.shape != old.shape or not torch.equal(new.to(old), old):
+            raise WeightsError(
+                f"{name} of {type(model).__name__} has other values than when it was captured. The graph depends on them (a mask "
+                "that chooses elements, a number that decides a branch): compile the model again."
+            )
 
 
 _LIFTED = ("lifted_tensor_", "c_lifted_tensor_", "_tensor_constant")  # names that torch.export gives to literals
@@ -340,54 +346,14 @@ def tree(constants: dict[str, Any]) -> nn.Module:
     return root
 
 
-def _explained_output(program: ExportedProgram, node: fx.Node, output: str | int | None) -> fx.Node:
-    """Picks the tensor to explain: the one named by ``output``, else ``logits``, else the only floating one."""
-    specs = program.graph_signature.output_specs
-    user = [a for a, s in zip(node.args[0], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]  # type: ignore[arg-type]
-    out_spec = program.call_spec.out_spec
-    assert out_spec is not None
-    structure = pytree.tree_unflatten(user, out_spec)
-    if output is not None:
-        chosen = _entry(structure, output)
-    else:
-        if any(isinstance(n, fx.Node) and n.meta["val"].is_complex() for n in user) and len(user) == 1:
-            raise OptionError(
-                "The model's output is complex, and relevance is a share of real numbers: return z.abs(), or z.real."
-            )
-        floating = [n for n in user if isinstance(n, fx.Node) and n.meta["val"].is_floating_point()]
-        logits = structure.get("logits") if isinstance(structure, dict) else getattr(structure, "logits", None)
-        if len(floating) != 1 and logits is None:
-            raise OptionError(
-                f"The model returns {len(user)} tensors ({_outline(structure)}): say which to explain with output=."
-            )
-        chosen = floating[0] if logits is None else logits
-    if not isinstance(chosen, fx.Node) or not chosen.meta["val"].is_floating_point():
-        raise OptionError(f"output={output!r} is no floating-point tensor of the model's result ({_outline(structure)}).")
-    return chosen
-
-
-def _entry(structure: Any, output: str | int) -> Any:
-    try:
-        return getattr(structure, output) if isinstance(output, str) and hasattr(structure, output) else structure[output]
-    except (KeyError, IndexError, TypeError) as error:
-        raise OptionError(f"The model's result has no entry {output!r}: {_outline(structure)}.") from error
-
-
-def _outline(structure: Any) -> str:
-    if isinstance(structure, dict):
-        return "a dict with " + ", ".join(map(repr, structure))
-    if isinstance(structure, tuple | list):
-        return f"a {type(structure).__name__} of {len(structure)}"
-    return f"a {type(structure).__name__}"
-
-
 def _origin(node: fx.Node) -> Origin:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
+    paths = [entry[0].removeprefix(_MODEL) for entry in node.meta.get("nn_module_stack", {}).values()]
+    modules = tuple(path for path in paths if path not in ("", _MODEL.removesuffix(".")))
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    inside_torch = f"{torch.__path__[0]}/nn/"
-    user = [f for f in frames if not f[0].startswith((inside_torch, stopped.__file__, "<eval_with_key>"))] or frames
+    frames = [f for f in frames if not f[0].startswith((tracing.__file__, stopped.__file__, "<eval_with_key>"))]
+    user = [f for f in frames if not f[0].startswith(f"{torch.__path__[0]}/nn/")] or frames
     file, line, source = user[-1] if user else ("", "0", "")
-    return Origin(stack[-1][0] if stack else "", tuple(s[0] for s in stack if s[0]), file, int(line), source.strip())
+    return Origin(modules[-1] if modules else "", modules, file, int(line), source.strip())
 
 
 def _spec(node: fx.Node, dynamic: bool) -> InputSpec:

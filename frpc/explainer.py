@@ -52,7 +52,8 @@ class Explainer(nn.Module):
 
         Shapes:
             inputs, named: ``[B, ...]`` each, any B; by position, or all by the names the model's ``forward`` gives them.
-            target: an int, a tuple of ints for outputs of several dimensions, ``[B]`` or ``[B, K]`` class indices.
+            target: an int, a tuple of ints for outputs of several dimensions, a list with one of these for each sample, or
+                ``[B]`` or ``[B, K]`` class indices.
             seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``; beside a target,
                 how relevance starts there: ``"logit"``, ``"probability"``, ``"contrastive"``, ... (:mod:`frpc.top`).
             relevance: like the source (the input, or what ``source=`` names), or ``[B, K, ...]``.
@@ -103,7 +104,7 @@ class Explainer(nn.Module):
         return layer_relevance_of(self.programs.run(compiled, inputs, functional), columns, names)
 
     def neurons(
-        self, layer: str, indices: Sequence[tuple[int, ...]], *inputs: Tensor, strategy: str | None = None, **named: Tensor
+        self, layer: str, indices: Sequence[int | tuple[int, ...]], *inputs: Tensor, strategy: str | None = None, **named: Tensor
     ) -> Explanation:
         """Explains K neurons of a layer, for each sample.
 
@@ -111,7 +112,7 @@ class Explainer(nn.Module):
 
         Args:
             layer: module path.
-            indices: ``(c, i, j)`` of each neuron; ``(c,)`` in linear layers.
+            indices: ``(c, i, j)`` of each neuron; ``(c,)`` or ``c`` in linear layers.
             inputs: as for calling the explainer.
             strategy: ``"transposed"`` runs a whole transposed pass for each neuron, ``"windows"`` pulls each back through its
                 receptive field alone, ``"auto"`` takes the cheaper. By default what ``compile`` was told.
@@ -124,7 +125,7 @@ class Explainer(nn.Module):
         strategy = strategy or self.programs.choice.strategy
         return ask_neurons(self.programs, layer, indices, self.programs.given(inputs, named), strategy)
 
-    def neuron(self, layer: str, index: tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
+    def neuron(self, layer: str, index: int | tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
         found = self.neurons(layer, [index], *inputs, strategy=None, **named)
         relevance = found.relevance

@@ -1,7 +1,7 @@
 """What the compiler keeps on graph nodes beside torch.fx's own fields, and how it moves when nodes are replaced.
 
 ``node.meta["origin"]``  an :class:`Origin`: where the user wrote this operator;
-``node.meta["layers"]``  module paths whose output this node is;
+``node.meta["layers"]``  names of the module outputs that this node is, see :func:`entry_names`;
 ``node.meta["val"]``     the example value, a fake tensor;
 ``node.meta["samples"]`` where its samples lie, as a trial run found it (:mod:`frpc.samples`).
 """
@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -17,21 +18,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.errors import nearest
 from frpc.torch_compat import expression_of
 
 __all__ = [
     "NOWHERE",
     "Origin",
+    "Returned",
     "describe",
     "empty_like",
+    "entry_names",
     "fetch",
     "first_result",
     "free_name",
     "hold",
+    "name_layers",
     "origin_of",
     "replace",
     "replace_items",
-    "set_layers",
+    "unknown_layer",
 ]
 
 aten = torch.ops.aten
@@ -69,20 +74,77 @@ def origin_of(node: fx.Node) -> Origin:
     return found
 
 
-def set_layers(graph: fx.Graph, known: Collection[str]) -> None:
-    """Notes on each node the modules whose output it is: the last node computed inside them.
+@dataclass(frozen=True)
+class Returned:
+    """What one call of a module returned.
+
+    Attributes:
+        paths: the paths that the module has in the model.
+        order: the position of the call among all, counted where calls begin.
+        suffixes: how each floating-point tensor of the result is reached, e.g. ``[0]``; "" where the result is that tensor.
+        main: which of them the module's own name stands for; None where several might be meant.
+    """
+
+    paths: tuple[str, ...]
+    order: int
+    suffixes: tuple[str, ...]
+    main: int | None
+
+
+def entry_names(calls: Sequence[tuple[str, Returned]]) -> list[list[list[str]]]:
+    """Names what modules returned: for every call, for each of its tensors, all names.
+
+    A module's path names the tensor it returns: the only floating-point one, or the first of a tuple. Each of several is
+    ``path[0]``, ``path['logits']`` as well. Of a module that is called several times, the path is the last call, and ``path@0``,
+    ``path@1``, ... are the calls.
 
     Args:
-        graph: a captured graph.
-        known: the model's module paths; a second call of a module is captured as ``path@1``.
+        calls: the path of the module and what it returned, in order.
     """
-    last: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        for path in origin_of(node).modules:
-            if path.partition("@")[0] in known:
-                last[path] = node
-    for path, node in last.items():
-        node.meta["layers"] = (*node.meta.get("layers", ()), path)
+    total, seen = Counter(path for path, _ in calls), Counter[str]()
+    found = []
+    for path, call in calls:
+        position = seen[path]
+        seen[path] += 1
+        bases = [path] if position == total[path] - 1 else []
+        bases += [f"{path}@{position}"] if total[path] > 1 else []
+        names = [[base for base in bases if i == call.main] for i in range(len(call.suffixes))]
+        for own, suffix in zip(names, call.suffixes, strict=True):
+            own.extend(base + suffix for base in bases if suffix)
+        found.append(names)
+    return found
+
+
+def name_layers(results: Sequence[tuple[fx.Node, str]], returned: Sequence[Returned]) -> None:
+    """Notes on each node the names of the module outputs that it is; see :func:`entry_names`.
+
+    Args:
+        results: the nodes of all tensors that were returned, with the path of the module as the graph has it.
+        returned: the calls they belong to, in the same order.
+    """
+    feed = iter(results)
+    calls: list[tuple[str, Returned]] = []
+    nodes: list[list[fx.Node]] = []
+    for call in returned:
+        own = [next(feed) for _ in call.suffixes]
+        traced = {path for _, path in own} & set(call.paths)
+        calls.append((traced.pop() if len(traced) == 1 else call.paths[0], call))
+        nodes.append([node for node, _ in own])
+    names: dict[fx.Node, list[tuple[int, str]]] = {}
+    for (_, call), results_of, named in zip(calls, nodes, entry_names(calls), strict=True):
+        for node, these in zip(results_of, named, strict=True):
+            names.setdefault(node, []).extend((call.order, name) for name in these)
+    for node, found in names.items():
+        if node.op != "get_attr":  # a parameter is no result
+            node.meta["layers"] = tuple(name for _, name in sorted(found, key=lambda entry: entry[0]))
+
+
+def unknown_layer(name: str, known: Sequence[str]) -> str:
+    """Says what a name of no layer may have meant, as the tail of an error message."""
+    parts = [other for other in known if other.startswith((f"{name}[", f"{name}@"))]
+    if parts:
+        return f"it returns several tensors, each with a name: {', '.join(parts)}"
+    return nearest(name, known)
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.capture import capture, snapshot
+from frpc.capture import capture
 from frpc.errors import InputError, LayerNameError, OptionError, ShapeError, TargetError, nearest
 from frpc.explainer import Explainer
+from frpc.snapshot import snapshot
 
 __all__ = ["Feature", "feature"]
 

@@ -11,7 +11,7 @@ from torch import fx
 from frpc.editor import Editor, calls
 from frpc.graph import replace
 
-__all__ = ["select_to_slice_scatter", "split_to_slices", "stack_to_cat", "unroll_circular_pads"]
+__all__ = ["drop_blank_operands", "select_to_slice_scatter", "split_to_slices", "stack_to_cat", "unroll_circular_pads"]
 
 aten = torch.ops.aten
 
@@ -58,6 +58,22 @@ def stack_to_cat(graph_module: fx.GraphModule) -> bool:
     for node, edit, given in calls(graph_module, aten.stack.default):
         dim = given["dim"] % node.meta["val"].dim()
         replace(node, edit.call(aten.cat.default, [edit.call(aten.unsqueeze.default, a, dim) for a in given["tensors"]], dim))
+        changed = True
+    return changed
+
+
+def drop_blank_operands(graph_module: fx.GraphModule) -> bool:
+    """``cat([blank, x], d) -> x`` where ``blank`` has shape ``[0]`` and ``x`` more than one dimension: PyTorch skips it.
+
+    A blank whose type decides that of the result stays.
+    """
+    changed = False
+    for node, edit, given in calls(graph_module, aten.cat.default):
+        kept = [x for x in given["tensors"] if tuple(x.meta["val"].shape) != (0,)]
+        types = {x.meta["val"].dtype for x in kept}
+        if len(kept) == len(given["tensors"]) or types != {node.meta["val"].dtype} or node.meta["val"].dim() < 2:
+            continue
+        replace(node, kept[0] if len(kept) == 1 else edit.call(aten.cat.default, kept, given["dim"]))
         changed = True
     return changed
 

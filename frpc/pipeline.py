@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from frpc import canonicalize, optimize
 from frpc.assign import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
-from frpc.capture import Captured, capture, tensors_of, tree
+from frpc.capture import Captured, capture, check_decisive, tensors_of, tree
 from frpc.decompose import spell_out
 from frpc.editor import Editor
 from frpc.emit import emit, only_aten, varying_references
-from frpc.errors import BatchError, CompileError, ShapeError
+from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
 from frpc.folding import fold_batch_norm
 from frpc.graph import empty_like
 from frpc.lineage import Ledger
@@ -33,6 +34,7 @@ from frpc.lower.footprint import footprint
 from frpc.mixing import NODES, Trial, trial
 from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.precision import rounding
+from frpc.reasons import failure, itself
 from frpc.rules.ruleset import RuleSet
 from frpc.samples import FIRST, Batch
 from frpc.sources import demand_path, demand_samples, unreached
@@ -146,7 +148,15 @@ def front(
     captured = capture(model, inputs, output, names, gradients)
     taken = Stage("capture", time.perf_counter() - start, (), captured.graph_module)
     canonical, canonized, ledger = _canonical(captured)
-    tried = trial(canonical, inputs, captured.inputs[0].batch, apart)
+    call = functools.partial(model, **dict(zip(names, inputs, strict=True))) if names else functools.partial(model, *inputs)
+    try:
+        tried = trial(canonical, inputs, captured.inputs[0].batch, apart)
+    except FrpcError:
+        raise
+    except Exception as error:  # an operator may refuse values though it took the examples' types
+        raise failure(model, call, error, "The captured graph does not run, of") from error
+    if tried.mixing is not None and (own := itself(model, call)) is not None:
+        raise own
     unit = rounding(captured.graph_module, captured.graph_module.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
     return Front(captured, canonical, (taken, canonized), tried, ledger, _output(canonical), unit)
 
@@ -195,8 +205,10 @@ def renewed(shared: Front, model: nn.Module) -> Front:
     """Returns what queries share for other weights: the graph as it was captured, with the tensors of ``model``.
 
     Raises:
-        WeightsError: if a tensor of the graph is missing in the model, or has another shape, dtype or device there.
+        WeightsError: if a tensor of the graph is missing in the model, or has another shape, dtype or device there, or if one
+            whose values shaped the graph has others.
     """
+    check_decisive(shared.captured, model)
     old = shared.captured.graph_module
     captured = dataclasses.replace(shared.captured, graph_module=copy_graph(old, tensors_of(old, model)))
     canonical, canonized, ledger = _canonical(captured)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.errors import OptionError
-from frpc.graph import replace
+from frpc.graph import first_result, replace
 from frpc.torch_compat import enable_python_dispatcher, pytree
 
-__all__ = ["computing_in", "keep_float64", "narrowed", "rounding"]
+__all__ = ["computing_in", "keep_float64", "narrowed", "norms_in_one_type", "promote_explicitly", "rounding"]
 
 aten = torch.ops.aten
 
@@ -52,6 +54,80 @@ def keep_float64(graph_module: fx.GraphModule) -> bool:
                 node.meta["val"] = node.target(*args, **kwargs)
             stale.update(node.users)
     return bool(casts)
+
+
+_NORMS = {
+    aten.layer_norm.default: ("weight", "bias"),
+    aten.native_layer_norm.default: ("weight", "bias"),
+    aten.group_norm.default: ("weight", "bias"),
+    aten.native_group_norm.default: ("weight", "bias"),
+    aten.instance_norm.default: ("weight", "bias", "running_mean", "running_var"),
+    aten.batch_norm.default: ("weight", "bias", "running_mean", "running_var"),
+    aten.rms_norm.default: ("weight",),
+}
+
+
+def norms_in_one_type(graph_module: fx.GraphModule) -> bool:
+    """``norm(x, w, b) -> to(norm(to(x, wide), w, b), type)`` where the weights are of a wider type than x, as under autocast.
+
+    Kernels compute such a norm in the wide type and round the result once, to the type it has.
+    """
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in _NORMS:
+            continue
+        given = bind(node.target, node.args, node.kwargs)
+        x = given["input"]
+        weights = [given[name] for name in _NORMS[node.target] if given.get(name) is not None]
+        own, result = x.meta["val"].dtype, first_result(node.meta["val"]).dtype
+        wide = functools.reduce(torch.promote_types, (w.meta["val"].dtype for w in weights), own)
+        if wide == own:
+            continue
+        edit = Editor(graph_module, node)
+        given["input"] = edit.call(aten._to_copy.default, x, dtype=wide)
+        for name in _NORMS[node.target]:
+            if given.get(name) is not None and given[name].meta["val"].dtype != wide:
+                given[name] = edit.call(aten._to_copy.default, given[name], dtype=wide)
+        computed = edit.call(node.target, **given)
+        if isinstance(node.meta["val"], tuple | list):
+            for user in list(node.users):
+                item = Editor(graph_module, user).call(operator.getitem, computed, user.args[1])
+                replace(user, _as_type(graph_module, user, item, user.meta["val"].dtype))
+            graph_module.graph.erase_node(node)
+        else:
+            replace(node, _as_type(graph_module, node, computed, result))
+        changed = True
+    return changed
+
+
+def promote_explicitly(graph_module: fx.GraphModule) -> bool:
+    """``f(x, y) -> f(to(x, type), y)`` where an operator takes floating-point types that differ, and promotes x to the other.
+
+    What comes back through the operator is then cast where the value was. A tensor without dimensions promotes nothing and stays.
+    """
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        example = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(example, Tensor) or node.target in _CASTS:
+            continue
+        types = {n: n.meta["val"].dtype for n in node.all_input_nodes if _takes_part(n.meta["val"])}
+        if len(set(types.values())) < 2 or functools.reduce(torch.promote_types, types.values()) != example.dtype:
+            continue
+        for other, dtype in types.items():
+            if dtype != example.dtype:
+                node.replace_input_with(other, _as_type(graph_module, node, other, example.dtype))
+                changed = True
+    return changed
+
+
+def _takes_part(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _as_type(graph_module: fx.GraphModule, before: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if value.meta["val"].dtype == dtype:
+        return value
+    return Editor(graph_module, before).call(aten._to_copy.default, value, dtype=dtype)
 
 
 def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:

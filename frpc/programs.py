@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from frpc import pipeline
 from frpc.assign import Assignment
-from frpc.capture import argument_order, snapshot
-from frpc.errors import InputError, LayerNameError, nearest
+from frpc.capture import argument_order
+from frpc.errors import InputError, LayerNameError
 from frpc.finite import demand_finite
-from frpc.graph import empty_like, first_result
+from frpc.graph import empty_like, first_result, unknown_layer
 from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
 from frpc.precision import computing_in
 from frpc.running import Form, run
+from frpc.snapshot import snapshot
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Logit
 from frpc.torch_compat import copied_by
@@ -211,7 +212,7 @@ class Programs:
         with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the model that it is being compiled
             if self.compiled.get((signature, compiled.plan.query)) is not compiled:
                 return  # the model has been renewed since this call began
-            model, front = Model(self.model, self._names or ()), self.fronts[signature]
+            model, front = Model(self.model, self._names or (), self.choice.output), self.fronts[signature]
             known = signature in self._apart
             if compiled.pending == 1:
                 reason = verify(compiled, front, model, given, functional, results, known)
@@ -270,7 +271,7 @@ class Programs:
         known = layer_names(front)
         for name in names:
             if name not in known:
-                raise LayerNameError(f"{self.model_name} has no layer {name!r}; {nearest(name, known)}.")
+                raise LayerNameError(f"{self.model_name} has no layer {name!r}; {unknown_layer(name, known)}.")
 
     def settle(self, inputs: Sequence[Tensor]) -> None:
         """Compiles for inputs like these, checks the program against the model, and takes no other shapes from then on."""
@@ -295,7 +296,7 @@ class Programs:
             fresh = self._snapshot(model)
             fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
             for front in fronts.values():
-                confirm(front, Model(fresh, self._names or ()))
+                confirm(front, Model(fresh, self._names or (), self.choice.output))
             programs = {
                 (signature, query): pipeline.compile_query(fronts[signature], self.choice, query)
                 for signature, query in self.compiled

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from frpc.arguments import versions
-from frpc.capture import snapshot
 from frpc.compiler import compile
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
+from frpc.snapshot import snapshot
 
 __all__ = ["Explain", "explain"]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from frpc.errors import CompileError
+from frpc.errors import CompileError, FrpcError
 from frpc.lineage import Ledger
+from frpc.reasons import pass_failure
 from frpc.torch_compat import buffers_of, submodules_of
 
 __all__ = ["Clock", "Stage", "copy_graph", "named", "run_passes"]
@@ -71,7 +72,12 @@ def run_passes(
     results = []
     for one_pass in passes:
         with nullcontext() if ledger is None else ledger.recording():
-            results.append(one_pass(graph_module))
+            try:
+                results.append(one_pass(graph_module))
+            except FrpcError:
+                raise
+            except Exception as error:
+                raise pass_failure(one_pass.__name__, error) from error
         try:
             graph_module.graph.lint()
         except RuntimeError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from frpc.values import all_hold, is_traced, is_transformed, whole
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 
-Target = int | tuple[int, ...] | Tensor
+Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | np.ndarray
 
 
 def check_inputs(inputs: Sequence[Tensor], specs: Sequence[InputSpec]) -> None:
@@ -61,7 +63,8 @@ def make_seed(target: Target | None, seed: Tensor | None, like: Tensor, batch: i
     Shapes: the output is ``[B, *O]``. The seed comes back ``[B, *O]``, or ``[K, B, *O]`` with columns.
 
     Args:
-        target: an int, a tuple of ints (outputs of several dimensions), ``[B]`` or ``[B, K]`` class indices.
+        target: an int, a tuple of ints (outputs of several dimensions), a list with one of these for each sample, ``[B]`` or
+            ``[B, K]`` class indices as a tensor or array.
         seed: instead of a target, ``[B, *O]`` or ``[B, K, *O]``.
         like: a tensor with the output's dtype, device and sizes beyond the batch (the batch itself may be anything).
         batch: number of samples.
@@ -77,6 +80,10 @@ def make_seed(target: Target | None, seed: Tensor | None, like: Tensor, batch: i
         )
     if seed is not None:
         return _from_seed(seed, like, sizes, batch)
+    if isinstance(target, list):
+        return _from_list(target, like, sizes, batch)
+    if isinstance(target, np.ndarray):
+        target = torch.as_tensor(target)
     if isinstance(target, Tensor):
         return _from_indices(target, like, sizes, batch)
     one = like.new_zeros([1, *sizes])
@@ -94,7 +101,7 @@ def _as_index(target: object, sizes: Sequence[int]) -> tuple[int, ...]:
     """Reads an int, or a tuple of ints; numpy's count too, and None stands for the only output there is."""
     if target is None:
         return (0,) * len(sizes)
-    entries = tuple(target) if isinstance(target, tuple | list) else (target,)
+    entries = target if isinstance(target, tuple) else (target,)
     try:
         if any(isinstance(i, bool) for i in entries):
             raise TypeError
@@ -112,6 +119,18 @@ def _check_index(index: tuple[int, ...], sizes: Sequence[int]) -> None:
     for i, size in zip(index, sizes, strict=True):
         if not 0 <= i < size:
             raise TargetError(f"Target {i} is out of range: the output {_outline(sizes)} has indices 0 to {size - 1}.")
+
+
+def _from_list(targets: list[Any], like: Tensor, sizes: Sequence[int], batch: int) -> tuple[Tensor, bool]:
+    """One target for each sample."""
+    if len(targets) != batch:
+        raise TargetError(f"target lists {len(targets)} targets for {batch} samples: a list holds one for each sample.")
+    seed = like.new_zeros([batch, *sizes])
+    for sample, target in enumerate(targets):
+        index = _as_index(target, sizes)
+        _check_index(index, sizes)
+        seed[(sample, *index)] = 1
+    return seed, False
 
 
 def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int) -> tuple[Tensor, bool]:

@@ -7,7 +7,8 @@ for that, and another looks up every name of :data:`PRIVATE`, so that a release 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,35 +16,41 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "PRIVATE",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
     "Private",
     "ShapeEnv",
     "SubgraphMatcher",
     "TorchDispatchMode",
+    "WeakTensorKeyDictionary",
     "aoti_compile",
     "aoti_load",
     "assert_async",
     "buffers_of",
     "builtin_of",
+    "called_apart",
     "copied_by",
     "enable_python_dispatcher",
     "expression_of",
     "fake_mode_of",
+    "fixed_size",
     "flat_weights",
     "forward_class",
     "get_decompositions",
+    "has_autocast_kernel",
     "has_composite_kernel",
     "hint_of",
     "in_dispatch_mode",
@@ -53,6 +60,7 @@ __all__ = [
     "is_view",
     "is_wrapped",
     "make_fx",
+    "outside_the_trace",
     "overload_name",
     "pytree",
     "schema_of",
@@ -86,6 +94,12 @@ class Private:
 PRIVATE = (
     Private("torch._ops.OpOverload", "operators in graphs, and keys of the tables of rules"),
     Private("torch._ops.OpOverloadPacket", "an operator with all its overloads, in what users ask for"),
+    Private("torch._ops.HigherOrderOperator", "operators that take functions, like torch.cond"),
+    Private("torch.ops.aten.relu.default._op_dk", "calls the operators that one is made of"),
+    Private("torch._C._DisablePythonDispatcher", "calls the operators that one is made of, though it is to stay whole"),
+    Private("torch._C.DisableTorchFunction", "computes what is known beside a trace"),
+    Private("torch.utils._python_dispatch._disable_current_modes", "computes what is known beside a trace"),
+    Private("torch.fx.experimental.sym_node.SymNode.maybe_as_int", "has an operator fixed the batch size?"),
     Private("torch.ops.aten.relu.default._schema", "names, types and aliasing of an operator's arguments and results"),
     Private("torch.ops.aten.relu.default._overloadname", "finds the form of an operator that does not write in place"),
     Private("torch.ops.aten.relu.default._op", "calls an operator with less of Python in between"),
@@ -162,6 +176,18 @@ def has_composite_kernel(op: OpOverload) -> bool:
     return found
 
 
+def has_autocast_kernel(op: OpOverload, device: str) -> bool:
+    """Says whether autocast knows what to cast for an operator on a kind of device."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), f"Autocast{device.upper()}")
+    return found
+
+
+def called_apart(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """Calls the operators that an operator is made of, also where ``torch.export`` has it stay whole."""
+    with torch._C._DisablePythonDispatcher():
+        return op._op_dk(_COMPOSITE, *args, **kwargs)
+
+
 # ---- example values and free sizes ------------------------------------------------------------------------------
 
 
@@ -184,6 +210,12 @@ def expression_of(size: torch.SymInt) -> Any:
 def hint_of(size: torch.SymInt) -> Any:
     """Returns the example's number where a size is free; None where no example decided it."""
     return size.node.hint
+
+
+def fixed_size(size: Any) -> int | None:
+    """Returns the number that a size is, or None where it is free."""
+    found: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
+    return found
 
 
 def symbolic(mode: FakeTensorMode, shape: Sequence[int], name: str, free: Sequence[bool]) -> Tensor:
@@ -217,6 +249,13 @@ def traced_graph() -> fx.Graph:
 def in_dispatch_mode() -> bool:
     """Says whether something sees every operator that this thread runs."""
     return bool(_get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def outside_the_trace() -> Iterator[None]:
+    """Computes with real tensors inside, as if nothing traced this thread."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
 
 
 def assert_async(condition: Tensor, message: str) -> None:

@@ -12,10 +12,10 @@ Methods that follow no constants have no such account: of them the output and th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from frpc.capture import InputSpec
 from frpc.errors import BatchError, CompileError, ConservationError, OptionError
 from frpc.pipeline import Compiled, Front
 from frpc.samples import one_per_sample, place_of, spread_out
-from frpc.torch_compat import pytree
+from frpc.tracing import explained_output, returned_by
 
 __all__ = [
     "VERIFY",
@@ -71,17 +71,19 @@ class Model:
     Attributes:
         module: the copy that graphs are captured from.
         names: names to pass inputs by; empty to pass them by position.
+        output: which of several outputs is explained.
     """
 
     module: nn.Module
     names: Sequence[str] = ()
+    output: str | int | None = None
 
     def tensors(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Runs it on copies, since it may write to what it is given, and returns the tensors of its result."""
+        """Runs it on copies, since it may write to what it is given, and returns the output that is explained."""
         given = [x.detach().clone() for x in inputs]
         with torch.no_grad():
             found = self.module(**dict(zip(self.names, given, strict=True))) if self.names else self.module(*given)
-        return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
+        return [explained_output(found, self.output)]
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,15 @@ def verify(
     """
     query = compiled.plan.query
     asked = (query.of,) if query.of else query.layers
-    with _watched(model.module, asked) as layers:
+    watched: AbstractContextManager[dict[str, Tensor]] = returned_by(model.module) if asked else nullcontext({})
+    with watched as layers:
         given = model.tensors(inputs)
     if not query.of:
         _demand_same(shared, model, inputs, results[0], given, "")
     values = [results[0]] if query.of else results[len(results) - len(query.layers) :] if query.layers else []
     for name, value in zip(asked, values, strict=True):
-        if name in layers and any(x.shape == value.shape for x in layers[name]):
-            _demand_same(shared, model, inputs, value, layers[name], name)
+        if name in layers and layers[name].shape == value.shape:
+            _demand_same(shared, model, inputs, value, [layers[name]], name)
     reason = None if apart else held_apart(shared, model, inputs)
     balance = account_of(compiled, functional, results)
     if balance is not None:
@@ -192,30 +195,6 @@ def _demand_alike(shared: Front, inputs: Sequence[Tensor], part: Sequence[int], 
 
 
 # ---- outputs -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects what layers return while a model runs; the second call of ``path`` is ``path@1``, as in captured graphs."""
-    found: dict[str, list[Tensor]] = {}
-    calls: dict[str, int] = {}
-    parts = dict(module.named_modules(remove_duplicate=False))
-
-    def hook(path: str) -> Any:
-        def keep(_: nn.Module, inputs: Any, output: Any) -> None:
-            count = calls[path] = calls.get(path, -1) + 1
-            tensors = [x.detach().clone() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-            found[f"{path}@{count}" if count else path] = tensors
-
-        return keep
-
-    paths = {name.partition("@")[0] for name in names}
-    handles = [parts[path].register_forward_hook(hook(path)) for path in paths if path in parts]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Tensor, given: Sequence[Tensor], layer: str) -> None:

@@ -12,7 +12,7 @@ from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
 from frpc.decompose import expand_composites, spell_out
 from frpc.folding import fold_batch_norm
-from frpc.precision import keep_float64
+from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
 from frpc.recurrent import unroll_recurrent_layers
 from rewrites import Line, Rewrite
 
@@ -62,6 +62,10 @@ def hard(x: Any, bound: float = 0.5, taken: Any = 0, kept: Any = None, compare: 
     return aten.where.ScalarSelf(compare(aten.abs.default(x), bound), taken, x if kept is None else kept)
 
 
+def half(x: Any) -> Any:
+    return aten._to_copy.default(x, dtype=torch.bfloat16)
+
+
 # fmt: off
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite(trimming.refuse_random, (), (
@@ -88,6 +92,32 @@ REWRITES: tuple[Rewrite, ...] = (
         Line("cast of bools", lambda c, x: aten._to_copy.default(aten.gt.Scalar(x, 0), dtype=torch.float32), (V,)),
         Line("its bits are read", lambda c, x: aten.view.dtype(aten._to_copy.default(x, dtype=torch.float32), torch.int32), (V,)),
     ), bound=1e-5, widens=True),
+    Rewrite(norms_in_one_type, (
+        Line("layer norm", lambda c, x: aten.layer_norm.default(half(x), [4], c(4), c(4)), (V,)),
+        Line("without a bias", lambda c, x: aten.layer_norm.default(half(x), [4], c(4), None), (V,)),
+        Line("group norm", lambda c, x: aten.group_norm.default(half(x), 1, c(2), c(2)), ((2, 5),)),
+        Line("batch norm", lambda c, x: aten.batch_norm.default(
+            half(x), c(4), c(4), c(torch.zeros(4)), c(torch.ones(4)), False, 0.1, 1e-5, False), (V,)),
+    ), (
+        Line("of one type", lambda c, x: aten.layer_norm.default(x, [4], c(4), c(4)), (V,)),
+        Line("half throughout", lambda c, x: aten.layer_norm.default(
+            half(x), [4], c(4, dtype=torch.bfloat16), c(4, dtype=torch.bfloat16)), (V,)),
+        Line("without weights", lambda c, x: aten.layer_norm.default(half(x), [4]), (V,)),
+    ), dtype=torch.float32, bound=1e-2),
+    Rewrite(promote_explicitly, (
+        Line("a sum", lambda c, x: aten.add.Tensor(x, aten._to_copy.default(x, dtype=torch.float32)), (V,)),
+        Line("a constant", lambda c, x: aten.mul.Tensor(c(4, dtype=torch.float32), x), (V,)),
+        Line("side by side", lambda c, x: aten.cat.default([aten._to_copy.default(x, dtype=torch.float32), x], 1), (V,)),
+        Line("one or the other",
+             lambda c, x: aten.where.self(aten.gt.Scalar(x, 0), x, aten._to_copy.default(x, dtype=torch.float32)), (V,)),
+    ), (
+        Line("of one type", lambda c, x: aten.add.Tensor(x, x), (V,)),
+        Line("a number", lambda c, x: aten.mul.Tensor(x, 2.0), (V,)),
+        Line("a tensor without dimensions", lambda c, x: aten.mul.Tensor(x, c(torch.tensor(0.3, dtype=torch.float32))), (V,)),
+        Line("integers", lambda c, x: aten.mul.Tensor(x, aten._to_copy.default(aten.gt.Scalar(x, 0), dtype=torch.int64)), (V,)),
+        Line("a norm of half in weights of float32", lambda c, x: aten.layer_norm.default(
+            aten._to_copy.default(x, dtype=torch.bfloat16), [4], c(4, dtype=torch.float32), None), (V,)),
+    )),
     Rewrite(trimming.remove_copies, (
         Line("dropout", lambda c, x: aten.dropout.default(x, 0.5, False), (V,)),
         Line("dropout of nothing", lambda c, x: aten.dropout.default(x, 0.0, True), (V,)),
@@ -231,6 +261,18 @@ REWRITES: tuple[Rewrite, ...] = (
     ), (
         Line("side by side", lambda c, x: aten.cat.default([x, x], -1), (V,)),
         Line("one below the other", lambda c, x: aten.hstack.default([x, x]), (V,)),
+    )),
+    Rewrite(moving.drop_blank_operands, (
+        Line("in front", lambda c, x: aten.cat.default([c(torch.zeros(0, dtype=torch.float64)), x], 1), (S,)),
+        Line("behind two", lambda c, x: aten.cat.default([x, x, c(torch.zeros(0, dtype=torch.float64))], -1), (S,)),
+        Line("of another type, which decides nothing",
+             lambda c, x: aten.cat.default([c(torch.zeros(0, dtype=torch.float32)), x], 1), (S,)),
+    ), (
+        Line("nothing is blank", lambda c, x: aten.cat.default([x, x], 1), (S,)),
+        Line("no columns", lambda c, x: aten.cat.default([aten.slice.Tensor(x, 1, 0, 0), x], 1), (V,)),
+        Line("its type decides",
+             lambda c, x: aten.cat.default(
+                 [c(torch.zeros(0, dtype=torch.float64)), aten._to_copy.default(x, dtype=torch.float32)], 1), (S,)),
     )),
     Rewrite(fused.expand_gated_linear_units, (
         Line("of channels", lambda c, x: aten.glu.default(x, 1), (S,)),

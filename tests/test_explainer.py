@@ -711,12 +711,12 @@ def test_a_shared_module_counts_each_use() -> None:
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Linear(2, 2)
-    model.cached = model.weight * 2
+    model.lock = threading.Lock()
     with pytest.raises(
         TrainingModeError, match=r"Linear cannot be copied \(.*\), so it cannot be put into evaluation mode"
     ) as error:
         frpc.compile(model, (torch.ones(1, 2),))
-    assert "Detach tensors kept on the module" in str(error.value)
+    assert "Take off the module what cannot be copied (locks, files, generators)" in str(error.value)
 
 
 def test_a_model_that_stays_in_training_mode() -> None:

@@ -14,13 +14,14 @@ import frpc
 from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
 from frpc.bags import expand_embedding_bags
-from frpc.capture import capture, snapshot
+from frpc.capture import capture
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
 from frpc.pipeline import front
-from frpc.precision import keep_float64
+from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
 from frpc.recurrent import unroll_recurrent_layers
+from frpc.snapshot import snapshot
 from frpc.stages import copy_graph
 from graphs import calls, randn
 
@@ -264,9 +265,12 @@ def test_canonicalization(name: str) -> None:
 def test_every_canonicalization_has_a_test() -> None:
     tested = {one_pass for one_pass, *_ in CANONICAL.values()} | {
         trimming.refuse_random,
-        keep_float64,
-        expand_embedding_bags,
-    }  # test_precision.py and test_bags.py have the latter two
+        expand_embedding_bags,  # test_bags.py has it
+        keep_float64,  # test_precision.py has it
+        norms_in_one_type,  # these three: test_rewrites.py, and autocast and caches in test_capture.py
+        promote_explicitly,
+        moving.drop_blank_operands,
+    }
     assert [p.__name__ for p in canonicalize.PASSES if p not in tested] == []
 
 
