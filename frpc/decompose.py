@@ -77,7 +77,7 @@ _BY_HAND: dict[Any, Any] = {
 
 
 def spell_out(graph_module: fx.GraphModule) -> bool:
-    """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, and the like."""
+    """``layer_norm(x) -> (x - mean) rsqrt(var + eps) w + b``, and the like, as PyTorch defines them; the same up to rounding."""
     changed = False
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and traits_of(node.target).spelled_out:
@@ -112,7 +112,10 @@ def _is_composite(target: Any) -> bool:
 
 
 def _inline(graph: fx.Graph, node: fx.Node, table: dict[Any, Any]) -> bool:
-    """Puts the traced composition of a call in its place; returns whether that changed anything."""
+    """Puts the traced composition of a call in its place; returns whether that changed anything.
+
+    Not where it writes into something, holds tensors of its own, or is the call itself.
+    """
     sources = node.all_input_nodes
     tensors = [n for n in sources if isinstance(n.meta.get("val"), Tensor)]
     if not tensors:

@@ -20,6 +20,10 @@ aten = torch.ops.aten
 def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
     """``s (W a + b) + t -> (s W) a + (s b + t)``: batch norm after a convolution or linear layer goes into its weights.
 
+    Exact when: weights and statistics are constants, nothing else reads the layer's result or the norm's other results, and the
+    norm's channels are the layer's: a linear layer's are the last dimension, so its result has to be ``[B, C]``. A norm that
+    divides by 0 stays.
+
     Args:
         graph_module: the graph.
         keep: module paths whose own output is asked for; those stay as they are.
@@ -41,7 +45,8 @@ def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
             continue  # the norm's channels are the second dimension, the layer's features the last
         weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
         statistics = [n for n in (*norm.args[1:5], weight, bias) if n is not None]
-        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics):
+        constant = all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics)
+        if constant and bool((fetch(graph_module, norm.args[4].target) + norm.args[6] > 0).all()):
             _fold_one(graph_module, item, norm, layer)
             changed = True
     graph_module.graph.eliminate_dead_code()

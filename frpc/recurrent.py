@@ -166,6 +166,8 @@ def _run(
 def unroll_recurrent_layers(graph_module: fx.GraphModule) -> bool:
     """``lstm(x)``, ``gru(x)``, ``rnn(x) -> step(... step(step(h, x_1), x_2) ..., x_T)``; a cell is one step.
 
+    Exact when: the number of steps is fixed, and nothing is dropped out between layers; packed sequences stay.
+
     Raises:
         BatchError: where time steps lie in the batch's dimension.
     """

@@ -398,6 +398,8 @@ REWRITES: tuple[Rewrite, ...] = (
             x, aten.mul.Tensor(c(3, 4, 2), aten.sum.default(x)), None, [1], [0], [1], False, [0], 1), 3), (S,)),
         Line("statistics of the input's",
              lambda c, x: normed(c, conv(c, x, 3, 4, 2), 3, aten.mul.Tensor(c(3), aten.sum.default(x))), (S,)),
+        Line("divided by 0", lambda c, x: aten._native_batch_norm_legit_no_training.default(
+            conv(c, x, 3, 4, 2), c(3), c(3), c(3), c(torch.zeros(3, dtype=torch.float64)), 0.1, 0.0)[0], (S,)),
         Line("nothing before", lambda c, x: normed(c, x, 4), (S,)),
         Line("something in between", lambda c, x: normed(c, aten.relu.default(conv(c, x, 3, 4, 2)), 3), (S,)),
     )),

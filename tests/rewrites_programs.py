@@ -124,7 +124,8 @@ OPTIMIZE: tuple[Rewrite, ...] = (
              lambda c, x: [aten.mul.Tensor(x, n) for n in (1, 1.0)] + [aten.sum.dim_IntList(x, [1], b) for b in (True,
                  False)], (V,)),
         Line("0.0 and -0.0",
-             lambda c, x: [aten.copysign.Tensor(x, aten.mul.Tensor(aten.abs.default(c(4)), z)) for z in (0.0, -0.0)], (V,)),
+             lambda c, x: [aten.copysign.Tensor(x, aten.mul.Tensor(y, z)) for y in [aten.abs.default(x)] for z in (0.0,
+                 -0.0)], (V,)),
         Line("random numbers", lambda c, x: aten.sub.Tensor(aten.rand_like.default(x), aten.rand_like.default(x)), (V,)),
         Line("memory that is written into", lambda c, x: [
             (z := aten.new_zeros.default(x, [4]), aten.add_.Tensor(aten.view.default(z, [-1]), w), z)[2] for w in (c(4),
