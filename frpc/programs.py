@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from frpc import pipeline
 from frpc.assign import Assignment
+from frpc.calling import wrapper
 from frpc.capture import argument_order
 from frpc.errors import InputError, LayerNameError
 from frpc.finite import demand_finite
@@ -140,7 +141,9 @@ class Programs:
         """Finds or makes the captured graph for inputs of this signature, and checks the inputs against it."""
         if not all(isinstance(x, Tensor) for x in inputs) or not inputs:
             kinds = ", ".join(type(x).__name__ for x in inputs) or "nothing"
-            raise InputError(f"The explainer takes tensors, batch first; got {kinds}.")
+            way = wrapper(inputs, getattr(inputs, "names", ()))
+            how = f"\n  Hand in the tensors alone, and let a module make the call:\n{way}" if way else ""
+            raise InputError(f"The explainer takes tensors, batch first; got {kinds}.{how}")
         found = self.first_front() if self._ahead and self.fronts else self._captured(inputs)
         check_inputs(inputs, found.captured.inputs)
         return found
