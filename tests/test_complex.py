@@ -374,3 +374,13 @@ def test_samples_that_a_transform_mixes_are_refused() -> None:
 
     with pytest.raises(frpc.errors.FrpcError, match=r"batch|sample"):
         frpc.compile(Across(), (torch.randn(3, 4),))
+
+
+@pytest.mark.export
+def test_lengths_of_frequencies_have_a_form_in_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    explainer = frpc.compile(Named().eval(), (torch.randn(3, 12),))
+    path = tmp_path / "model.onnx"
+    frpc.export.onnx(explainer, path)
+    frpc.export.verify(path, explainer)  # raises where they differ

@@ -64,8 +64,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         lead = op.Shape(x, start=0, end=-3)
         return op.Reshape(shuffled, op.Concat(lead, op.Constant(value_ints=sides), axis=0))
 
+    def hypot(a: Any, b: Any) -> Any:
+        """The length of a pair, by its larger side, so that no square leaves the range of the type."""
+        smallest = op.Constant(value=ir.tensor(torch.finfo(torch.float32).tiny, dtype=a.dtype))
+        side = op.Max(op.Abs(a), op.Abs(b), smallest)
+        first, second = op.Div(a, side), op.Div(b, side)
+        return op.Mul(side, op.Sqrt(op.Add(op.Mul(first, first), op.Mul(second, second))))
+
     aten = torch.ops.aten
     return {
+        aten.hypot.default: hypot,
         aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
         aten.hardtanh.default: hardtanh,
         aten.channel_shuffle.default: channel_shuffle,
