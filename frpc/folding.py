@@ -46,7 +46,8 @@ def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
         weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
         statistics = [n for n in (*norm.args[1:5], weight, bias) if n is not None]
         constant = all(isinstance(n, fx.Node) and n.op == "get_attr" for n in statistics)
-        if constant and bool((fetch(graph_module, norm.args[4].target) + norm.args[6] > 0).all()):
+        given: Any = norm.args
+        if constant and bool((fetch(graph_module, given[4].target) + given[6] > 0).all()):
             _fold_one(graph_module, item, norm, layer)
             changed = True
     graph_module.graph.eliminate_dead_code()

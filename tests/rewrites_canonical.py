@@ -10,6 +10,8 @@ from torch import fx
 
 from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
+from frpc.bags import expand_embedding_bags
+from frpc.complexes import split_complex
 from frpc.decompose import expand_composites, spell_out
 from frpc.folding import fold_batch_norm
 from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
@@ -273,6 +275,29 @@ REWRITES: tuple[Rewrite, ...] = (
         Line("its type decides",
              lambda c, x: aten.cat.default(
                  [c(torch.zeros(0, dtype=torch.float64)), aten._to_copy.default(x, dtype=torch.float32)], 1), (S,)),
+    )),
+    Rewrite(moving.drop_blank_operands, (
+        Line("in front", lambda c, x: aten.cat.default([c(torch.zeros(0, dtype=torch.float64)), x], 1), (V,)),
+        Line("between two", lambda c, x: aten.cat.default([x, c(torch.zeros(0, dtype=torch.float64)), x], -1), (S,)),
+    ), (
+        Line("nothing blank", lambda c, x: aten.cat.default([x, x], 1), (V,)),
+        Line("blank, of more dimensions", lambda c, x: aten.cat.default([aten.slice.Tensor(x, 1, 0, 0), x], 1), (V,)),
+        Line("of vectors",
+             lambda c, x: aten.cat.default([c(torch.zeros(0, dtype=torch.float64)), aten.select.int(x, 1, 0)]), (V,)),
+        Line("of a type that counts", lambda c, x: aten.cat.default(
+            [c(torch.zeros(0, dtype=torch.float64)), aten._to_copy.default(x, dtype=torch.float32)], 1), (V,)),
+    )),
+    Rewrite(split_complex, (
+        Line("a transform's size", lambda c, x: aten.abs.default(aten._fft_r2c.default(x, [1], 0, True)), (V,)),
+        Line("there and back", lambda c, x: aten._fft_c2r.default(aten._fft_r2c.default(x, [1], 0, True), [1], 2, 4), (V,)),
+    ), (
+        Line("all real", lambda c, x: aten.abs.default(aten.mul.Tensor(x, c(4))), (V,)),
+        Line("the real part of what is real", lambda c, x: aten.neg.default(x), (V,)),
+    )),
+    Rewrite(expand_embedding_bags, (), (
+        Line("of lengths that differ", lambda c, x: aten._embedding_bag_forward_only.default(
+            c(6, 3), c(torch.tensor([0, 2, 1, 5])), c(torch.tensor([0, 1])))[0], (V,)),
+        Line("an embedding", lambda c, x: aten.embedding.default(c(6, 3), c(torch.tensor([0, 2, 1, 5]))), (V,)),
     )),
     Rewrite(fused.expand_gated_linear_units, (
         Line("of channels", lambda c, x: aten.glu.default(x, 1), (S,)),
