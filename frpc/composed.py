@@ -193,6 +193,7 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     aten.div.Tensor_mode: _divided,
     aten.div.Scalar_mode: lambda a, k, *, rounding_mode: aten.div.Tensor_mode(a, k, rounding_mode=rounding_mode),
     aten.ldexp.Tensor: _ldexp,
+    aten.remainder.Scalar_Tensor: lambda k, a: aten.remainder.Tensor(torch.full([], k, dtype=a.dtype, device=a.device), a),
     aten.sum.default: _all(aten.sum.dim_IntList),
     aten.mean.default: _all(aten.mean.dim),
     aten.max.default: _all(aten.amax.default),

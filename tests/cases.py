@@ -6,6 +6,7 @@ canonical graph (a copy, an alias), the case names the call itself with `direct`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,9 +99,16 @@ class Case:
         return tuple(x.abs() + 0.1 if self.positive else x for x in drawn)
 
 
-def frozen(op: OpOverload, note: str, function: Callable[..., Tensor], held: Callable[..., Tensor], *shapes: Shape) -> Case:
+def frozen(
+    op: OpOverload,
+    note: str,
+    function: Callable[..., Tensor],
+    held: Callable[..., Tensor],
+    *shapes: Shape,
+    positive: bool = False,
+) -> Case:
     """A function whose account holds some of its values as coefficients: `held` says which."""
-    return Case(op, note, of(function) if len(shapes) == 1 else both(function), shapes, "frozen", frozen=held)
+    return Case(op, note, of(function) if len(shapes) == 1 else both(function), shapes, "frozen", positive, frozen=held)
 
 
 def of(function: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
@@ -166,6 +174,32 @@ def soft(a: Tensor, x: Tensor) -> Tensor:
 
 
 PLACES = torch.tensor([2, 0, 3, 0])
+
+
+def reduced(a: Tensor, b: Tensor, how: str, own: bool) -> Tensor:
+    """What is written to four places, two of them to the first and none to the second."""
+    index = PLACES.reshape(-1, *[1] * (a.dim() - 2)).expand(b.shape)
+    return a.scatter_reduce(1, index, b, how, include_self=own)
+
+
+def shared_product(a: Tensor, x: Tensor) -> Tensor:
+    """A product over dimension 1, `1/n` of it from each factor: `sum_k a_k prod_(j != k) x_j / n`."""
+    n = x.shape[1]
+    return torch.stack([a[:, k] * x[:, [j for j in range(n) if j != k]].prod(1) / n for k in range(n)]).sum(0)
+
+
+def shared_products(a: Tensor, b: Tensor, x: Tensor, y: Tensor, own: bool) -> Tensor:
+    """Products at places, factor by factor; `own`: what was there before is a factor, where anything is written."""
+    columns = []
+    for place in range(4):
+        written = [k for k in range(4) if PLACES[k] == place]
+        of_a = [place] if own or not written else []
+        parts = torch.stack([a[:, k] for k in of_a] + [b[:, k] for k in written], 1)
+        at = torch.stack([x[:, k] for k in of_a] + [y[:, k] for k in written], 1)
+        columns.append(shared_product(parts, at))
+    return torch.stack(columns, 1)
+
+
 GRID = torch.linspace(-1.1, 0.9, 24, dtype=torch.float64).reshape(1, 3, 4, 2)
 GRID3 = torch.linspace(-0.9, 1.1, 36, dtype=torch.float64).reshape(1, 2, 3, 2, 3)
 
@@ -414,6 +448,18 @@ CASES: tuple[Case, ...] = (
            lambda a, b, *at: a.scatter_add(1, PLACES[None, :3].expand(a.shape[0], -1), b[:, :3]), V, V),
     Case(aten.scatter_reduce.two, "sum",
          both(lambda a, b: a.scatter_reduce(1, PLACES[None].expand(a.shape[0], -1), b, "sum")), (V, V), "jacobian"),
+    Case(aten.scatter_reduce.two, "sum, not onto itself", both(lambda a, b: reduced(a, b, "sum", False)), (V, V), "jacobian"),
+    Case(aten.scatter_reduce.two, "mean", both(lambda a, b: reduced(a, b, "mean", True)), (V, V), "jacobian"),
+    Case(aten.scatter_reduce.two, "mean, not onto itself", both(lambda a, b: reduced(a, b, "mean", False)), (S, S), "jacobian"),
+    Case(aten.scatter_reduce.two, "mean, on a constant", of(lambda a: reduced(a.new_ones(a.shape), a, "mean", True)), (V,),
+         "jacobian"),
+    Case(aten.scatter_reduce.two, "amax", both(lambda a, b: reduced(a, b, "amax", True)), (S, S), "piecewise"),
+    Case(aten.scatter_reduce.two, "amin, not onto itself", both(lambda a, b: reduced(a, b, "amin", False)), (V, V), "piecewise"),
+    Case(aten.scatter_reduce.two, "amax, on minus infinity",
+         of(lambda a: reduced(torch.full_like(a, -math.inf), a, "amax", True)[:, [0, 2, 3]]), (V,), "piecewise"),
+    frozen(aten.scatter_reduce.two, "prod", lambda a, b: reduced(a, b, "prod", True), partial(shared_products, own=True), V, V),
+    frozen(aten.scatter_reduce.two, "prod, not onto itself", lambda a, b: reduced(a, b, "prod", False),
+           partial(shared_products, own=False), V, V),
     Case(aten.cumsum.default, "", of(lambda a: a.cumsum(1)), (I,), "jacobian"),
 
     # Fourier transforms, complex numbers, the length and the angle of a pair
@@ -442,6 +488,54 @@ CASES: tuple[Case, ...] = (
     Case(aten.atan2.default, "two carried", both(torch.atan2), (V, V), "piecewise"),
     Case(aten.atan2.default, "constant", of(lambda a: torch.atan2(a, -K4)), (V,), "piecewise"),
 
+    # products of many factors
+    frozen(aten.prod.dim_int, "", lambda a: a.prod(1), shared_product, S),
+    frozen(aten.prod.dim_int, "kept", lambda a: a.prod(-1, True),
+           lambda a, x: shared_product(a.movedim(-1, 1), x.movedim(-1, 1))[..., None], S),
+    frozen(aten.cumprod.default, "", lambda a: a.cumprod(1),
+           lambda a, x: torch.stack([shared_product(a[:, : i + 1], x[:, : i + 1]) for i in range(4)], 1), S),
+    frozen(aten.cumprod.default, "last", lambda a: a.cumprod(-1),
+           lambda a, x: torch.stack([shared_product(a[:, : i + 1], x[:, : i + 1]) for i in range(4)], 1), V),
+
+    # functions of two numbers
+    frozen(aten.logaddexp.default, "two carried", torch.logaddexp,
+           lambda a, b, x, y: torch.where(x >= y, a, b) + torch.log1p((-(x - y).abs()).exp()), V, V),
+    Case(aten.logaddexp.default, "constant", of(lambda a: torch.logaddexp(a, 3 * K4)), (V,), "quotient"),
+    frozen(aten.logaddexp2.default, "two carried", torch.logaddexp2,
+           lambda a, b, x, y: torch.where(x >= y, a, b) + torch.log2(1 + 2 ** -(x - y).abs()), V, V),
+    Case(aten.logaddexp2.default, "constant", of(lambda a: torch.logaddexp2(-2 * K4, a)), (V,), "quotient"),
+    frozen(aten.xlogy.Tensor, "two carried", torch.xlogy, lambda a, b, x, y: (a * y.log() + x * y.log() / y * b) / 2, V, V,
+           positive=True),
+    Case(aten.xlogy.Tensor, "constant", of(lambda a: torch.xlogy(a, K4)), (V,), "jacobian"),
+    Case(aten.xlogy.Scalar_Self, "", of(lambda a: torch.xlogy(2.0, a)), (V,), "quotient", positive=True),
+    Case(aten.xlogy.Scalar_Other, "", of(lambda a: torch.xlogy(a, 2.0)), (V,), "jacobian"),
+    frozen(aten.special_xlog1py.default, "two carried", torch.special.xlog1py,
+           lambda a, b, x, y: (a * y.log1p() + x * y.log1p() / y * b) / 2, V, V, positive=True),
+    Case(aten.special_xlog1py.self_scalar, "", of(lambda a: torch.special.xlog1py(2.0, a)), (V,), "quotient", positive=True),
+    Case(aten.special_xlog1py.other_scalar, "", of(lambda a: torch.special.xlog1py(a, 2.0)), (V,), "jacobian"),
+    Case(aten.copysign.Tensor, "two carried", both(lambda a, b: torch.copysign(a, b)), (V, V), "piecewise"),
+    Case(aten.copysign.Tensor, "of a constant", of(lambda a: torch.copysign(K4, a) + a), (V,), "piecewise"),
+    Case(aten.copysign.Scalar, "", of(lambda a: torch.copysign(a, -1.0)), (V,), "piecewise"),
+    frozen(aten.heaviside.default, "", lambda a: torch.heaviside(a, K4) + a, lambda a, x: (x > 0) + a, V),
+    Case(aten.igamma.default, "", of(lambda a: torch.special.gammainc(K4, a)), (V,), "quotient", positive=True),
+    Case(aten.igammac.default, "", of(lambda a: torch.special.gammaincc(K4, a)), (V,), "quotient", positive=True),
+
+    # special functions
+    Case(aten.sinc.default, "", of(torch.sinc), (V,), "quotient"),
+    Case(aten.erfinv.default, "", of(lambda a: (a / 4).erfinv()), (V,), "quotient"),
+    Case(aten.special_erfcx.default, "", of(torch.special.erfcx), (V,), "quotient"),
+    Case(aten.special_log_ndtr.default, "", of(torch.special.log_ndtr), (V,), "quotient"),
+    Case(aten.i0.default, "", of(torch.i0), (V,), "quotient"),
+    Case(aten.special_i0e.default, "", of(torch.special.i0e), (V,), "quotient"),
+    Case(aten.special_i1.default, "", of(torch.special.i1), (V,), "quotient"),
+    Case(aten.special_i1e.default, "", of(torch.special.i1e), (V,), "quotient"),
+    Case(aten.special_entr.default, "", of(torch.special.entr), (V,), "quotient", positive=True),
+    Case(aten.lgamma.default, "", of(torch.lgamma), (V,), "quotient", positive=True),
+    Case(aten.digamma.default, "", of(torch.digamma), (V,), "quotient", positive=True),
+    Case(aten.polygamma.default, "", of(lambda a: torch.polygamma(1, a)), (V,), "quotient", positive=True),
+    Case(aten.mvlgamma.default, "", of(lambda a: torch.mvlgamma(8 * a, 2)), (V,), "quotient", positive=True),
+    Case(aten.special_ndtri.default, "", of(lambda a: torch.special.ndtri(a / 8)), (V,), "quotient", positive=True),
+
     # rounding and casts
     direct(aten._to_copy.default, shape=V),
     direct(aten.to.dtype, torch.float64, shape=V),
@@ -454,6 +548,13 @@ CASES: tuple[Case, ...] = (
     Case(aten.ceil.default, "", of(lambda a: (3 * a).ceil() - a), (V,), "piecewise"),
     Case(aten.remainder.Scalar, "", of(lambda a: a % 0.4), (V,), "piecewise"),
     Case(aten.remainder.Tensor, "", of(lambda a: a % K4), (V,), "piecewise"),
+    Case(aten.remainder.Tensor, "two carried", both(lambda a, b: a % (b.abs() + 0.2)), (V, V), "piecewise"),
+    Case(aten.remainder.Tensor, "of a constant", of(lambda a: torch.remainder(2.5 * K4, a.abs() + 0.2)), (V,), "piecewise"),
+    Case(aten.fmod.Tensor, "", of(lambda a: torch.fmod(a, 0.4 * K4)), (V,), "quotient"),
+    Case(aten.fmod.Tensor, "two carried", both(lambda a, b: torch.fmod(a, b.abs() + 0.2)), (V, V), "piecewise"),
+    Case(aten.div.Tensor_mode, "down", of(lambda a: torch.div(a, 0.4, rounding_mode="floor") - a), (V,), "piecewise"),
+    Case(aten.div.Tensor_mode, "down, two carried", both(lambda a, b: torch.div(a, b.abs() + 0.2, rounding_mode="floor") + b),
+         (V, V), "piecewise"),
     Case(aten.round.default, "", of(lambda a: (3 * a).round()), (V,), "quotient"),
     Case(aten.round.decimals, "", of(lambda a: a.round(decimals=1)), (V,), "quotient"),
     Case(aten.trunc.default, "", of(lambda a: (3 * a).trunc()), (V,), "quotient"),
@@ -715,6 +816,20 @@ CURVES: tuple[Curve, ...] = (
     Curve(aten.log10.default, mpmath.log10, low=0.0, whole=True),
     Curve(aten.logit.default, lambda z: mpmath.log(z / (1 - z)), low=0.0, high=1.0, whole=True),
     Curve(aten.acosh.default, mpmath.acosh, low=1.0, whole=True),
+    Curve(aten.sinc.default, lambda z: mpmath.sincpi(z)),
+    Curve(aten.erfinv.default, mpmath.erfinv, low=-1.0, high=1.0),
+    Curve(aten.special_erfcx.default, lambda z: mpmath.exp(z * z) * mpmath.erfc(z), high=20.0),
+    Curve(aten.special_log_ndtr.default, lambda z: mpmath.log(mpmath.erfc(-z / mpmath.sqrt(2)) / 2), low=-20.0),
+    Curve(aten.i0.default, lambda z: mpmath.besseli(0, z)),
+    Curve(aten.special_i0e.default, lambda z: mpmath.exp(-abs(z)) * mpmath.besseli(0, z)),
+    Curve(aten.special_i1.default, lambda z: mpmath.besseli(1, z)),
+    Curve(aten.special_i1e.default, lambda z: mpmath.exp(-abs(z)) * mpmath.besseli(1, z)),
+    Curve(aten.special_entr.default, lambda z: -z * mpmath.log(z), low=0.0, whole=True),
+    Curve(aten.lgamma.default, mpmath.loggamma, low=0.0, whole=True),
+    Curve(aten.digamma.default, mpmath.digamma, low=0.0, whole=True),
+    Curve(aten.mvlgamma.default, lambda z: mpmath.log(mpmath.pi) / 2 + mpmath.loggamma(z) + mpmath.loggamma(z - 0.5), (2,),
+          low=0.6, whole=True),
+    Curve(aten.special_ndtri.default, lambda z: mpmath.sqrt(2) * mpmath.erfinv(2 * z - 1), low=0.0, high=1.0, whole=True),
     Curve(aten.round.default, mpmath.nint),
     Curve(aten.round.decimals, mpmath.nint, named={"decimals": 0}),
     Curve(aten.trunc.default, lambda z: mpmath.sign(z) * mpmath.floor(abs(z))),

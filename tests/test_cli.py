@@ -46,7 +46,7 @@ class Uncovered(Tiny):
     """Has an operator without a rule."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x).flatten(1).cumprod(-1))
+        return self.classifier(torch.special.bessel_j0(self.features(x).flatten(1)))
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_examine_with_gaps_has_its_own_exit_code(monkeypatch):
     result = run("examine", "--model", "squeezenet1_0")
     assert result.exit_code == 1
     assert "MISSING" in result.stdout
-    assert "cumprod" in result.stdout
+    assert "bessel_j0" in result.stdout
 
 
 def test_doctor():

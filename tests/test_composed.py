@@ -124,6 +124,9 @@ COMPOSITIONS: dict[str, Composed] = {
         aten.div.Tensor_mode, lambda a: torch.div(a, 0.25, rounding_mode="trunc"), (V,),
         lambda a, x: torch.div(x, 0.25, rounding_mode="trunc") / x * a),
     "ldexp": Composed(aten.ldexp.Tensor, lambda a: torch.ldexp(a, PLACES), (V,)),
+    "remainder of a number": Composed(
+        aten.remainder.Scalar_Tensor, lambda a: torch.remainder(2.5, a.abs() + 0.2), (V,),
+        lambda a, x: 2.5 - torch.div(torch.tensor(2.5), x.abs() + 0.2, rounding_mode="floor") * (x.sign() * a + 0.2), False),
     "rrelu": Composed(aten.rrelu.default, F.rrelu, (V,)),
     "addmv": Composed(aten.addmv.default, lambda a: torch.addmv(a[:, 1], a, K4, beta=0.5, alpha=2)[:, None], (V,)),
     "bilinear": Composed(
@@ -209,7 +212,7 @@ COMPOSITIONS: dict[str, Composed] = {
 }
 # fmt: on
 
-FIXED = {"div.Scalar"}
+FIXED, NO_GRADIENT = {"div.Scalar"}, {"remainder of a number"}
 WRITTEN = pytest.mark.parametrize("name", COMPOSITIONS)
 
 
@@ -217,7 +220,7 @@ def test_every_composition_has_a_line() -> None:
     """Sums over everything mix samples, what PyTorch composes itself has tests of its own, and the rest is above."""
     mixing = {aten.addr.default, aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.prod.default}
     elsewhere = {aten.aminmax.default, aten.floor_divide.default, aten.floor_divide.Scalar, aten.special_ndtr.default}
-    elsewhere.add(aten.index_reduce.default)
+    elsewhere.add(aten.index_reduce.default)  # below
     elsewhere.add(aten.nll_loss_nd.default)  # becomes one of the two with the numbers of dimensions
     listed = {line.op for line in COMPOSITIONS.values()}
     missing = [str(op) for op in COMPOSED if op not in listed | mixing | elsewhere and not str(op).endswith(("out", "put"))]
@@ -246,7 +249,7 @@ def test_forward(name: str) -> None:
         assert agrees(flat, from_frozen(line.held, module, inputs, seed))
 
 
-@WRITTEN
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in NO_GRADIENT])
 def test_gradient(name: str) -> None:
     line = COMPOSITIONS[name]
     module, inputs = line.module(), line.inputs()
@@ -266,6 +269,19 @@ def test_gradient(name: str) -> None:
 def test_increments(name: str) -> None:
     line = COMPOSITIONS[name]
     assert check_complete(line.module(), line.inputs(), line.inputs(1, seed=9), LID(), 1e-12) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("how", ["mean", "prod", "amax", "amin"])
+def test_index_reduce_is_scatter_reduce(how: str, own: bool) -> None:
+    """The same index for every row: the same maps as with an index for every element."""
+    inputs = randn(3, 4), randn(3, 4, seed=2)
+    by_row = Two(lambda a, b: a.index_reduce(1, PLACES, b, how, include_self=own))
+    by_element = Two(lambda a, b: a.scatter_reduce(1, PLACES.expand(b.shape), b, how, include_self=own))
+    found, expected = (frpc.compile(m, inputs)(*inputs, target=2) for m in (by_row, by_element))
+    for one, other in zip(found.relevance, expected.relevance, strict=True):
+        assert torch.equal(one, other)
 
 
 # Near misses ----------------------------------------------------------------------------------------------------------------
@@ -295,7 +311,7 @@ def test_batch_norm_by_the_statistics_of_a_batch_is_refused() -> None:
     assert "_native_batch_norm_legit.no_stats" in ungrouped
 
 
-@pytest.mark.parametrize("reduce", [torch.sum, torch.mean, torch.amax, torch.max, torch.min])
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean, torch.amax, torch.max, torch.min, torch.prod])
 def test_a_reduction_of_everything_mixes_samples(reduce: Callable[[Tensor], Tensor]) -> None:
     """What runs over all dimensions runs over the samples: refused in those words, not as an operator nobody knows."""
     with pytest.raises(UnsupportedOpError, match="mixes samples"):

@@ -31,6 +31,7 @@ NO_GRADIENT = {
     "scatter.src on a constant": "PyTorch has no gradient of a source larger than the index",
     "scatter_add smaller index": "PyTorch has no gradient of a source larger than the index",
     "grid_sampler_2d by a carried grid": "refused: the grid carries, and its derivative is not known",
+    "heaviside": "refused: PyTorch has no derivative of it",
 }
 ORDER = {"median.dim", "nanmedian.dim", "mode", "kthvalue", "topk", "sort", "sort.stable"}  # refused without steps, see below
 JUMPS = {
@@ -40,7 +41,7 @@ JUMPS = {
     "index.Tensor one for each sample": "as gather",
     "index.Tensor one for each sample, apart": "as gather",
 }
-INCOMPLETE = {*ORDER, *JUMPS, "grid_sampler_2d by a carried grid"}
+INCOMPLETE = {*ORDER, *JUMPS, "grid_sampler_2d by a carried grid", "heaviside"}
 
 
 def swept(without: Any) -> list[Any]:

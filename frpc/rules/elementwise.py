@@ -31,7 +31,7 @@ aten = torch.ops.aten
 LOG2 = math.log(2.0)
 
 
-def _quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
+def quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
     """Returns ``numerator / a``, and ``series`` where |a| is below sqrt(eps)."""
     near = a.abs() < math.sqrt(torch.finfo(a.dtype).eps)
     return torch.where(near, series, numerator / torch.where(near, 1.0, a))
@@ -39,22 +39,22 @@ def _quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
 
 def expm1_over(a: Tensor) -> Tensor:
     """``(e^a - 1) / a``."""
-    return _quotient(a, torch.expm1(a), 1.0 + 0.5 * a)
+    return quotient(a, torch.expm1(a), 1.0 + 0.5 * a)
 
 
 def _tanh_over(a: Tensor) -> Tensor:
     """``tanh(a) / a``."""
-    return _quotient(a, torch.tanh(a), 1.0 - a * a / 3.0)
+    return quotient(a, torch.tanh(a), 1.0 - a * a / 3.0)
 
 
 def _sin_over(a: Tensor) -> Tensor:
     """``sin(a) / a``; torch.sinc, which multiplies by pi again, loses the phase of a large a."""
-    return _quotient(a, torch.sin(a), 1.0 - a * a / 6.0)
+    return quotient(a, torch.sin(a), 1.0 - a * a / 6.0)
 
 
 def _softplus_over(a: Tensor) -> Tensor:
     """``(log(1 + e^a) - log 2) / a``, as ``(max(a, 0) + log1p(expm1(-|a|)/2)) / a``: no digits are lost near 0 or far out."""
-    return _quotient(a, a.clamp(min=0.0) + torch.log1p(torch.expm1(-a.abs()) * 0.5), 0.5 + 0.125 * a)
+    return quotient(a, a.clamp(min=0.0) + torch.log1p(torch.expm1(-a.abs()) * 0.5), 0.5 + 0.125 * a)
 
 
 def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -136,17 +136,27 @@ def _exp_over(a: Tensor, value: Tensor, rate: float) -> Tensor:
 
 def _sinh_over(a: Tensor) -> Tensor:
     """``sinh(a) / a``."""
-    return _quotient(a, torch.sinh(a), 1.0 + a * a / 6.0)
+    return quotient(a, torch.sinh(a), 1.0 + a * a / 6.0)
 
 
 def _asin_over(a: Tensor) -> Tensor:
     """``asin(a) / a``."""
-    return _quotient(a, torch.asin(a), 1.0 + a * a / 6.0)
+    return quotient(a, torch.asin(a), 1.0 + a * a / 6.0)
 
 
-def _erf_over(a: Tensor) -> Tensor:
+def atan_over(a: Tensor) -> Tensor:
+    """``atan(a) / a``."""
+    return quotient(a, torch.atan(a), 1.0 - a * a / 3.0)
+
+
+def log1p_over(a: Tensor) -> Tensor:
+    """``log(1 + a) / a``."""
+    return quotient(a, torch.log1p(a), 1.0 - 0.5 * a)
+
+
+def erf_over(a: Tensor) -> Tensor:
     """``erf(a) / a``."""
-    return _quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0))
+    return quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0))
 
 
 def over(value: Tensor, a: Tensor) -> Tensor:
@@ -308,20 +318,20 @@ elementwise(
 )
 elementwise(aten.exp.default, expm1_over, 1.0, formula="(e^a - 1) / a, c = 1", gate=True, **POSITIVE)
 elementwise(aten.expm1.default, expm1_over, formula="(e^a - 1) / a", **KEEPS_SIGN)
-elementwise(aten.log1p.default, lambda a: _quotient(a, torch.log1p(a), 1.0 - 0.5 * a), formula="log(1 + a) / a", **KEEPS_SIGN)
+elementwise(aten.log1p.default, log1p_over, formula="log(1 + a) / a", **KEEPS_SIGN)
 elementwise(aten.sin.default, _sin_over, formula="sin(a) / a", **PLAIN)
 elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1", **PLAIN)
-elementwise(aten.tan.default, lambda a: _quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a", **PLAIN)
-elementwise(aten.atan.default, lambda a: _quotient(a, torch.atan(a), 1.0 - a * a / 3.0), formula="atan(a) / a", **KEEPS_SIGN)
-elementwise(aten.erf.default, _erf_over, formula="erf(a) / a", **KEEPS_SIGN)
-elementwise(aten.erfc.default, lambda a: -_erf_over(a), 1.0, formula="-erf(a) / a, c = 1", **POSITIVE)
+elementwise(aten.tan.default, lambda a: quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a", **PLAIN)
+elementwise(aten.atan.default, atan_over, formula="atan(a) / a", **KEEPS_SIGN)
+elementwise(aten.erf.default, erf_over, formula="erf(a) / a", **KEEPS_SIGN)
+elementwise(aten.erfc.default, lambda a: -erf_over(a), 1.0, formula="-erf(a) / a, c = 1", **POSITIVE)
 elementwise(aten.exp2.default, lambda a: _exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1", **POSITIVE)
 elementwise(aten.sinh.default, _sinh_over, formula="sinh(a) / a", **KEEPS_SIGN)
 elementwise(
     aten.cosh.default, lambda a: torch.sinh(0.5 * a) * _sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1", **POSITIVE
 )
-elementwise(aten.asinh.default, lambda a: _quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a", **KEEPS_SIGN)
-elementwise(aten.atanh.default, lambda a: _quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a", **KEEPS_SIGN)
+elementwise(aten.asinh.default, lambda a: quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a", **KEEPS_SIGN)
+elementwise(aten.atanh.default, lambda a: quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a", **KEEPS_SIGN)
 elementwise(aten.asin.default, _asin_over, formula="asin(a) / a", **KEEPS_SIGN)
 elementwise(aten.acos.default, lambda a: -_asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2", **POSITIVE)
 elementwise(aten.rad2deg.default, lambda a: 180.0 / math.pi, formula="180 / pi", **KEEPS_SIGN)

@@ -24,9 +24,10 @@ from frpc.affine import TABLE, Affine, Call, Operand, Rule
 from frpc.errors import RuleDeclinedError
 from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, scaled
 from frpc.rules.arithmetic import from_end, refuse_batch
+from frpc.rules.changes import cumulative_product, of_two, product, reduced
 from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.norms import weighed_sum
-from frpc.rules.paths import Increment, Path, averaged, derivative, part_above
+from frpc.rules.paths import Increment, Path, averaged, derivative, part_above, secant
 from frpc.rules.spectral import turn
 from frpc.rules.winners import extreme, larger, max_pool, ordered
 from frpc.torch_compat import schema_of
@@ -36,19 +37,6 @@ __all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
 aten = torch.ops.aten
 
 # Functions of one number --------------------------------------------------------------------------------------------------
-
-
-def _secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: Tensor) -> Tensor:
-    """``(f(a) - f(r)) / (a - r)``; the derivative in the middle where a and r are so close that the difference has no digits.
-
-    Where that is infinite (the root of 0, at both ends), nothing changed and nothing is passed on: ``0 = 0 (a - r)``.
-    """
-    d = a - r
-    near = d.abs() <= math.sqrt(torch.finfo(a.dtype).eps) * torch.maximum(a.abs(), r.abs())
-    slope = derivative(function, 0.5 * (a + r))
-    slope = torch.where(torch.isfinite(slope), slope, 0.0)
-    exact = torch.where(near, slope, change / torch.where(near, 1.0, d))
-    return torch.where(torch.isfinite(d), exact, 0.0)  # what a mask set to minus infinity stays there
 
 
 def _elementwise(call: Call, path: Path) -> Affine:
@@ -66,7 +54,7 @@ def _of_one(call: Call, path: Path, name: str, operand: Sequence[Any]) -> Affine
         return value
 
     if call.reference is not None and path.steps is None:
-        slope = _secant(function, a, call.reference.args[name], call.value - call.reference.value)
+        slope = secant(function, a, call.reference.args[name], call.value - call.reference.value)
     else:
         slopes = [derivative(function, point) for point in path.points(call, name)]
         slope = sum(slopes[1:], slopes[0]) / len(slopes)
@@ -89,7 +77,7 @@ def _exponential(call: Call, path: Path) -> Affine:
     """``base ** p`` of a constant base, and ``a ** p`` with a constant exponent: functions of one number each."""
     carried = [str(name) for name in call.carried]
     if len(carried) != 1:
-        raise RuleDeclinedError("base and exponent both come from the input: write it as exp(p log a)")
+        return of_two(call, path)
     return _of_one(call, path, carried[0], call.args[carried[0]].shape)
 
 
@@ -219,7 +207,7 @@ def _atan2(call: Call, path: Path) -> Affine:
 def _angle_secant(a: Tensor, r: Tensor, other: Tensor, change: Tensor, place: int = 0) -> Tensor:
     """The secant of ``atan2`` in one of its operands, the other held; ``place`` says which one moves."""
     a, r, other = torch.broadcast_tensors(a, r, other)
-    return _secant(lambda u: torch.atan2(other, u) if place else torch.atan2(u, other), a, r, change)
+    return secant(lambda u: torch.atan2(other, u) if place else torch.atan2(u, other), a, r, change)
 
 
 # Softmax ------------------------------------------------------------------------------------------------------------------
@@ -308,6 +296,30 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.fmin.default: (larger, ("self", "other"), "the part of the path on which each is behind"),
     aten.pow.Tensor_Tensor: (_exponential, ("self", "exponent"), "secant"),
     aten.pow.Scalar: (_exponential, ("exponent",), "secant"),
+    **dict.fromkeys(
+        (
+            aten.logaddexp.default,
+            aten.logaddexp2.default,
+            aten.xlogy.Tensor,
+            aten.xlogy.Scalar_Self,
+            aten.xlogy.Scalar_Other,
+            aten.special_xlog1py.default,
+            aten.special_xlog1py.self_scalar,
+            aten.special_xlog1py.other_scalar,
+            aten.copysign.Tensor,
+            aten.copysign.Scalar,
+            aten.div.Tensor_mode,
+            aten.remainder.Tensor,
+            aten.fmod.Tensor,
+        ),
+        (of_two, ("self", "other"), "secants, one operand after the other, in both orders"),
+    ),
+    aten.igamma.default: (of_two, ("other",), "secant"),
+    aten.igammac.default: (of_two, ("other",), "secant"),
+    aten.polygamma.default: (lambda call, path: _of_one(call, path, "self", call.args["self"].shape), ("self",), "secant"),
+    aten.prod.dim_int: (product, ("self",), "the product of the others, averaged"),
+    aten.cumprod.default: (cumulative_product, ("self",), "the product of the others so far, averaged"),
+    aten.scatter_reduce.two: (reduced, ("self", "src"), "weights; the winners at both ends; the product of the others, averaged"),
     aten.sgn.default: (_sign, ("self",), "(f(a) - f(r)) / (a - r)"),
     aten.copy.default: (_copied, ("self", "src"), "the source"),
     aten._softmax.default: (_softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 from frpc.affine import Affine, Call
 from frpc.maps import Compose, LinearMap, Scale, Total
 
-__all__ = ["Increment", "Path", "Pooling", "averaged", "derivative", "part_above"]
+__all__ = ["Increment", "Path", "Pooling", "averaged", "derivative", "part_above", "secant"]
 
 Pooling = Literal["ends", "path"]
 
@@ -68,3 +69,16 @@ def part_above(positive: Tensor, a: Tensor, r_positive: Tensor, r: Tensor) -> Te
 
 def averaged(maps: Sequence[LinearMap]) -> LinearMap:
     return maps[0] if len(maps) == 1 else Total([Compose(m, Scale(1.0 / len(maps), m.result)) for m in maps])
+
+
+def secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: Tensor) -> Tensor:
+    """``(f(a) - f(r)) / (a - r)``; the derivative in the middle where a and r are so close that the difference has no digits.
+
+    Where that is infinite (the root of 0, at both ends), nothing changed and nothing is passed on: ``0 = 0 (a - r)``.
+    """
+    d = a - r
+    near = d.abs() <= math.sqrt(torch.finfo(a.dtype).eps) * torch.maximum(a.abs(), r.abs())
+    slope = derivative(function, 0.5 * (a + r))
+    slope = torch.where(torch.isfinite(slope), slope, 0.0)
+    exact = torch.where(near, slope, change / torch.where(near, 1.0, d))
+    return torch.where(torch.isfinite(d), exact, 0.0)  # what a mask set to minus infinity stays there

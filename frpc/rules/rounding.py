@@ -61,7 +61,6 @@ def step(call: Call, a: Tensor) -> Affine:
 
 @rule(
     aten.remainder.Scalar,
-    aten.remainder.Tensor,
     formula="1, c = -b floor(a / b)",
     source="method §2: slope 1 and a jump at 0",
     elementwise=True,

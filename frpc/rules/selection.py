@@ -244,7 +244,6 @@ def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: 
 
 @rule(
     aten.scatter_add.default,
-    aten.scatter_reduce.two,
     carries=("self", "src"),
     formula="a + b at the places",
     source="method §2: linear",
@@ -252,15 +251,13 @@ def index_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, alpha: 
     nonnegative=if_all("self", "src"),
     in_file="constants",
 )
-def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor, *how: Any) -> Affine:
-    if how and tuple(how) != ("sum", True):
-        raise RuleDeclinedError(f"reduce={how[0]!r}, include_self={how[1]}: only the sum onto a is linear in both")
-    within = LinearOp(lambda u: _corner(u, index.shape), b.shape, index.shape)
+def scatter_add(call: Call, a: Tensor, dim: int, index: Tensor, b: Tensor) -> Affine:
+    within = LinearOp(lambda u: corner(u, index.shape), b.shape, index.shape)
     added = Compose(within, Transpose(LinearOp(gathered(index, back(dim, a.dim())), a.shape, index.shape)))
     return _two(call, a, b, "src", Identity(a.shape), added)
 
 
-def _corner(u: Tensor, shape: Sequence[Any]) -> Tensor:
+def corner(u: Tensor, shape: Sequence[Any]) -> Tensor:
     """Cuts the trailing dimensions down to ``shape``; a size that fits, the batch among them, is left alone."""
     for d, size in enumerate(shape, start=-len(shape)):
         if str(u.shape[d]) != str(size):

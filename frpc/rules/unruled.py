@@ -17,30 +17,30 @@ aten = torch.ops.aten
 _POINTWISE = """
 addcdiv.default addcmul.default angle.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor
 bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor bitwise_xor.Scalar bitwise_xor.Tensor
-clamp.Tensor clamp_max.Tensor clamp_min.Tensor clip.Tensor clip.default copysign.Scalar copysign.Tensor digamma.default
-div.Scalar div.Scalar_mode div.Tensor_mode elu_backward.default eq.Scalar eq.Tensor erfinv.default float_power.Scalar
-float_power.Tensor_Scalar float_power.Tensor_Tensor floor_divide.default fmod.Tensor frexp.Tensor gcd.default ge.Scalar
+clamp.Tensor clamp_max.Tensor clamp_min.Tensor clip.Tensor clip.default
+div.Scalar div.Scalar_mode elu_backward.default eq.Scalar eq.Tensor float_power.Scalar
+float_power.Tensor_Scalar float_power.Tensor_Tensor floor_divide.default frexp.Tensor gcd.default ge.Scalar
 ge.Tensor gelu_backward.default gt.Scalar gt.Tensor hardshrink_backward.default hardsigmoid_backward.default
-hardswish_backward.default hardtanh_backward.default heaviside.default i0.default igamma.default igammac.default
+hardswish_backward.default hardtanh_backward.default
 isfinite.default isinf.default isnan.default isneginf.default isposinf.default lcm.default ldexp.Tensor le.Scalar le.Tensor
-leaky_relu_backward.default lerp.Tensor lgamma.default log_sigmoid_backward.default logaddexp.default logaddexp2.default
+leaky_relu_backward.default lerp.Tensor log_sigmoid_backward.default
 logical_and.default logical_not.default logical_or.default logical_xor.default logit_backward.default lt.Scalar lt.Tensor
-max.other min.other mish_backward.default mul.Scalar mvlgamma.default ne.Scalar ne.Tensor nextafter.default polygamma.default
-positive.default remainder.Scalar_Tensor sigmoid_backward.default signbit.default silu_backward.default sinc.default
+max.other min.other mish_backward.default mul.Scalar ne.Scalar ne.Tensor nextafter.default
+positive.default remainder.Scalar_Tensor sigmoid_backward.default signbit.default silu_backward.default
 softplus_backward.default softshrink_backward.default special_airy_ai.default special_bessel_j0.default
-special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default special_entr.default special_erfcx.default
-special_i0e.default special_i1.default special_i1e.default special_log_ndtr.default special_modified_bessel_i0.default
-special_modified_bessel_i1.default special_modified_bessel_k0.default special_modified_bessel_k1.default special_ndtri.default
-special_spherical_bessel_j0.default special_xlog1py.default special_xlog1py.other_scalar special_xlog1py.self_scalar
+special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default
+special_modified_bessel_i0.default
+special_modified_bessel_i1.default special_modified_bessel_k0.default special_modified_bessel_k1.default
+special_spherical_bessel_j0.default
 special_zeta.default special_zeta.other_scalar special_zeta.self_scalar sub.Scalar tanh_backward.default
-threshold_backward.default true_divide.Tensor xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor
+threshold_backward.default true_divide.Tensor
 """
 
 _PRODUCTS_AND_REDUCTIONS = """
 addbmm.default addmv.default dot.default outer.default _log_softmax_backward_data.default _softmax_backward_data.default
 all.default all.dim aminmax.default any.default any.dim argmax.default argmin.default argsort.default bucketize.Tensor
-cumprod.default logcumsumexp.default max.default mean.default median.default min.default norm.ScalarOpt_dim prod.default
-prod.dim_int searchsorted.Tensor std_mean.correction sum.default var_mean.correction
+logcumsumexp.default max.default mean.default median.default min.default norm.ScalarOpt_dim prod.default
+searchsorted.Tensor std_mean.correction sum.default var_mean.correction
 """
 
 _PLACES = """
