@@ -15,6 +15,7 @@ from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
 from frpc.bags import expand_embedding_bags
 from frpc.capture import capture
+from frpc.complexes import split_complex
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
 from frpc.graph import NOWHERE, origin_of
@@ -266,6 +267,7 @@ def test_every_canonicalization_has_a_test() -> None:
     tested = {one_pass for one_pass, *_ in CANONICAL.values()} | {
         trimming.refuse_random,
         expand_embedding_bags,  # test_bags.py has it
+        split_complex,  # test_complex.py has it
         keep_float64,  # test_precision.py has it
         norms_in_one_type,  # these three: test_rewrites.py, and autocast and caches in test_capture.py
         promote_explicitly,
