@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 
 from frpc.affine import TABLE, traits_of
 from frpc.composed import COMPOSED
+from frpc.editor import Editor
 from frpc.graph import first_result, origin_of, replace, replace_items
 from frpc.torch_compat import (
     OpOverload,
@@ -21,7 +23,7 @@ from frpc.torch_compat import (
     schema_of,
 )
 
-__all__ = ["expand_composites", "inline_composite", "spell_out"]
+__all__ = ["expand_composites", "inline_composite", "spell_out", "spell_out_at_one_point"]
 
 aten = torch.ops.aten
 
@@ -83,6 +85,37 @@ def spell_out(graph_module: fx.GraphModule) -> bool:
         if node.op == "call_function" and traits_of(node.target).spelled_out:
             changed = _inline(graph_module.graph, node, _SPELLED_OUT_NORMS) or changed
     return changed
+
+
+def spell_out_at_one_point(graph_module: fx.GraphModule) -> bool:
+    """The same for derivatives at the input alone, which are PyTorch's at corners too.
+
+    The derivative of a norm of zeros is 0, that of the root it is made of infinite; ``clamp(x, low)`` passes on where x is the
+    bound itself, ``where(x >= low, x, low)``.
+    """
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if traits_of(node.target).spelled_out and not _smooth_norm(node):
+            changed = _inline(graph_module.graph, node, _SPELLED_OUT_NORMS) or changed
+        elif node.meta.get("bound") and node.target in _INSIDE:
+            edit, (x, limit) = Editor(graph_module, node), node.args
+            inside = edit.call(_INSIDE[node.target], x, limit)
+            replace(node, edit.call(aten.where.self, inside, x, limit))
+            changed = True
+    return changed
+
+
+_INSIDE = {aten.maximum.default: aten.ge.Tensor, aten.minimum.default: aten.le.Tensor}
+
+
+def _smooth_norm(node: fx.Node) -> bool:
+    """Says whether a norm's own rule is its derivative: of vectors, of an order from 1 up, and standard deviations."""
+    if node.target is aten.linalg_vector_norm.default:
+        order: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", 2)
+        return bool(1 <= order < math.inf)
+    return node.target is aten.std.correction
 
 
 def expand_composites(graph_module: fx.GraphModule) -> bool:

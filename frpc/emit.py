@@ -22,6 +22,7 @@ from frpc.assign import Assignment
 from frpc.bias import Tally, field_constants
 from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import Plan
+from frpc.precision import in_float64
 from frpc.propagate import Pulled, affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
 from frpc.samples import one_per_sample
@@ -104,7 +105,18 @@ def at_reference(
         else:
             given[source] = reference.blur(here) if reference.kind == "blur" else torch.zeros_like(here)
     hooks: dict[str, Any] = {} if observe is None else {"observe": lambda node, phase: observe(node, "reference")}
-    return evaluate(assignment.graph_module.graph, constants, inputs, until=until, given=given, **hooks)
+    graph = assignment.graph_module.graph
+    if _computed_now(assignment, constants, given):
+        return in_float64(graph, constants, given, until, **hooks)
+    return evaluate(graph, constants, inputs, until=until, given=given, **hooks)
+
+
+def _computed_now(assignment: Assignment, constants: Mapping[str, Any], given: Mapping[fx.Node, Tensor]) -> bool:
+    """Says whether all that follows from a reference is known when a program is compiled."""
+    known = [f"reference_{k}" in constants for k in range(len(given))]
+    placeholders = assignment.graph_module.graph.find_nodes(op="placeholder")
+    sized = all(isinstance(n, int) for value in given.values() for n in value.shape)
+    return all(known) and sized and set(placeholders) <= set(given) and not _varies(assignment)
 
 
 def _explained(functional: Tensor, output: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ CELLS = [
 
 
 ON_EDGES = {(net, "lid") for net in ("resnet50", "vgg16", "mobilenet_v2")}
-"""Where every sample lies on an edge in float32. The quotient of increments relu(x) - relu(x0) over x - x0 is as exact as x is
-far from x0, and at a blank reference the elements of a pool's window are equal but for rounding, which chooses the winner. Two
-float32 programs are as far apart there as each is from float64, so that is what files are compared with."""
+"""Where every sample lies on an edge in float32: the part of the way on which a ReLU is open, (a+ + r+) / (|a| + |r|), is as
+exact as a is against |a| + |r|, and behind fifty layers a itself is off by several roundings. Two float32 programs are as far
+apart there as each is from float64, so that is what files are compared with."""
 
 
 def check(report: Report, explainer: Explainer, net: str, method: str) -> None:

@@ -46,6 +46,10 @@ class Winner:
 
     windows: list[list[int]]
 
+    def largest(self, a: Tensor) -> list[list[int]]:
+        """All the largest elements of each window: more than one on ties."""
+        return [[i for i in window if a[i] == max(a[k] for k in window)] for window in self.windows]
+
     def first(self, a: Tensor) -> list[int]:
         return [max(window, key=lambda i: (float(a[i]), -i)) for window in self.windows]
 
@@ -299,6 +303,14 @@ def jacobian(layer: Layer, a: Tensor) -> Tensor:
     return matrix
 
 
+def _even(layer: Winner, a: Tensor) -> Tensor:
+    """The Jacobian of a max pool with even shares on ties: the mean over the choices that could be made."""
+    matrix = torch.zeros(len(layer.windows), len(a), dtype=a.dtype)
+    for j, tied in enumerate(layer.largest(a)):
+        matrix[j, tied] = 1 / len(tied)
+    return matrix
+
+
 def lid_taylor(layers: Sequence[Layer], x: Tensor, reference: Tensor, r: Tensor) -> Tensor:
     """L 13: `R_i = sum_j R_j D_ji dY_i / dY_j` with the Jacobian at the input."""
     return _increments(layers, x, reference, r, lambda layer, a, there: jacobian(layer, a))
@@ -310,7 +322,8 @@ def lid_ig(layers: Sequence[Layer], x: Tensor, reference: Tensor, r: Tensor, ste
     def averaged(layer: Layer, a: Tensor, there: Tensor) -> Tensor:
         total = torch.zeros_like(jacobian(layer, a))
         for k in range(1, steps + 1):
-            total = total + jacobian(layer, there + k / steps * (a - there))
+            point = there + k / steps * (a - there)
+            total = total + (_even(layer, point) if isinstance(layer, Winner) else jacobian(layer, point))
         return total / steps
 
     return _increments(layers, x, reference, r, averaged)
@@ -334,7 +347,8 @@ def deeplift(layers: Sequence[Layer], x: Tensor, reference: Tensor, r: Tensor) -
     """DeepLIFT's rescale rule (Shrikumar et al. 2017; L 7): linear layers in proportion to `w dx`, activations pass R on.
 
     A max pool is, between the winner w at the input and the winner l at the reference, `max(x_w, x_l)`: each gets the part of
-    the straight path on which it is ahead. They change places at `t = (r_l - r_w) / ((x_w - x_l) + (r_l - r_w))`.
+    the straight path on which it is ahead. They change places at `t = (r_l - r_w) / ((x_w - x_l) + (r_l - r_w))`. Winners
+    that tie are taken together, `x_l` and the others being their means.
     """
     values, others = run(layers, x), run(layers, reference)
     for position in reversed(range(len(layers))):
@@ -347,11 +361,12 @@ def deeplift(layers: Sequence[Layer], x: Tensor, reference: Tensor, r: Tensor) -
             r = change * ratio + deeplift(layer.body, a, there, (gained - change) * ratio)
         elif isinstance(layer, Winner):
             parts = torch.zeros(len(layer.windows), len(a), dtype=a.dtype)
-            for j, (w, lost) in enumerate(zip(layer.first(a), layer.first(there), strict=True)):
-                ahead, behind = float(a[w] - a[lost]), float(there[lost] - there[w])
+            for j, (won, lost) in enumerate(zip(layer.largest(a), layer.largest(there), strict=True)):
+                ahead = float(a[won].mean() - a[lost].mean()) if won != lost else 0.0
+                behind = float(there[lost].mean() - there[won].mean()) if won != lost else 0.0
                 time = behind / (ahead + behind) if ahead + behind > 0 else 0.0
-                parts[j, w] += (1 - time) * change[w]
-                parts[j, lost] += time * change[lost]
+                parts[j, won] += (1 - time) * change[won] / len(won)
+                parts[j, lost] += time * change[lost] / len(lost)
             r = proportional(parts, gained, r)
     return r
 

@@ -5,6 +5,7 @@ from frpc.maps.contraction import BatchedMatMul, Conv, MatMul
 from frpc.maps.movement import Pad, Place, Shuffle, Slice
 from frpc.maps.pointwise import Broadcast, Cast, Gate, Scale, scaled
 from frpc.maps.pooling import Center, LinearPool, Pool, Select, Window
+from frpc.maps.taps import Taps, WindowSum
 
 __all__ = [
     "BatchedMatMul",
@@ -27,8 +28,10 @@ __all__ = [
     "Select",
     "Shuffle",
     "Slice",
+    "Taps",
     "Total",
     "Transpose",
     "Window",
+    "WindowSum",
     "scaled",
 ]

@@ -29,7 +29,7 @@ from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Increment, Path, averaged, derivative, part_above, secant
 from frpc.rules.spectral import turn
-from frpc.rules.winners import extreme, larger, max_pool, ordered
+from frpc.rules.winners import extreme, larger, max_pool, ordered, running
 from frpc.torch_compat import schema_of
 
 __all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
@@ -210,6 +210,14 @@ def _angle_secant(a: Tensor, r: Tensor, other: Tensor, change: Tensor, place: in
     return secant(lambda u: torch.atan2(other, u) if place else torch.atan2(u, other), a, r, change)
 
 
+def _norm(call: Call, path: Path) -> Affine:
+    """The derivative of a norm or of a deviation; on the way from a reference they are taken as what they compute."""
+    standard = TABLE.get(call.op)
+    if standard is None or call.reference is not None:
+        raise RuleDeclinedError("its increment is that of what it computes")
+    return Affine(standard(call).terms)
+
+
 # Softmax ------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +298,8 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.hypot.default: (_hypot, ("self", "other"), "(a + a_r) / (|z| + |z_r|) on a, (b + b_r) / (|z| + |z_r|) on b"),
     aten.atan2.default: (_atan2, ("self", "other"), "secants, the other operand at either end"),
     aten.var.correction: (_variance, ("self",), "(dev(a) + dev(r)) / (n - correction), summed"),
+    aten.linalg_vector_norm.default: (_norm, ("self",), "sgn(a) (|a| / |a|_p)^(p-1), summed; 0 at a = 0"),
+    aten.std.correction: (_norm, ("self",), "dev(a) / ((n - correction) std), summed; 0 at std = 0"),
     aten.maximum.default: (larger, ("self", "other"), "the part of the path on which each is ahead"),
     aten.minimum.default: (larger, ("self", "other"), "the part of the path on which each is behind"),
     aten.fmax.default: (larger, ("self", "other"), "the part of the path on which each is ahead"),
@@ -327,8 +337,11 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten._log_softmax.default: (_log_softmax, ("self",), "v - k <1, v> / sum k, k as for softmax"),
     aten.logsumexp.default: (_logsumexp, ("self",), "k / sum k, k as for softmax"),
     **dict.fromkeys(
-        (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.cummax.default, aten.cummin.default),
+        (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim),
         (extreme, ("self",), "the elements taken at the ends of the path"),
+    ),
+    **dict.fromkeys(
+        (aten.cummax.default, aten.cummin.default), (running, ("self",), "the elements taken at the ends of the path")
     ),
     **dict.fromkeys(
         (

@@ -61,16 +61,6 @@ def derivative(function: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
     return slope
 
 
-def part_above(positive: Tensor, a: Tensor, r_positive: Tensor, r: Tensor) -> Tensor:
-    """The part of the way from r to a that lies above 0; no digits are lost where both are near."""
-    tiny = torch.finfo(a.dtype).tiny
-    return (positive + r_positive) / (a.abs() + (r.abs() + tiny))
-
-
-def averaged(maps: Sequence[LinearMap]) -> LinearMap:
-    return maps[0] if len(maps) == 1 else Total([Compose(m, Scale(1.0 / len(maps), m.result)) for m in maps])
-
-
 def secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: Tensor) -> Tensor:
     """``(f(a) - f(r)) / (a - r)``; the derivative in the middle where a and r are so close that the difference has no digits.
 
@@ -82,3 +72,13 @@ def secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: T
     slope = torch.where(torch.isfinite(slope), slope, 0.0)
     exact = torch.where(near, slope, change / torch.where(near, 1.0, d))
     return torch.where(torch.isfinite(d), exact, 0.0)  # what a mask set to minus infinity stays there
+
+
+def part_above(positive: Tensor, a: Tensor, r_positive: Tensor, r: Tensor) -> Tensor:
+    """The part of the way from r to a that lies above 0; no digits are lost where both are near."""
+    tiny = torch.finfo(a.dtype).tiny
+    return (positive + r_positive) / (a.abs() + (r.abs() + tiny))
+
+
+def averaged(maps: Sequence[LinearMap]) -> LinearMap:
+    return maps[0] if len(maps) == 1 else Total([Compose(m, Scale(1.0 / len(maps), m.result)) for m in maps])

@@ -1,24 +1,27 @@
 """Winners on the way from a reference: the larger of two values, extremes, elements by their order, max pools.
 
 The winner at the input and the winner at the reference share what changed in the proportion of the path on which each is ahead;
-with points on the path, or over the whole of it, every winner on the way gets its part.
+with points on the path, or over the whole of it, every winner on the way gets its part. Elements that are equal, or would be but
+for rounding, win together and have even shares: which of them rounding made the largest must not matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule
 from frpc.errors import RuleDeclinedError
-from frpc.maps import Compose, LinearMap, Scale, Select, Total, scaled
+from frpc.maps import Compose, LinearMap, Scale, Select, Taps, Total, WindowSum, scaled
+from frpc.rules.arithmetic import from_end, refuse_batch
+from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Path, averaged, part_above
 from frpc.rules.pooling import max_pool2d
 
-__all__ = ["extreme", "larger", "max_pool", "ordered"]
+__all__ = ["extreme", "larger", "max_pool", "ordered", "running"]
 
 aten = torch.ops.aten
 
@@ -34,9 +37,11 @@ def larger(call: Call, path: Path) -> Affine:
             continue
         there = call.reference.args[names[0]] - call.reference.args[names[1]]
         if path.steps is None:
-            ahead.append(part_above(here.clamp(min=0), here, there.clamp(min=0), there))
+            part = part_above(here.clamp(min=0), here, there.clamp(min=0), there)
+            ahead.append(torch.where((here == 0) & (there == 0), 0.5, part))
         else:
-            ahead.append((there + (here - there) * (k / path.steps) > 0).to(here.dtype))
+            point = there + (here - there) * (k / path.steps)
+            ahead.append(torch.where(point == 0, 0.5, (point > 0).to(here.dtype)))
     share = sum(ahead[1:], ahead[0]) / len(ahead)
     terms: dict[Operand, LinearMap] = {}
     taken = share if names[0] == "self" else 1.0 - share  # of a minimum, the one that is behind
@@ -47,9 +52,31 @@ def larger(call: Call, path: Path) -> Affine:
 
 
 def extreme(call: Call, path: Path) -> Affine:
-    """The largest or smallest element along dimensions, or of every beginning of one: as a max pool."""
-    standard = TABLE.get(call.op)
-    assert standard is not None
+    """The largest or smallest element along dimensions: as a max pool.
+
+    The derivative on ties is PyTorch's: ``amax`` and ``amin`` share it evenly, ``max`` and ``min`` along a dimension, which say
+    which element they took, give it to that one.
+    """
+    if call.reference is None and call.op in (aten.max.dim, aten.min.dim):
+        return Affine(_standard(call)(call).terms)
+    a: Tensor = call.args["self"]
+    dims, kept = from_end(call.args["dim"], a.dim()), call.args["keepdim"]
+    refuse_batch(a, dims)
+    sign = 1.0 if call.op in (aten.amax.default, aten.max.dim) else -1.0
+    if call.reference is None:
+        shares = _even(a == a.amax(dims, keepdim=True) if sign > 0 else a == a.amin(dims, keepdim=True), dims, a.dtype)
+    elif path.steps is not None:
+        points = [sign * point for point in path.points(call, "self")]
+        parts = [_even(_winning(p, dims, dims), dims, a.dtype) for p in points]
+        shares = sum(parts[1:], parts[0]) / len(parts)
+    else:
+        shares = _ends(sign * a, sign * call.reference.args["self"], dims, dims)
+    return Affine({"self": weighed_sum(call, shares, dims, kept)})
+
+
+def running(call: Call, path: Path) -> Affine:
+    """The largest or smallest element of every beginning of a dimension: as a max pool, the first or last winner on ties."""
+    standard = _standard(call)
     if call.reference is None:
         return Affine(standard(call).terms)
     if path.steps is not None:
@@ -66,13 +93,18 @@ def extreme(call: Call, path: Path) -> Affine:
 
 def ordered(call: Call, path: Path) -> Affine:
     """Elements by their place in an order: the average of the selections at n points; exactly, it has no closed form."""
-    standard = TABLE.get(call.op)
-    assert standard is not None
+    standard = _standard(call)
     if call.reference is None:
         return Affine(standard(call).terms)
     if path.steps is None:
         raise RuleDeclinedError("which elements it takes changes on the way from the reference: give steps, LID(steps=10)")
     return _at_points(call, path, standard)
+
+
+def _standard(call: Call) -> Rule:
+    standard = TABLE.get(call.op)
+    assert standard is not None
+    return standard
 
 
 def _at_points(call: Call, path: Path, standard: Rule) -> Affine:
@@ -85,130 +117,113 @@ def _at_points(call: Call, path: Path, standard: Rule) -> Affine:
 
 
 def max_pool(call: Call, path: Path) -> Affine:
-    """The winner; on the way from a reference, the winners at both ends or at every point."""
+    """The winner; on the way from a reference, the winners at both ends, at every point, or of the whole way."""
     a: Tensor = call.args["self"]
     if call.reference is None:
-        return _selection(call, call)
+        return _selection(call)
+    taps, axis, layer = _taps(call), [2], list(range(1, a.dim() + 1))
     if path.steps is not None:
-        parts = []
-        for point in path.points(call, "self"):
-            args = {**call.args, "self": point}
-            parts.append(_selection(call, Call(call.op, args, call.op(**args), call.carried)).terms["self"])
-        return Affine({"self": averaged(parts)})
-    if path.pooling == "path":
-        return _whole_path(call)
-    r: Tensor = call.reference.args["self"]
-    start = call.reference.out[1]
-    gained = call.value - _picked(a, start)  # >= 0: how far the later winner is ahead at the input
-    ahead = call.reference.value - _picked(r, call.out[1])  # >= 0: how far the earlier one was ahead at the reference
-    share = gained / (gained + ahead + torch.finfo(a.dtype).tiny)
-    return Affine({"self": Ends(call, share, start.expand_as(call.out[1]))})
+        points = path.points(call, "self")
+        windows = [taps.elements(point, -math.inf) for point in points]
+        shares = [_even(_winning(w, axis, layer), axis, a.dtype) for w in windows]
+        return Affine({"self": WindowSum(sum(shares[1:], shares[0]) / len(shares), taps, a.shape)})
+    here, there = (taps.elements(x, -math.inf) for x in (a, call.reference.args["self"]))  # [B, C, taps, *positions]
+    shares_of = _ends if path.pooling == "ends" else _whole_path
+    return Affine({"self": WindowSum(shares_of(here, there, axis, layer), taps, a.shape)})
 
 
-class Ends(Total):
-    """``share`` of the later winner and the rest of the earlier one."""
-
-    def __init__(self, call: Call, share: Tensor, start: Tensor) -> None:
-        a: Tensor = call.args["self"]
-        standard = _selection(call, call).terms["self"]
-        assert isinstance(standard, Select)
-        first = Select(start, a.shape, _native(call, start), standard.window)
-        super().__init__([Compose(standard, Scale(share, standard.result)), Compose(first, Scale(1.0 - share, first.result))])
-        self.share, self.last, self.first = share, standard, first
-
-    def pull(self, v: Tensor) -> Tensor:
-        later = v * self.share
-        return self.last.pull(later) + self.first.pull(v - later)
-
-
-def _native(call: Call, indices: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """PyTorch's own transpose of a selection by these places, which need not be winners."""
-    if call.op is not aten.max_pool2d_with_indices.default:
-        return None
-    a, (kernel, stride, padding, dilation) = call.args["self"], _geometry(call)
-    ceil_mode = call.args["ceil_mode"]
-    return lambda v: aten.max_pool2d_with_indices_backward(v, a, kernel, stride, padding, dilation, ceil_mode, indices)
-
-
-def _selection(call: Call, at: Call) -> Affine:
-    """The selection of the winners at some point."""
+def _selection(call: Call) -> Affine:
+    """The selection of the winners; the first on ties, as PyTorch's derivative."""
     if call.op is aten.max_pool2d_with_indices.default:
-        return max_pool2d(at, *at.args.values())
-    return Affine({"self": Select(at.out[1], at.args["self"].shape)})
+        return max_pool2d(call, *call.args.values())
+    return Affine({"self": Select(call.out[1], call.args["self"].shape)})
 
 
-def _picked(values: Tensor, indices: Tensor) -> Tensor:
-    """``values[indices]`` over the flattened spatial axes; either may have a batch of 1. Channels are innermost, as in memory."""
-    batch = indices if indices.shape[0] != 1 else values
+def _taps(call: Call) -> Taps:
+    """The windows of a max pool."""
+    a = call.args["self"]
+    size, positions = ([int(n) for n in t.shape[2:]] for t in (a, call.value))
+    if "kernel_size" not in call.args:
+        return Taps.adaptive(size, positions, a.device)
 
-    def rows(x: Tensor) -> Tensor:
-        return x.movedim(1, -1).flatten(1, -2).expand([batch.shape[0], math.prod(x.shape[2:]), x.shape[1]])
+    def along(name: str, otherwise: Sequence[int] = ()) -> list[int]:
+        given = call.args[name] if call.args[name] not in ((), [], None) else otherwise
+        values = [given] if isinstance(given, int) else list(given)
+        return values * len(size) if len(values) == 1 else values
 
-    picked = rows(values).gather(1, rows(indices))
-    return picked.unflatten(1, list(indices.shape[2:])).movedim(-1, 1)
+    kernel = along("kernel_size")
+    lines = zip(kernel, along("stride", kernel), along("padding"), along("dilation"), strict=True)
+    return Taps.stepping(size, positions, list(lines), a.device)
 
 
-def _whole_path(call: Call) -> Affine:
+# Shares -------------------------------------------------------------------------------------------------------------------
+
+_ROUNDINGS = 64  # of a layer's largest value: sums of products in float64 are off by less, also behind a few dozen layers
+
+
+def _rounding(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
+    """How far the largest elements along some axes may be apart and still be equal but for rounding.
+
+    They are sums of products, and off by some roundings of what was added up: about as large as the largest values of the layer,
+    however small a sum has become. In float64 nothing else lies so near. In float32 something would, in one window of a hundred
+    thousand; there only one rounding counts. It is enough at a reference, which is computed in float64 and rounded once.
+
+    Args:
+        a: the elements.
+        axes: among which the largest is sought.
+        layer: over which the size of values is taken.
+    """
+    eps = torch.finfo(a.dtype).eps
+    if a.dtype is torch.float64:
+        return torch.where(torch.isfinite(a), a.abs(), 0.0).amax(list(layer), keepdim=True) * (_ROUNDINGS * eps)
+    return a.amax(list(axes), keepdim=True).abs() * eps
+
+
+def _winning(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
+    """Says which elements along some axes are the largest but for rounding; minus infinity, a place outside, never is."""
+    return (a >= a.amax(list(axes), keepdim=True) - _rounding(a, axes, layer)) & (a > -math.inf)
+
+
+def _even(chosen: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Even shares of what is chosen along some axes."""
+    return chosen.to(dtype) / chosen.sum(list(axes), keepdim=True).clamp(min=1)
+
+
+def _ends(a: Tensor, r: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
+    """What each element gets of the largest along some axes: the winners at the input and those at the reference share it.
+
+    With the later ones ahead by g at the input, and the earlier ones by h at the reference, they change places at ``h / (g + h)``
+    of the way. What is a tie is not ahead at all.
+    """
+    top, start = a.amax(list(axes), keepdim=True), r.amax(list(axes), keepdim=True)
+    won, began = _winning(a, axes, layer), _winning(r, axes, layer)
+    last, first = _even(won, axes, a.dtype), _even(began, axes, a.dtype)
+    gained = (first * torch.where(began & ~won, top - a, 0.0)).sum(list(axes), keepdim=True)
+    ahead = (last * torch.where(won & ~began, start - r, 0.0)).sum(list(axes), keepdim=True)
+    share = torch.where(ahead == 0, 1.0, gained / torch.where(ahead == 0, 1.0, gained + ahead))
+    return last * share + first * (1.0 - share)
+
+
+def _whole_path(a: Tensor, r: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
     """Every element of a window gets the part of the straight path on which it is the largest.
 
     Element i is ahead of j where ``q + t (p - q) > 0``, with the gaps p at the input and q at the reference: from, or up to, the
-    time ``q / (q - p)``. Its part is what all j leave between 0 and 1.
+    time ``q / (q - p)``. Its part is what all j leave between 0 and 1; elements that are one on the whole path share theirs.
     """
-    assert call.reference is not None
-    if call.op is not aten.max_pool2d_with_indices.default:
-        raise RuleDeclinedError('pooling="path" covers max_pool2d; pooling="ends" covers every max pool')
-    a, r = call.args["self"], call.reference.args["self"]
-    here, there, places = _windows(call, a), _windows(call, r), _places(call, a)  # [B, C, taps, h', w']
-    taps = here.shape[2]
-    parts: list[LinearMap] = []
-    for i in range(taps):
-        low, high = torch.zeros_like(here[:, :, 0]), torch.ones_like(here[:, :, 0])
-        for j in (j for j in range(taps) if j != i):
-            p, q = here[:, :, i] - here[:, :, j], (there[:, :, i] - there[:, :, j]).expand_as(low)
-            rising, never = p > q, (p == q) & ((q < 0) | ((q == 0) & (j < i)))
+    (axis,) = axes
+    top, start = a.amax(axis, keepdim=True), r.amax(axis, keepdim=True)
+    a, r = torch.where(_winning(a, axes, layer), top, a), torch.where(_winning(r, axes, layer), start, r)
+    outside = torch.isneginf(a)
+    parts = []
+    for i in range(a.shape[axis]):
+        here, there = a.select(axis, i), r.select(axis, i)
+        low, high, alike = torch.zeros_like(here), torch.ones_like(here), torch.ones_like(here)
+        for j in (j for j in range(a.shape[axis]) if j != i):
+            p, q = here - a.select(axis, j), (there - r.select(axis, j)).expand_as(low)
             time = (q / torch.where(p == q, 1.0, q - p)).clamp(0.0, 1.0)
-            low = torch.where(rising, torch.maximum(low, time), low)
+            low = torch.where(p > q, torch.maximum(low, time), low)
             high = torch.where(p < q, torch.minimum(high, time), high)
-            high = torch.where(never | torch.isneginf(here[:, :, i]), 0.0, high)
-        part = (high - low).clamp(min=0.0)
-        select = Select(places[:, :, i].expand(part.shape), a.shape)
-        parts.append(Compose(select, Scale(part, select.result)))
-    return Affine({"self": Total(parts)})
-
-
-def _windows(call: Call, x: Tensor) -> Tensor:
-    """The elements of every window, ``[B, C, taps, h', w']``; minus infinity in the padding."""
-    kernel, stride, padding, dilation = _geometry(call)
-    size = call.value.shape[-2:]
-    reach = [(int(m) - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(size, stride, dilation, kernel, strict=True)]
-    far = [max(0, n - int(x.shape[2 + axis]) - padding[axis]) for axis, n in enumerate(reach)]
-    framed = aten.constant_pad_nd(x, [padding[1], far[1], padding[0], far[0]], -math.inf)
-    cut = [
-        framed[:, :, i * dilation[0] :, j * dilation[1] :][:, :, :: stride[0], :: stride[1]][:, :, : int(size[0]), : int(size[1])]
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    return torch.stack(cut, 2)
-
-
-def _places(call: Call, x: Tensor) -> Tensor:
-    """Where those elements lie in the flattened image, ``[1, 1, taps, h', w']``; the padding's place is 0."""
-    kernel, stride, padding, dilation = _geometry(call)
-    lines = []
-    for axis in (0, 1):
-        first = torch.arange(int(call.value.shape[2 + axis]), device=x.device) * stride[axis] - padding[axis]
-        lines.append(first[None] + torch.arange(kernel[axis], device=x.device)[:, None] * dilation[axis])  # [k, h']
-    rows, columns = lines
-    inside = ((rows >= 0) & (rows < x.shape[2]))[:, None, :, None] & ((columns >= 0) & (columns < x.shape[3]))[None, :, None]
-    flat = rows[:, None, :, None] * int(x.shape[3]) + columns[None, :, None]
-    return torch.where(inside, flat, 0).flatten(0, 1)[None, None]
-
-
-def _geometry(call: Call) -> tuple[list[int], list[int], list[int], list[int]]:
-    def pair(name: str, otherwise: Sequence[int] = ()) -> list[int]:
-        given = call.args[name] if call.args[name] not in ((), [], None) else otherwise
-        values = [given] if isinstance(given, int) else list(given)
-        return values * 2 if len(values) == 1 else values
-
-    kernel = pair("kernel_size")
-    return kernel, pair("stride", kernel), pair("padding"), pair("dilation")
+            high = torch.where((p == q) & (q < 0), 0.0, high)
+            alike = alike + ((p == 0) & (q == 0)).to(alike.dtype)
+        parts.append(torch.where(outside.select(axis, i), 0.0, (high - low).clamp(min=0.0) / alike))
+    return torch.stack(parts, axis)
