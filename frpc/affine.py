@@ -64,6 +64,7 @@ class Call:
         reference: the same call at the reference input, in rule sets that explain increments; its batch is 1 or the call's.
         positive: the operands that are known to be nowhere negative.
         rectified: the result goes to ReLUs and nowhere else, so that nothing is pulled to its negative elements.
+        behind: the function of one number that alone reads the result, where there is one and the result is not explained.
     """
 
     op: OpOverload
@@ -73,6 +74,7 @@ class Call:
     reference: Call | None = None
     positive: frozenset[Operand] = frozenset()
     rectified: bool = False
+    behind: Callable[[Tensor], Tensor] | None = None
 
     @property
     def value(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule, bind, traits_of
-from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry
+from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
-from frpc.errors import Gap, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
-from frpc.graph import describe, origin_of
+from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
+from frpc.graph import describe, first_result, origin_of
 from frpc.maps import LinearMap
 from frpc.pairs import is_complex
+from frpc.rules.lrp import factor_beside
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
@@ -39,12 +40,12 @@ class Hints:
     """
 
     positive: frozenset[Operand] = frozenset()
-    behind: OpOverload | None = None
+    behind: fx.Node | None = None
 
     @property
     def rectified(self) -> bool:
         """Says whether the result goes to a ReLU and nowhere else."""
-        return self.behind is aten.relu.default
+        return self.behind is not None and self.behind.target is aten.relu.default
 
 
 NO_HINTS = Hints()
@@ -89,6 +90,7 @@ class Assignment:
         account: what the multipliers of its rules mean.
         batches: where the samples are in every value.
         cure: how the gaps may count as constants, for the error about them.
+        notes: where a rule set had to take another rule than its own, with the reason.
     """
 
     graph_module: fx.GraphModule
@@ -99,6 +101,7 @@ class Assignment:
     account: Account = field(default_factory=Account)
     batches: Mapping[fx.Node, Batch] = field(default_factory=dict)
     cure: str = ""
+    notes: tuple[tuple[fx.Node, str], ...] = ()
 
     def demand_complete(self) -> Assignment:
         """Returns itself, or raises with every gap at once.
@@ -124,7 +127,24 @@ def call_of(node: fx.Node, carried: frozenset[Operand], values: Any, references:
     assert isinstance(node.target, OpOverload)
     args, kwargs = fx.map_arg((node.args, node.kwargs), values)
     there = None if references is None else call_of(node, carried, references)
-    return Call(node.target, bind(node.target, args, kwargs), values(node), carried, there, hints.positive, hints.rectified)
+    behind = None if hints.behind is None else _function(hints.behind, values)
+    return Call(
+        node.target, bind(node.target, args, kwargs), values(node), carried, there, hints.positive, hints.rectified, behind
+    )
+
+
+def _function(node: fx.Node, values: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function of one number as a graph calls it: with its parameters, of the values in its first argument."""
+    assert isinstance(node.target, OpOverload)
+    rest, kwargs = fx.map_arg((node.args[1:], dict(node.kwargs)), values)
+    op = node.target
+
+    def function(u: torch.Tensor) -> torch.Tensor:
+        result: Any = op(u, *rest, **kwargs)
+        first: torch.Tensor = result[0] if isinstance(result, tuple | list) else result
+        return first
+
+    return function
 
 
 def assign(
@@ -158,9 +178,26 @@ def assign(
         refuse_codes(graph_module.graph, sources, live)
     batches = batches_of(graph_module.graph, fixed_batch)
     positive, reading = never_negative(graph_module.graph), _reading(graph_module.graph, sources)
+    computed = _computed(graph_module.graph)
+    multiplying: set[fx.Node] = set()  # layers with weights
+    first_layers: list[bool] = []
     found: dict[fx.Node, Assigned] = {}
     gaps: list[Gap] = []
+    notes: list[tuple[fx.Node, str]] = []
     fixed: set[fx.Node] = set()  # calls that turn out to pass on nothing: constants for those after them
+
+    def asked(node: fx.Node, operands: dict[Operand, fx.Node]) -> tuple[Site, Hints]:
+        signs = frozenset(name for name, n in operands.items() if n in positive)
+        behind = _behind(node, of, computed)
+        (feed, *others) = operands.values()
+        before = not others and feed in multiplying and found[feed].hints.behind is node
+        by, first = factor_beside(node.target, operands), any(n in reading for n in operands.values())
+        by_value = by is not None and operands_of(node).get(by) in computed
+        op: Any = None if behind is None else behind.target
+        origin = origin_of(node)
+        site = Site(node.target, origin.module, first, by is not None, by_value, op, before, origin.op)
+        return site, Hints(signs, behind)
+
     for node, every in live.items():
         operands = {name: n for name, n in every.items() if n not in fixed}
         if not operands:
@@ -171,9 +208,13 @@ def assign(
                 gaps.append(_gap(node, f"result {node.args[1]} of {node.args[0].target}: rules speak for the first"))  # type: ignore[union-attr]
             continue
         try:
-            first = any(n in reading for n in operands.values())
-            signs = frozenset(name for name, n in operands.items() if n in positive)
-            assigned = _assign_one(node, operands, rules, batches.get(node), first, Hints(signs, _behind(node, of)), of)
+            site, hints = asked(node, operands)
+            assigned = _assign_one(node, operands, rules, batches.get(node), site, hints)
+            if site.weighted and not site.by_value:
+                multiplying.add(node)
+                first_layers.append(site.first)
+            if (why := rules.note_for(site)) is not None:
+                notes.append((node, why))
             if assigned.operands:
                 found[node] = assigned
             else:
@@ -182,7 +223,12 @@ def assign(
             gaps.append(_gap(node, str(reason), isinstance(reason, SamplesUnknownError)))
     carried = frozenset((*sources, *live)) - fixed
     remedy = cure(graph_module.graph, sources, constant, explained, gaps) if gaps else ""
-    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches, remedy)
+    if rules.for_first_layer and first_layers and not gaps and not any(first_layers):
+        raise OptionError(
+            f"{rules.name} has a rule for the layer that reads the input, and here no layer reads the input: what reads it is "
+            f"{_readers(sources)}. Take a rule set without such a rule, or name the layer's operand as source=."
+        )
+    return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches, remedy, tuple(notes))
 
 
 def _explained(graph: fx.Graph, of: str) -> list[Any]:
@@ -190,20 +236,27 @@ def _explained(graph: fx.Graph, of: str) -> list[Any]:
     return [n for n in graph.nodes if of and of in n.meta.get("layers", ())] or [graph.output_node().args[0]]
 
 
-def _behind(node: fx.Node, of: str) -> OpOverload | None:
-    """Returns the activation that is the only reader of a call which is not itself explained."""
+def _readers(sources: Sequence[fx.Node]) -> str:
+    """Names what reads the sources, for a message."""
+    return ", ".join(f"{user.target} ({origin_of(user).where})" for source in sources for user in source.users)
+
+
+def _behind(node: fx.Node, of: str, computed: Collection[fx.Node]) -> fx.Node | None:
+    """Returns the function of one number that is the only reader of a call which is not itself explained."""
     if len(node.users) != 1 or (of and of in node.meta.get("layers", ())):
         return None
     (reader,) = node.users
-    plain = traits_of(reader.target).activation and len(reader.args) == 1 and not reader.kwargs
-    return reader.target if plain and isinstance(reader.target, OpOverload) else None
+    alone = [n for n in reader.all_input_nodes if n in computed] == [node] and reader.args[:1] == (node,)
+    return reader if alone and traits_of(reader.target).elementwise else None
 
 
 def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
     """Returns the sources and what only moves their elements about: a layer that reads one of them is a first layer."""
     found = set(sources)
     for node in graph.nodes:
-        if traits_of(node.target).rearranges and node.args[0] in found:
+        traits, tensors = traits_of(node.target), [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        moves = traits.rearranges or (traits.picks and traits.view) or node.target is aten.cat.default
+        if moves and tensors and all(n in found for n in tensors):
             found.add(node)
     return found
 
@@ -233,19 +286,18 @@ def _live(
     return {node: found for node, found in operands.items() if node in wanted}
 
 
-def _is_weighted(node: fx.Node, operands: dict[Operand, fx.Node]) -> bool:
-    """Says whether a call multiplies what it carries by something that does not carry."""
-    return traits_of(node.target).weighted and len(operands) == 1
+def _computed(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the tensors that come from the model's inputs; the others are parameters, or made of them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tensor = isinstance(first_result(node.meta.get("val")), torch.Tensor)
+        if tensor and (node.op == "placeholder" or any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _assign_one(
-    node: fx.Node,
-    operands: dict[Operand, fx.Node],
-    rules: RuleSet,
-    batch: Batch | None,
-    first: bool,
-    hints: Hints,
-    of: str,
+    node: fx.Node, operands: dict[Operand, fx.Node], rules: RuleSet, batch: Batch | None, site: Site, hints: Hints
 ) -> Assigned:
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
@@ -253,9 +305,7 @@ def _assign_one(
         raise RuleDeclinedError("it writes into its operand")
     if reason := stopped_by(node):
         raise RuleDeclinedError(reason)
-    (feed, *others) = operands.values()
-    before = not others and traits_of(feed.target).weighted and _behind(feed, of) is node.target
-    rule = rules.rule_for(Site(node.target, origin_of(node).module, first, _is_weighted(node, operands), hints.behind, before))
+    rule = rules.rule_for(site)
     if rule is None:
         known = TABLE.refused.get(node.target)
         raise RuleDeclinedError(known or ("no rule" if rules.account.constants else f"no rule in {rules.name}"))
@@ -271,7 +321,7 @@ def _assign_one(
         raise SamplesUnknownError("its result has no batch dimension: it mixes samples")
     with fake_mode_of(call.value), enable_python_dispatcher():
         example = rule(call)
-    if example.direct and not first:
+    if example.direct and not site.first:
         raise RuleDeclinedError(
             f"{rule.name} shares relevance out without looking at values, so only a layer that reads the input can take it"
         )

@@ -353,7 +353,7 @@ def _origin(node: fx.Node) -> Origin:
     frames = [f for f in frames if not f[0].startswith((tracing.__file__, stopped.__file__, "<eval_with_key>"))]
     user = [f for f in frames if not f[0].startswith(f"{torch.__path__[0]}/nn/")] or frames
     file, line, source = user[-1] if user else ("", "0", "")
-    return Origin(modules[-1] if modules else "", modules, file, int(line), source.strip())
+    return Origin(modules[-1] if modules else "", modules, file, int(line), source.strip(), node.target)
 
 
 def _spec(node: fx.Node, dynamic: bool) -> InputSpec:

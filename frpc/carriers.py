@@ -7,7 +7,6 @@ products).
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 from collections.abc import Collection, Sequence
 from typing import Literal
@@ -18,6 +17,7 @@ from torch import fx
 from frpc.affine import TABLE, Operand, bind, traits_of
 from frpc.errors import LayerNameError, OptionError, nearest
 from frpc.graph import first_result, origin_of
+from frpc.patterns import inside
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload
 
@@ -73,7 +73,7 @@ def may_carry(node: fx.Node, carried: Collection[fx.Node], constant: Sequence[st
     if stopped_by(node) == "":
         return False
     modules = origin_of(node).modules or ("",)
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in constant for path in modules):
+    if any(inside(path, pattern) for pattern in constant for path in modules):
         return False
     return any(argument in carried for argument in read_by(node))
 

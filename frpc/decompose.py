@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from frpc.affine import TABLE, traits_of
 from frpc.composed import COMPOSED
-from frpc.editor import Editor
 from frpc.graph import first_result, origin_of, replace, replace_items
 from frpc.torch_compat import (
     OpOverload,
@@ -88,26 +87,12 @@ def spell_out(graph_module: fx.GraphModule) -> bool:
 
 
 def spell_out_at_one_point(graph_module: fx.GraphModule) -> bool:
-    """The same for derivatives at the input alone, which are PyTorch's at corners too.
-
-    The derivative of a norm of zeros is 0, that of the root it is made of infinite; ``clamp(x, low)`` passes on where x is the
-    bound itself, ``where(x >= low, x, low)``.
-    """
+    """The same for derivatives at the input alone: the derivative of a norm of zeros is 0, that of the root in it infinite."""
     changed = False
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if traits_of(node.target).spelled_out and not _smooth_norm(node):
+        if node.op == "call_function" and traits_of(node.target).spelled_out and not _smooth_norm(node):
             changed = _inline(graph_module.graph, node, _SPELLED_OUT_NORMS) or changed
-        elif node.meta.get("bound") and node.target in _INSIDE:
-            edit, (x, limit) = Editor(graph_module, node), node.args
-            inside = edit.call(_INSIDE[node.target], x, limit)
-            replace(node, edit.call(aten.where.self, inside, x, limit))
-            changed = True
     return changed
-
-
-_INSIDE = {aten.maximum.default: aten.ge.Tensor, aten.minimum.default: aten.le.Tensor}
 
 
 def _smooth_norm(node: fx.Node) -> bool:

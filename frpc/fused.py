@@ -87,7 +87,6 @@ def expand_bounds(graph_module: fx.GraphModule) -> bool:
         for name in _BOUNDS[node.target]:
             if given[name] is not None:
                 x = edit.call(_CHOICES[name], x, given[name])
-                x.meta["bound"] = True  # on ties a clamp's derivative goes to what is clamped, a maximum's to both
         replace(node, x)
         changed = True
     return changed

@@ -50,6 +50,7 @@ class Origin:
         module: path of the innermost module, e.g. ``layer1.0.conv1``.
         modules: paths of all modules around the call, outermost first.
         file, line, source: the user's line.
+        op: the operator that is called there, which may stand for several of the graph; None where nothing is known of it.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Origin:
     file: str
     line: int
     source: str
+    op: Any = None
 
     @property
     def where(self) -> str:

@@ -22,16 +22,17 @@ from frpc.assign import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
 from frpc.capture import Captured, capture, check_decisive, tensors_of, tree
-from frpc.decompose import spell_out
+from frpc.decompose import spell_out, spell_out_at_one_point
 from frpc.editor import Editor
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
 from frpc.folding import fold_batch_norm
-from frpc.graph import empty_like
+from frpc.graph import empty_like, origin_of
 from frpc.lineage import Ledger
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
 from frpc.mixing import NODES, Trial, trial
+from frpc.patterns import Pattern, check_patterns
 from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.precision import rounding
 from frpc.reasons import failure, itself
@@ -51,7 +52,8 @@ class Front:
 
     ``output`` is an output of its without samples.
     ``trial`` says whether the model treats samples apart; ``ledger`` knows how the tensors that passes made came about;
-    ``rounding`` is the relative rounding of the coarsest type that the model computes in.
+    ``rounding`` is the relative rounding of the coarsest type that the model computes in; ``modules`` are the paths of all
+    modules.
     """
 
     captured: Captured
@@ -61,6 +63,7 @@ class Front:
     ledger: Ledger
     output: Tensor
     rounding: float
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,9 @@ def front(
     if tried.mixing is not None and (own := itself(model, call)) is not None:
         raise own
     unit = rounding(captured.graph_module, captured.graph_module.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
-    return Front(captured, canonical, (taken, canonized), tried, ledger, _output(canonical), unit)
+    return Front(
+        captured, canonical, (taken, canonized), tried, ledger, _output(canonical), unit, tuple(dict(model.named_modules()))
+    )
 
 
 def _demand_one_batch(inputs: Sequence[Tensor]) -> None:
@@ -214,7 +219,7 @@ def renewed(shared: Front, model: nn.Module) -> Front:
     canonical, canonized, ledger = _canonical(captured)
     taken = Stage("capture", 0.0, (), captured.graph_module)
     _keep_samples(shared.canonical, canonical)
-    return Front(captured, canonical, (taken, canonized), shared.trial, ledger, shared.output, shared.rounding)
+    return dataclasses.replace(shared, captured=captured, canonical=canonical, stages=(taken, canonized), ledger=ledger)
 
 
 def _keep_samples(old: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -282,6 +287,8 @@ def compile_query(shared: Front, choice: Choice, query: Query) -> Compiled:
     if shared.trial.untested is not None:
         refusals = (*refusals, Refusal("the trial that samples are treated apart", "verification", shared.trial.untested))
     refusals = (*refusals, *unreached(assignment, plan))
+    for node, why in assignment.notes:
+        refusals = (*refusals, Refusal(f"{choice.rules.name}'s own rule", origin_of(node).module or node.name, why))
     if choice.backend.name != "inductor":  # which plans memory of its own
         plan = dataclasses.replace(plan, footprint=footprint(lowered.program, query.columns))
     references = varying_references(assignment)
@@ -294,8 +301,11 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: Clock | Non
     Raises:
         UnsupportedOpError: if nodes have no rule.
         BatchError: if the model does not treat samples apart.
+        OptionError: if a pattern of the rule set, or of ``constant``, matches nothing.
     """
     clock = clock or Clock([])
+    constant = (Pattern("constant", path) for path in choice.constant)
+    check_patterns((*choice.rules.patterns(), *constant), shared.canonical.graph, shared.modules)
     canonical = copy_graph(shared.canonical)
     with shared.ledger.recording():
         folded = fold_batch_norm(canonical, frozenset((*query.layers, query.of, *(choice.source or ()))))
@@ -303,7 +313,8 @@ def assign_rules(shared: Front, choice: Choice, query: Query, clock: Clock | Non
     clock.note("fold batch norm", canonical, ("fold_batch_norm",) if folded else ())
     if choice.rules.account.spelled_out:
         canonical = copy_graph(canonical)
-        passes = (spell_out, *canonicalize.PASSES)
+        on_the_way = choice.rules.account.from_reference
+        passes = (spell_out if on_the_way else spell_out_at_one_point, *canonicalize.PASSES)
         clock.note("spell out", canonical, named(passes, run_passes(passes, canonical, shared.ledger)))
     fixed = shared.captured.inputs[0].batch
     if shared.trial.misshapen is not None:

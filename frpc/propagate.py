@@ -156,9 +156,9 @@ def pull(
             if node in wanted:
                 found.direct[node] = share
             elif node in maps and node not in wanted:
-                (name,) = maps[node].terms
-                with observe(node, "pull"):
-                    _accumulate(landed, assignment.rules[node].operands[name], maps[node].terms[name].pull(share))
+                for name, operand in assignment.rules[node].operands.items():
+                    with observe(node, "pull"):
+                        _accumulate(landed, operand, maps[node].terms[name].pull(share))
         v = pulled.pop(node, None)
         if v is None:
             continue

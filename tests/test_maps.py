@@ -34,8 +34,10 @@ from frpc.maps import (
     Select,
     Shuffle,
     Slice,
+    Taps,
     Total,
     Transpose,
+    WindowSum,
     scaled,
 )
 
@@ -103,6 +105,26 @@ def max_pool2d(name: str, operand: tuple[int, ...], *arguments: object, native: 
     return Sample(name, Select(indices, a.shape, transpose if native else None), operator)
 
 
+def window_sum(name: str, window: list[tuple[int, int, int, int]]) -> Sample:
+    """The same weights in every window are a convolution of each channel."""
+    kernel, stride, padding, dilation = ([line[k] for line in window] for k in range(4))
+    weight, operand = randn(*kernel), (2, 3, 7, 8)
+
+    def operator(u: Tensor) -> Tensor:
+        return F.conv2d(u, weight.expand(3, 1, *kernel), None, stride, padding, dilation, groups=3)
+
+    positions = [int(n) for n in operator(torch.zeros(operand, dtype=torch.float64)).shape[2:]]
+    taps = Taps.stepping([7, 8], positions, window, torch.device("cpu"))
+    weights = torch.where(taps.places < 0, 0.0, weight.flatten()[:, None, None]).expand(2, 3, -1, -1, -1)
+    return Sample(name, WindowSum(weights, taps, operand), operator)
+
+
+def averaging(taps: Taps) -> Tensor:
+    """Weights that average over each window."""
+    inside = (taps.places >= 0).double()
+    return (inside / inside.sum(0)).expand(2, 3, *inside.shape)
+
+
 def average(name: str, operand: tuple[int, ...], kernel: int, stride: int, padding: int, **given: object) -> Sample:
     def operator(u: Tensor) -> Tensor:
         return F.avg_pool2d(u, kernel, stride, padding, **given)
@@ -125,6 +147,7 @@ def samples() -> list[Sample]:
     coefficient, ties = randn(3, 1, 5), randn(2, 3, 4).relu()
     winners3d = F.max_pool3d(randn(2, 2, 4, 5, 3), 2, 2, 1, ceil_mode=True, return_indices=True)[1]
     flip = LinearOp(lambda u: u.flip(-1), (2, 5), (2, 5))
+    uneven = Taps.adaptive([5, 4, 3], [2, 3, 2], torch.device("cpu"))
     return [
         Sample("identity", Identity((2, 3, 5)), lambda u: u),
         Sample("scale by a tensor", Scale(coefficient, (2, 3, 4, 5)), lambda u: u * coefficient),
@@ -183,6 +206,10 @@ def samples() -> list[Sample]:
         max_pool2d("winners by the operator's own transpose", (2, 3, 7, 5), [3, 3], [2, 2], [1, 1], [1, 1], True, native=True),
         Sample("winners 3d", Select(winners3d, (2, 2, 4, 5, 3)),
                lambda u: u.flatten(2).gather(2, winners3d.flatten(2)).view(winners3d.shape)),
+        window_sum("weighted windows", [(3, 2, 1, 1), (3, 1, 0, 2)]),
+        window_sum("weighted windows side by side", [(2, 2, 0, 1), (3, 3, 0, 1)]),
+        Sample("weighted windows of uneven width", WindowSum(averaging(uneven), uneven, (2, 3, 5, 4, 3)),
+               lambda u: F.adaptive_avg_pool3d(u, (2, 3, 2))),
         Sample("any linear operator", LinearOp(summed, (2, 3, 5), (2, 3, 5)), summed),
         Sample("total", Total([MatMul(randn(7, 7), (2, 7)), Scale(randn(7, seed=1), (2, 7))]),
                lambda u: u @ randn(7, 7).T + u * randn(7, seed=1)),

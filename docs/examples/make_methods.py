@@ -59,6 +59,23 @@ LRP hold patents on LRP.
 """
 
 RULE_SETS = """\
+**Layers with weights**, for the LRP family, are convolutions and products of matrices of which one factor is made of parameters:
+`linear`, `matmul`, `bmm`, `addmm`, `baddbmm`, `einsum`, with the parameters on either side. Numeric factors (`alpha`) belong to
+the weights, `beta C` is the bias, or a summand of its own where C comes from the input. Where the other factor comes from the
+input too (attention), rules for weights are refused; `attn-lrp` has a rule for products. A rule for the first layer is refused
+where no layer reads the input.
+
+**`deeplift-reveal-cancel`** covers every elementwise activation, with its parameters, that alone reads a layer with weights.
+Other activations (behind a residual sum, or behind a layer that something else reads) get the rescale rule;
+`explainer.refusals` names them. For a quadratic function, such as the inner part of `Hardswish`, both rules agree.
+
+**Ties.** Where elements are equal, gradients are PyTorch's: `amax` and `maximum` share evenly, `max` along a dimension and max
+pools give to the first. Forward relevance propagation and LRP give to the first. Increments (LID, DeepLIFT) share evenly among
+elements that are equal or would be but for rounding: of a max pool over a blank reference, say, where every element of a window
+is the same number. A reference known when a program is compiled is computed in float64 for that, and rounded once. A blurred
+reference, and several references, are computed in the model's own type when the program runs; there more than one rounding may
+choose the winner.
+
 A rule set is an object: its parameters, and where it is used, are yours to set.
 
 ```python

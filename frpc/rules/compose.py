@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from frpc.affine import Rule
 from frpc.carriers import Product
 from frpc.errors import OptionError
+from frpc.patterns import Pattern, inside, is_op
 from frpc.rules.ruleset import FRP, Account, Box, RuleSet, Site
 from frpc.torch_compat import OpOverload, OpOverloadPacket
 
@@ -63,15 +63,29 @@ class _Composed(RuleSet):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the rule of the first choice that matches, else the default's."""
-        for key, chosen in self.choices:
-            if _matches(key, site):
-                return chosen.rule_for(site)
-        return self.default.rule_for(site)
+        return next((chosen for key, chosen in self.choices if _matches(key, site)), self.default).rule_for(site)
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The keys of the choices, and what the sets that are chosen name themselves."""
+        sets = (*(chosen for _, chosen in self.choices), self.default)
+        keys = [
+            Pattern("compose", key) if isinstance(key, str) else Pattern("compose", op=key, as_called=True)
+            for key, _ in self.choices
+        ]
+        return (*keys, *(pattern for rules in sets for pattern in rules.patterns()))
+
+    @property
+    def for_first_layer(self) -> bool:
+        return any(rules.for_first_layer for rules in (*(chosen for _, chosen in self.choices), self.default))
+
+    def note_for(self, site: Site) -> str | None:
+        """Asks the set that gives the rule."""
+        return next((chosen for key, chosen in self.choices if _matches(key, site)), self.default).note_for(site)
 
     def product_for(self, module: str) -> Product:
         """Returns how products are shared in a module."""
         for key, chosen in self.choices:
-            if isinstance(key, str) and _inside(module, key):
+            if isinstance(key, str) and inside(module, key):
                 return chosen.product_for(module)
         return self.default.product_for(module)
 
@@ -79,31 +93,24 @@ class _Composed(RuleSet):
         return tuple(box for rules in (*(chosen for _, chosen in self.choices), self.default) for box in rules.boxes())
 
 
-def _inside(module: str, pattern: str) -> bool:
-    """Says whether a module is one that the pattern names, or lies inside one."""
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"{pattern}.*")
-
-
 def _matches(key: Key, site: Site) -> bool:
     if isinstance(key, str):
-        return _inside(site.module, key)
-    if isinstance(key, OpOverload):
-        return site.op is key
-    packet = getattr(site.op, "overloadpacket", None)
-    return packet is key or str(packet) == f"{key}_with_indices"  # a max pool is canonical with its winners
+        return inside(site.module, key)
+    return is_op(site.op, key) or is_op(site.called, key)
 
 
 def compose(choices: Mapping[Any, RuleSet], default: RuleSet | None = None) -> RuleSet:
     """Makes a rule set of others: by module path pattern and by operator, the first match counts.
 
     Args:
-        choices: a pattern (``"features.0"``, ``"*.attn"``: the module and all inside it) or an operator
-            (``torch.ops.aten.max_pool2d``, or one overload of it) -> the rule set asked there.
+        choices: a pattern (``"features.0"``, ``"*.attn"``: the module and all inside it) or an operator, as the model calls it
+            or as it stands in the canonical graph (``torch.ops.aten.max_pool2d``, or one overload of it) -> the rule set asked
+            there.
         default: asked everywhere else; :class:`FRP` by default.
 
     Raises:
         OptionError: if sets disagree on what multipliers mean (values or increments, relevance or gradients), or something is no
-            rule set.
+            rule set; when a model is compiled, for a key that matches nothing in it.
     """
     base = FRP() if default is None else default
     for key, chosen in choices.items():

@@ -10,7 +10,7 @@ gives relevance itself, not a multiplier, and they exist in that direction only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,23 @@ from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand
 from frpc.errors import RuleDeclinedError
-from frpc.maps import Compose, Conv, LinearMap, MatMul, Scale, Total
+from frpc.maps import BatchedMatMul, Compose, Conv, LinearMap, MatMul, Scale, Total, scaled
 from frpc.rules.linear import per_channel
 
-__all__ = ["Bound", "alpha_beta", "epsilon", "flat", "gamma", "stabilized", "w_square", "z_box", "z_plus"]
+__all__ = [
+    "Bound",
+    "Layer",
+    "alpha_beta",
+    "epsilon",
+    "factor_beside",
+    "flat",
+    "gamma",
+    "layer_of",
+    "stabilized",
+    "w_square",
+    "z_box",
+    "z_plus",
+]
 
 aten = torch.ops.aten
 
@@ -30,40 +43,96 @@ Bound = float | Tensor
 LayerRule = Callable[..., Affine]
 
 
+_FACTORS = {  # of products of matrices the two factors, and what is added
+    aten.linear.default: ("input", "weight", "bias"),
+    aten.mm.default: ("self", "mat2", ""),
+    aten.bmm.default: ("self", "mat2", ""),
+    aten.mv.default: ("self", "vec", ""),
+    aten.matmul.default: ("self", "other", ""),
+    aten.addmm.default: ("mat1", "mat2", "self"),
+    aten.baddbmm.default: ("batch1", "batch2", "self"),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A call that multiplies by parameters.
+    """A call that multiplies by parameters, ``z = W a + b``.
 
     Attributes:
         name: the operand that carries.
         a: its value.
-        weight: the parameters, with the outputs first.
+        value: ``z``, without what is added to it if that carries too.
+        weight: the parameters, with all numeric factors of the call.
         bias: broadcastable to the result, or None.
         with_weight: the linear map of other parameters of the same shape.
+        sized: that map takes operands of the call's own size only, not of one sample.
+        added: an operand that carries and is added to the layer's output, with its map; None if there is none.
     """
 
     name: Operand
     a: Tensor
+    value: Tensor
     weight: Tensor
     bias: Tensor | None
     with_weight: Callable[[Tensor], LinearMap]
+    sized: bool = False
+    added: tuple[Operand, LinearMap] | None = None
+
+    def one(self) -> Tensor:
+        """One sample of the operand, or all where one will not do: what stands for every input at once looks like it."""
+        return self.a if self.sized else self.a[:1]
+
+    def affine(self, linear_map: LinearMap, *, direct: bool = False, joined: bool = False) -> Affine:
+        """What a rule gives: the map of the layer's operand, and beside it that of what is added."""
+        if self.added is None:
+            return Affine({self.name: linear_map}, direct=direct, joined=joined)
+        if direct or joined:
+            raise RuleDeclinedError("what is added to the layer comes from the input too: write the product and the sum apart")
+        return Affine({self.name: linear_map, self.added[0]: self.added[1]})
+
+
+def factor_beside(op: Any, carried: Collection[Operand]) -> str | None:
+    """Returns the argument that a call multiplies what it carries by, if the call may be a layer with weights.
+
+    That is a convolution, or a product of matrices of which one carries; something that carries may be added to it.
+    """
+    if op is aten.convolution.default:
+        return "weight" if set(carried) == {"input"} else None
+    first, second, _ = _FACTORS.get(op, ("", "", ""))
+    if (first in carried) == (second in carried):
+        return None
+    return second if first in carried else first
 
 
 def layer_of(call: Call) -> Layer:
-    """Reads a convolution, a linear layer, or a product with a constant matrix."""
-    given = call.args
+    """Reads a convolution, a linear layer, or a product with constant matrices on either side."""
+    given, result = call.args, call.value.shape
     if call.op is aten.convolution.default:
         a, weight, bias = given["input"], given["weight"], given["bias"]
         options: list[Any] = [given[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
         shift = None if bias is None else per_channel(bias, a.dim())
-        return Layer("input", a, weight, shift, lambda w: Conv(w, *(*options, a.shape, call.value.shape)))
-    names = {aten.linear.default: ("input", "weight"), aten.addmm.default: ("mat1", "mat2"), aten.mm.default: ("self", "mat2")}
-    first, second = names.get(call.op, ("self", "other"))
-    if not call.carries(first) or not isinstance(given[second], Tensor) or given[second].dim() != 2:
-        raise RuleDeclinedError("the rule is for products with a constant matrix on the right")
-    weight = given[second] if call.op is aten.linear.default else given[second].t()
-    shift = given.get("bias") if call.op is aten.linear.default else given.get("self") if call.op is aten.addmm.default else None
-    return Layer(first, given[first], weight, shift, lambda w: MatMul(w, given[first].shape))
+        return Layer("input", a, call.value, weight, shift, lambda w: Conv(w, *(*options, a.shape, result)))
+    first, second, added = _FACTORS[call.op]
+    left = not call.carries(first)  # the parameters stand on the left
+    name, other = (second, first) if left else (first, second)
+    a, weight = given[name], given[other]
+    if call.op is aten.linear.default and left:
+        raise RuleDeclinedError("its weights come from the input, and what they multiply does not: write it as a matrix product")
+    plain = not left and weight.dim() == 2 and a.dim() > 1
+    if plain and call.op is not aten.linear.default:
+        weight = weight.t()
+
+    def with_weight(w: Tensor) -> LinearMap:
+        return MatMul(w, a.shape) if plain else BatchedMatMul(w, a.shape, result, left)
+
+    alpha, beta, summand = given.get("alpha", 1), given.get("beta", 1), given.get(added)
+    weight = weight if alpha == 1 else weight * alpha
+    if summand is None or beta == 0:  # with beta = 0 PyTorch does not look at it
+        return Layer(name, a, call.value, weight, None, with_weight, not plain)
+    if call.carries(added):
+        beside = (added, scaled(beta, summand.shape, result))
+        return Layer(name, a, with_weight(weight).push(a), weight, None, with_weight, not plain, beside)
+    return Layer(name, a, call.value, weight, summand if beta == 1 else summand * beta, with_weight, not plain)
 
 
 def stabilized(z: Tensor, eps: float) -> Tensor:
@@ -88,10 +157,10 @@ def epsilon(eps: float) -> LayerRule:
     def build(call: Call, layer: Layer) -> Affine:
         m = layer.with_weight(layer.weight)
         if eps == 0:
-            return Affine({layer.name: m})
+            return layer.affine(m)
         # z / (z + eps sgn z) = |z| / (|z| + eps); in front of a ReLU only z > 0 counts, and relu(z) is there already.
-        size = torch.relu(call.value) if call.rectified else call.value.abs()
-        return Affine({layer.name: Compose(m, Scale(size / (size + eps), m.result))})
+        size = torch.relu(layer.value) if _rectified(call, layer) else layer.value.abs()
+        return layer.affine(Compose(m, Scale(size / (size + eps), m.result)))
 
     return _rule("epsilon" if eps else "lrp_0", build)
 
@@ -106,10 +175,15 @@ def _parts(call: Call, layer: Layer, on_positive: Tensor, on_negative: Tensor) -
     return Total([above, below])
 
 
-def _shared(call: Call, part: LinearMap, total: Tensor, share: float) -> LinearMap:
+def _rectified(call: Call, layer: Layer) -> bool:
+    """Says whether nothing comes back to where the layer's own output is negative."""
+    return call.rectified and layer.added is None
+
+
+def _shared(call: Call, layer: Layer, part: LinearMap, total: Tensor, share: float) -> LinearMap:
     """``share diag(z / total) part``; ``total`` is stabilized."""
     # In front of a ReLU only z > 0 counts, and relu(z) is there already: its gate is then in the quotient too.
-    scale = (torch.relu(call.value) if call.rectified else call.value) / total
+    scale = (torch.relu(layer.value) if _rectified(call, layer) else layer.value) / total
     return Compose(part, Scale(scale if share == 1 else share * scale, part.result))
 
 
@@ -140,8 +214,8 @@ def _alpha_beta(call: Call, layer: Layer, alpha: float, beta: float, eps: float)
             part = _parts(call, layer, on_positive, on_negative)
             # The sum has one sign, so the stabilizer goes with the bias: nothing more is added to the layer's output.
             shift = sign * eps if layer.bias is None else layer.bias.clamp(low, high) + sign * eps
-            maps.append(_shared(call, part, part.push(layer.a) + shift, share))
-    return Affine({layer.name: maps[0] if len(maps) == 1 else Total(maps)})
+            maps.append(_shared(call, layer, part, part.push(layer.a) + shift, share))
+    return layer.affine(maps[0] if len(maps) == 1 else Total(maps))
 
 
 def gamma(factor: float, eps: float) -> LayerRule:
@@ -155,17 +229,17 @@ def gamma(factor: float, eps: float) -> LayerRule:
         lowered = layer.weight + factor * layer.weight.clamp(max=0)
         maps: list[LinearMap] = []
         for on_positive, on_negative, low, high, mine in (
-            (raised, lowered, 0.0, None, call.value > 0),
-            (lowered, raised, None, 0.0, call.value < 0),
+            (raised, lowered, 0.0, None, layer.value > 0),
+            (lowered, raised, None, 0.0, layer.value < 0),
         ):
             part = _parts(call, layer, on_positive, on_negative)
             total = part.push(layer.a)
             total = total if layer.bias is None else total + (layer.bias + factor * layer.bias.clamp(low, high))
-            share = torch.where(mine, call.value / stabilized(total, eps), 0.0)
+            share = torch.where(mine, layer.value / stabilized(total, eps), 0.0)
             maps.append(Compose(part, Scale(share, part.result)))
-            if call.rectified:  # nothing comes back to neurons below 0
-                return Affine({layer.name: maps[0]})
-        return Affine({layer.name: Total(maps)})
+            if _rectified(call, layer):  # nothing comes back to neurons below 0
+                return layer.affine(maps[0])
+        return layer.affine(Total(maps))
 
     return _rule("gamma", build)
 
@@ -189,8 +263,8 @@ class Direct(LinearMap):
 def _unsigned(call: Call, layer: Layer, weight: Tensor, eps: float) -> Affine:
     """Relevance in proportion to weights alone."""
     m = layer.with_weight(weight)
-    share = call.value / stabilized(m.push(torch.ones_like(layer.a[:1])), eps)
-    return Affine({layer.name: Direct(m, lambda v: m.pull(v * share))}, direct=True)
+    share = layer.value / stabilized(m.push(torch.ones_like(layer.one())), eps)
+    return layer.affine(Direct(m, lambda v: m.pull(v * share)), direct=True)
 
 
 def w_square(eps: float) -> LayerRule:
@@ -216,17 +290,17 @@ def z_box(low: Bound, high: Bound, eps: float) -> LayerRule:
     """
 
     def build(call: Call, layer: Layer) -> Affine:
-        bounds = [torch.as_tensor(b, dtype=layer.a.dtype, device=layer.a.device).expand_as(layer.a[:1]) for b in (low, high)]
+        bounds = [torch.as_tensor(b, dtype=layer.a.dtype, device=layer.a.device).expand_as(layer.one()) for b in (low, high)]
         m = layer.with_weight(layer.weight)
         raised, lowered = layer.with_weight(layer.weight.clamp(min=0)), layer.with_weight(layer.weight.clamp(max=0))
-        contribution = call.value if layer.bias is None else call.value - layer.bias
+        contribution = layer.value if layer.bias is None else layer.value - layer.bias
         total = contribution - raised.push(bounds[0]) - lowered.push(bounds[1])
-        share = call.value / stabilized(total, eps)
+        share = layer.value / stabilized(total, eps)
 
         def pulled(v: Tensor) -> Tensor:
             v = v * share
             return layer.a * m.pull(v) - bounds[0] * raised.pull(v) - bounds[1] * lowered.pull(v)
 
-        return Affine({layer.name: Direct(m, pulled)}, direct=True)
+        return layer.affine(Direct(m, pulled), direct=True)
 
     return _rule("z_box", build)

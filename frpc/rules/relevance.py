@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Rule
 from frpc.carriers import Product
-from frpc.errors import OptionError
+from frpc.errors import OptionError, RuleDeclinedError
 from frpc.maps import Scale
 from frpc.rules import lrp
 from frpc.rules.arithmetic import back
@@ -74,6 +74,11 @@ class _Layers(RuleSet):
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the layer rule for layers with weights; activations pass, max pools give to the winner."""
+        if site.weighted and site.by_value:
+            raise RuleDeclinedError(
+                f"{self.name} shares relevance out by a layer's weights, and what this multiplies by is computed from the input: "
+                "AttnLRP has a rule for products of two values"
+            )
         return self.layer_rule(site) if site.weighted else _passing(site.op)
 
     def layer_rule(self, site: Site) -> Rule:
@@ -150,6 +155,10 @@ class _FirstLayer(LRP):
 
     stabilizer: float = 1e-6
 
+    @property
+    def for_first_layer(self) -> bool:
+        return True
+
     def layer_rule(self, site: Site) -> Rule:
         return self.first_rule(site) if site.first else super().layer_rule(site)
 
@@ -213,6 +222,10 @@ class Composite(_Layers):
     dense: _Layers = field(default_factory=LRP)
     first: _Layers | None = None
 
+    @property
+    def for_first_layer(self) -> bool:
+        return self.first is not None
+
     def layer_rule(self, site: Site) -> Rule:
         if self.first is not None and site.first:
             return self.first.layer_rule(site)
@@ -235,6 +248,10 @@ class EpsilonPlus(_Layers):
     def parts(self) -> Composite:
         """What it is made of."""
         return Composite(ZPlus(self.stabilizer), LRP(self.epsilon))
+
+    @property
+    def for_first_layer(self) -> bool:
+        return self.parts().for_first_layer
 
     def layer_rule(self, site: Site) -> Rule:
         return self.parts().layer_rule(site)

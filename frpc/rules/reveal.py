@@ -6,16 +6,18 @@ Here the positive and the negative part of what reaches the activation get multi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frpc.affine import Affine, Call, Rule
+from frpc.affine import Affine, Call, Operand, Rule, traits_of
 from frpc.maps import Compose, Identity, LinearMap, Scale, Total
 from frpc.rules.gradients import LID
 from frpc.rules.lrp import Layer, layer_of
+from frpc.rules.paths import secant
 from frpc.rules.ruleset import Site
 from frpc.torch_compat import schema_of
 
@@ -40,36 +42,56 @@ class DeepLiftRevealCancel(LID):
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the reveal-cancel rule for a layer with an activation behind it; the activation itself then passes."""
         if site.weighted and site.behind is not None:
-            return Rule(site.op, _reveal(site.behind), ("input", "self", "mat1"), "dy+/dx+ W+, dy-/dx- W-", SOURCE)
+            standard = super().rule_for(site)
+            carries = ("input", "self", "mat1") if standard is None else standard.carries
+            return Rule(site.op, _reveal_cancel, carries, "dy+/dx+ W+, dy-/dx- W-", SOURCE)
         if site.before:
             name = str(schema_of(site.op).arguments[0].name)
             return Rule(site.op, _passed, (name,), "with the layer in front of it", SOURCE)
         return super().rule_for(site)
+
+    def note_for(self, site: Site) -> str | None:
+        """Says where an activation gets the rescale rule."""
+        if site.before or not traits_of(site.op).elementwise:
+            return None
+        return (
+            "it gets the rescale rule; reveal-cancel is for an activation that reads a layer with weights, where nothing else "
+            "reads that layer and its neurons are not themselves explained"
+        )
 
 
 def _passed(call: Call, *arguments: Any) -> Affine:
     return Affine({str(schema_of(call.op).arguments[0].name): Identity(call.value.shape)})
 
 
-def _reveal(activation: Any) -> Any:
-    """Returns the rule of a layer that ``activation`` reads."""
+def _reveal_cancel(call: Call, *arguments: Any) -> Affine:
+    """A layer, and the activation ``f`` that reads it.
 
-    def reveal_cancel(call: Call, *arguments: Any) -> Affine:
-        assert call.reference is not None
-        layer = layer_of(call)
-        d = layer.a - call.reference.args[str(layer.name)]
-        raising, lowering = _part(layer, d, 1.0), _part(layer, d, -1.0)
-        up, down, r = raising.push(d), lowering.push(d), call.reference.value
-        base, top = activation(r), activation(r + up + down)
-        plus, minus = activation(r + up), activation(r + down)
-        risen, fallen = 0.5 * (plus - base + top - minus), 0.5 * (minus - base + top - plus)
-        terms: list[LinearMap] = [
-            Compose(raising, Scale(_ratio(risen, up), raising.result)),
-            Compose(lowering, Scale(_ratio(fallen, down), lowering.result)),
-        ]
-        return Affine({layer.name: Total(terms)}, joined=True)
+    ``dy+ / dx+`` is the mean of two secants of f, from r and from ``r + dx-`` up: the positive part comes first or last.
+    """
+    assert call.reference is not None
+    assert call.behind is not None
+    layer, there, r = layer_of(call), call.reference, call.reference.value
+    d = layer.a - there.args[str(layer.name)]
+    raising, lowering = _part(layer, d, 1.0), _part(layer, d, -1.0)
+    up, down = raising.push(d), lowering.push(d)
+    if layer.added is not None:
+        name, added = layer.added
+        gained = added.push(call.args[str(name)] - there.args[str(name)])
+        up, down = up + gained.clamp(min=0), down + gained.clamp(max=0)
+    rising = 0.5 * (_slope(call.behind, r, up) + _slope(call.behind, r + down, up))
+    falling = 0.5 * (_slope(call.behind, r, down) + _slope(call.behind, r + up, down))
+    parts = [Compose(raising, Scale(rising, raising.result)), Compose(lowering, Scale(falling, lowering.result))]
+    terms: dict[Operand, LinearMap] = {layer.name: Total(parts)}
+    if layer.added is not None:
+        terms[name] = Compose(added, Scale(torch.where(gained > 0, rising, falling), call.value.shape))
+    return Affine(terms, joined=True)
 
-    return reveal_cancel
+
+def _slope(function: Callable[[Tensor], Tensor], start: Tensor, change: Tensor) -> Tensor:
+    """The secant of a function from ``start`` to ``start + change``."""
+    end = start + change
+    return secant(function, end, start, function(end) - function(start))
 
 
 def _part(layer: Layer, d: Tensor, sign: float) -> LinearMap:
@@ -78,8 +100,3 @@ def _part(layer: Layer, d: Tensor, sign: float) -> LinearMap:
     other = layer.with_weight((sign * layer.weight).clamp(max=0) * sign)
     above, below = (d > 0).to(d.dtype), (d < 0).to(d.dtype)
     return Total([Compose(Scale(above, d.shape), same), Compose(Scale(below, d.shape), other)])
-
-
-def _ratio(change: Tensor, part: Tensor) -> Tensor:
-    """``change / part``, and 0 where there is no part to multiply."""
-    return torch.where(part == 0, 0.0, change / torch.where(part == 0, 1.0, part))

@@ -6,7 +6,6 @@ table of affine forms; ``overrides`` replaces rules by module path pattern or by
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor
 from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
 from frpc.errors import InputError, OptionError
+from frpc.patterns import Pattern, inside, is_op
 from frpc.references import Reference
 from frpc.torch_compat import OpOverload, schema_of
 from frpc.values import all_hold, whole
@@ -34,17 +34,22 @@ class Site:
         op: the operator.
         module: path of the innermost module around the call.
         first: the call reads the explained input, but for views.
-        weighted: the call multiplies by parameters: a convolution or a linear layer.
-        behind: the one activation that reads the result and is its only reader, if there is one.
-        before: the call is such an activation, and what it reads is a layer with weights.
+        weighted: the call multiplies what it carries by something that does not carry: a convolution, a linear layer or
+            another product of matrices.
+        by_value: what it multiplies by is no parameter: it is computed from the input.
+        behind: the function of one number that is the only reader of the result, if there is one.
+        before: the call is such a function, and what it reads is a layer with weights.
+        called: the operator as the model calls it, which may stand for several of the graph.
     """
 
     op: Any
     module: str
     first: bool = False
     weighted: bool = False
+    by_value: bool = False
     behind: OpOverload | None = None
     before: bool = False
+    called: Any = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,19 @@ class RuleSet:
         """Returns the rule for a call, or None where there is none."""
         return TABLE.get(site.op)
 
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The modules and operators that its options name, each of which has to be found in a model."""
+        return ()
+
+    @property
+    def for_first_layer(self) -> bool:
+        """Says whether the layer that reads the input gets a rule of its own."""
+        return False
+
+    def note_for(self, site: Site) -> str | None:
+        """Says why a call gets another rule than the one that this set is named after, where it does."""
+        return None
+
     def product_for(self, module: str) -> Product:
         """Returns how products of two carried values are shared in a module."""
         return "auto"
@@ -131,22 +149,22 @@ class FRP(RuleSet):
     """Forward relevance propagation: ``V_z = sum_k M_k V_k + c/N`` with ``sum(V_z) == z``.
 
     Args:
-        overrides: where -> rule function, as for :func:`frpc.rule`. Where is an operator overload, a module path pattern
-            (``"features.*"``: every operator there), or a pair of both.
+        overrides: where -> rule function, as for :func:`frpc.rule`. Where is an operator of the canonical graph (an overload or
+            a packet), a pattern of module paths (``"features"``: every operator in there), or a pair of both.
         product: how a product ``a b`` of two carried values is shared, everywhere or by module path pattern (first match
             first, ``"auto"`` where none matches). ``"half"``: ``b/2`` on a, ``a/2`` on b. ``"gate"``: one factor is a
             coefficient and the other takes all; the one that is a sigmoid, softmax, exponential or norm, else the second.
             ``"auto"``: ``gate`` where exactly one factor is of that kind (attention, squeeze-excite, LSTM, norms), else ``half``.
 
     Raises:
-        OptionError: for an unknown way to share products.
+        OptionError: for an unknown way to share products; when a model is compiled, for a pattern that matches nothing in it.
 
     Exact when: always; every operator's rule is an identity at the given input.
 
     Source: thesis eqs. 3.5, 3.8, 3.12; operators beyond it in closed form (``docs/rules.md``).
     """
 
-    overrides: Mapping[str | OpOverload | tuple[str, OpOverload], RuleFunction] = field(default_factory=dict)
+    overrides: Mapping[Any, RuleFunction] = field(default_factory=dict)
     product: Product | Mapping[str, Product] = "auto"
 
     def __post_init__(self) -> None:
@@ -163,8 +181,8 @@ class FRP(RuleSet):
         """Returns the override that matches first, else the operator's affine form."""
         standard = TABLE.get(site.op)
         for key, function in self.overrides.items():
-            path, wanted = key if isinstance(key, tuple) else (key, None) if isinstance(key, str) else ("*", key)
-            matches = fnmatch.fnmatchcase(site.module, path) and wanted in (None, site.op)
+            path, wanted = _place(key)
+            matches = (path is None or inside(site.module, path)) and (wanted is None or is_op(site.op, wanted))
             if matches and isinstance(site.op, OpOverload):
                 carries = standard.carries if standard else (schema_of(site.op).arguments[0].name,)
                 return Rule(site.op, function, carries, "given by the user", "override")
@@ -174,4 +192,16 @@ class FRP(RuleSet):
         """Returns how products are shared in a module."""
         if isinstance(self.product, str):
             return self.product
-        return next((way for path, way in self.product.items() if fnmatch.fnmatchcase(module, path)), "auto")
+        return next((way for path, way in self.product.items() if inside(module, path)), "auto")
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The keys of ``overrides`` and of ``product``."""
+        places = [Pattern("overrides", *_place(key)) for key in self.overrides]
+        return (*places, *(Pattern("product", path) for path in (() if isinstance(self.product, str) else self.product)))
+
+
+def _place(key: Any) -> tuple[str | None, Any]:
+    """The pattern of module paths and the operator that a key of ``overrides`` names; None where it names none."""
+    if isinstance(key, tuple):
+        return key[0], key[1]
+    return (key, None) if isinstance(key, str) else (None, key)

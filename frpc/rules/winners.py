@@ -7,7 +7,6 @@ for rounding, win together and have even shares: which of them rounding made the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -124,10 +123,10 @@ def max_pool(call: Call, path: Path) -> Affine:
     taps, axis, layer = _taps(call), [2], list(range(1, a.dim() + 1))
     if path.steps is not None:
         points = path.points(call, "self")
-        windows = [taps.elements(point, -math.inf) for point in points]
+        windows = [taps.elements(point, _lowest(a)) for point in points]
         shares = [_even(_winning(w, axis, layer), axis, a.dtype) for w in windows]
         return Affine({"self": WindowSum(sum(shares[1:], shares[0]) / len(shares), taps, a.shape)})
-    here, there = (taps.elements(x, -math.inf) for x in (a, call.reference.args["self"]))  # [B, C, taps, *positions]
+    here, there = (taps.elements(x, _lowest(a)) for x in (a, call.reference.args["self"]))  # [B, C, taps, *positions]
     shares_of = _ends if path.pooling == "ends" else _whole_path
     return Affine({"self": WindowSum(shares_of(here, there, axis, layer), taps, a.shape)})
 
@@ -161,6 +160,11 @@ def _taps(call: Call) -> Taps:
 _ROUNDINGS = 64  # of a layer's largest value: sums of products in float64 are off by less, also behind a few dozen layers
 
 
+def _lowest(a: Tensor) -> float:
+    """What stands at places outside: no value is below it, and a program can write it down, as it cannot minus infinity."""
+    return torch.finfo(a.dtype).min
+
+
 def _rounding(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
     """How far the largest elements along some axes may be apart and still be equal but for rounding.
 
@@ -175,13 +179,15 @@ def _rounding(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
     """
     eps = torch.finfo(a.dtype).eps
     if a.dtype is torch.float64:
-        return torch.where(torch.isfinite(a), a.abs(), 0.0).amax(list(layer), keepdim=True) * (_ROUNDINGS * eps)
+        return torch.where(torch.isfinite(a) & (a > _lowest(a)), a.abs(), 0.0).amax(list(layer), keepdim=True) * (
+            _ROUNDINGS * eps
+        )
     return a.amax(list(axes), keepdim=True).abs() * eps
 
 
 def _winning(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
-    """Says which elements along some axes are the largest but for rounding; minus infinity, a place outside, never is."""
-    return (a >= a.amax(list(axes), keepdim=True) - _rounding(a, axes, layer)) & (a > -math.inf)
+    """Says which elements along some axes are the largest but for rounding; a place outside never is."""
+    return (a >= a.amax(list(axes), keepdim=True) - _rounding(a, axes, layer)) & (a > _lowest(a))
 
 
 def _even(chosen: Tensor, axes: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -213,7 +219,7 @@ def _whole_path(a: Tensor, r: Tensor, axes: Sequence[int], layer: Sequence[int])
     (axis,) = axes
     top, start = a.amax(axis, keepdim=True), r.amax(axis, keepdim=True)
     a, r = torch.where(_winning(a, axes, layer), top, a), torch.where(_winning(r, axes, layer), start, r)
-    outside = torch.isneginf(a)
+    outside = a <= _lowest(a)
     parts = []
     for i in range(a.shape[axis]):
         here, there = a.select(axis, i), r.select(axis, i)
