@@ -58,11 +58,6 @@ def _place(index: Any) -> tuple[Any, ...]:
     return tuple(index) if isinstance(index, Sequence) or getattr(index, "ndim", False) else (index,)
 
 
-def _place(index: Any) -> tuple[Any, ...]:
-    """Reads a neuron's index: a number where the layer has one dimension."""
-    return tuple(index) if isinstance(index, Sequence) or getattr(index, "ndim", False) else (index,)
-
-
 def _demand_samples_first(front: Front, layer: str) -> None:
     """Refuses layers whose neurons are not one number for each sample.
 
