@@ -66,12 +66,12 @@ def secant(function: Callable[[Tensor], Tensor], a: Tensor, r: Tensor, change: T
 
     Where that is infinite (the root of 0, at both ends), nothing changed and nothing is passed on: ``0 = 0 (a - r)``.
     """
-    d = a - r
+    d, largest = a - r, torch.finfo(a.dtype).max  # a printed program has no name for infinity
     near = d.abs() <= math.sqrt(torch.finfo(a.dtype).eps) * torch.maximum(a.abs(), r.abs())
     slope = derivative(function, 0.5 * (a + r))
-    slope = torch.where(torch.isfinite(slope), slope, 0.0)
+    slope = torch.where(slope.abs() <= largest, slope, 0.0)
     exact = torch.where(near, slope, change / torch.where(near, 1.0, d))
-    return torch.where(torch.isfinite(d), exact, 0.0)  # what a mask set to minus infinity stays there
+    return torch.where(d.abs() <= largest, exact, 0.0)  # what a mask set to minus infinity stays there
 
 
 def part_above(positive: Tensor, a: Tensor, r_positive: Tensor, r: Tensor) -> Tensor:

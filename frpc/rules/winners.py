@@ -179,9 +179,8 @@ def _rounding(a: Tensor, axes: Sequence[int], layer: Sequence[int]) -> Tensor:
     """
     eps = torch.finfo(a.dtype).eps
     if a.dtype is torch.float64:
-        return torch.where(torch.isfinite(a) & (a > _lowest(a)), a.abs(), 0.0).amax(list(layer), keepdim=True) * (
-            _ROUNDINGS * eps
-        )
+        finite = (a > _lowest(a)) & (a <= torch.finfo(a.dtype).max)
+        return torch.where(finite, a.abs(), 0.0).amax(list(layer), keepdim=True) * (_ROUNDINGS * eps)
     return a.amax(list(axes), keepdim=True).abs() * eps
 
 
