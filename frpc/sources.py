@@ -32,10 +32,12 @@ def demand_samples(assignment: Assignment) -> None:
 def demand_path(assignment: Assignment, plan: Plan) -> None:
     """Refuses a question whose answer would owe everything to constants, because nothing carries.
 
+    Gradients are no shares of anything: where nothing leads back they are 0, as autograd's are.
+
     Raises:
         SourceError: names the values at which the ways from the sources end.
     """
-    if plan.result in assignment.carried:
+    if plan.result in assignment.carried or assignment.account.gradients:
         return
     graph = assignment.graph_module.graph
     behind, ends = set(assignment.sources), []
@@ -56,12 +58,13 @@ def demand_path(assignment: Assignment, plan: Plan) -> None:
 
 
 def unreached(assignment: Assignment, plan: Plan) -> list[Refusal]:
-    """The sources, of several, from which no carried path leads to what is explained: their maps hold constants alone."""
-    if plan.query.layers or len(assignment.sources) == 1:
+    """The sources from which no carried path leads to what is explained: their maps hold constants alone, or gradients of 0."""
+    if plan.query.layers:
         return []
     reaching = feeding(assignment, plan.result)
+    holds = "gradient is 0" if assignment.account.gradients else "map holds constants alone"
     return [
-        Refusal("relevance", n.name, "no carried path leads from it to what is explained: its map holds constants alone")
+        Refusal("relevance", n.name, f"no carried path leads from it to what is explained: its {holds}")
         for n in assignment.sources
         if n not in reaching
     ]

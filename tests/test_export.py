@@ -344,13 +344,22 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-class Custom(nn.Module):
+class Halved(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.ops.frpc_tests.halved(x).detach()
+        return torch.ops.frpc_tests.halved(x)
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Halved()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.inside(x)
 
 
 def test_operators_of_others_are_refused(tmp_path: Path) -> None:
-    explainer = frpc.compile(Custom(), (torch.randn(2, 3),), constant=[""])
+    explainer = frpc.compile(Custom(), (torch.randn(2, 3),), constant=["inside"])
     expected = r"The program of Custom calls frpc_tests\.halved\.default, which other runtimes do not have"
     with pytest.raises(ExportError, match=expected):
         torch_export(explainer, tmp_path / "a.pt2")

@@ -90,7 +90,9 @@ def _wastes_vectors(node: fx.Node) -> bool:
     """Says whether a transposed convolution makes so few channels that a vector of them is mostly empty."""
     given: Any = node.args
     weight, groups = given[1], given[8]
-    return isinstance(weight, fx.Node) and int(weight.meta["val"].shape[1]) * groups <= VECTOR // 4
+    if not isinstance(weight, fx.Node) or not isinstance(groups, int):  # as many groups as samples
+        return False
+    return int(weight.meta["val"].shape[1]) * groups <= VECTOR // 4
 
 
 def _cannot_paint(node: fx.Node) -> str | None:
