@@ -47,7 +47,7 @@ class NodeAccount:
     error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Audit:
     """What :func:`audit` found.
 

@@ -59,19 +59,23 @@ def _reduced(edit: Editor, given: dict[str, Any], length: int) -> fx.Node:
         weights = edit.call(aten.unsqueeze.default, _in_bags(edit, given["per_sample_weights"], length), -1)
         rows = edit.call(aten.mul.Tensor, rows, weights)
     if padding < 0:
-        ops = {_SUM: aten.sum.dim_IntList, _MEAN: aten.mean.dim, _MAX: aten.amax.default}
-        return edit.call(ops[mode], rows, [1])
+        ops = {_SUM: aten.sum.dim_IntList, _MEAN: aten.mean.dim}
+        return _largest(edit, rows) if mode == _MAX else edit.call(ops[mode], rows, [1])
     kept = edit.call(aten.unsqueeze.default, edit.call(aten.ne.Scalar, tokens, padding), -1)  # [B, L, 1]
     if mode == _MAX:
         lowest = torch.finfo(rows.meta["val"].dtype).min  # a number, which increments can subtract
         seen = edit.call(aten.where.ScalarOther, kept, rows, lowest)
-        largest = edit.call(aten.amax.default, seen, [1])
-        return edit.call(aten.where.ScalarOther, edit.call(aten.any.dim, kept, 1), largest, 0.0)
+        return edit.call(aten.where.ScalarOther, edit.call(aten.any.dim, kept, 1), _largest(edit, seen), 0.0)
     total = edit.call(aten.sum.dim_IntList, edit.call(aten.where.ScalarOther, kept, rows, 0.0), [1])
     if mode == _SUM:
         return total
     count = edit.call(aten.clamp_min.default, edit.call(aten.sum.dim_IntList, kept, [1]), 1)  # [B, 1]
     return edit.call(aten.div.Tensor, total, count)
+
+
+def _largest(edit: Editor, rows: fx.Node) -> fx.Node:
+    """Of equal tokens the first wins, as in the bag; ``amax`` would share among them."""
+    return edit.call(operator.getitem, edit.call(aten.max.dim, rows, 1), 0)
 
 
 def _in_bags(edit: Editor, flat: fx.Node, length: int) -> fx.Node:

@@ -108,7 +108,8 @@ def expand_composites(graph_module: fx.GraphModule) -> bool:
     changed = False
     for node in list(graph_module.graph.nodes):
         makes_tensors = isinstance(first_result(node.meta.get("val")), Tensor)  # sizes are read as they are
-        if node.op == "call_function" and makes_tensors and _is_composite(node.target) and TABLE.get(node.target) is None:
+        whole = TABLE.get(node.target) is not None and node.target not in COMPOSED  # its rule speaks for the call as it is
+        if node.op == "call_function" and makes_tensors and _is_composite(node.target) and not whole:
             changed = _inline(graph_module.graph, node, COMPOSED) or changed
     return changed
 

@@ -161,7 +161,7 @@ def _whole(batch: Batch, outer: int) -> Batch:
     return Batch(batch.axis, batch.factor, outer if outer and batch.factor % outer == 0 else 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """Which positions of a value changed, in runs that each changed some samples.
 

@@ -86,7 +86,7 @@ class Model:
         return [explained_output(found, self.output)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Balance:
     """The account of one run of a program, for each sample and column, ``[*K, B]``.
 

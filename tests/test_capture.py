@@ -482,12 +482,12 @@ def test_code_under_autocast_keeps_its_names_and_lines() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return torch.special.bessel_j0(self.layer(x)).float()
+                return torch.special.bessel_j0(self.layer(x).float())
 
     with pytest.raises(UnsupportedOpError) as error:
         frpc.compile(nn.Sequential(Shifted()), (torch.randn(2, 4),))
     line = inspect.getsourcelines(Shifted)[1] + 7
-    assert f"0   test_capture.py:{line}   return torch.special.bessel_j0(self.layer(x)).float()" in str(error.value)
+    assert f"0   test_capture.py:{line}   return torch.special.bessel_j0(self.layer(x).float())" in str(error.value)
 
 
 # Modules that hold tensors of a graph -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from frpc.maps.pooling import Select, Window
 __all__ = ["Taps", "WindowSum"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taps:
     """The windows of a pooling operator: which elements each of them looks at.
 
