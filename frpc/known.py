@@ -55,6 +55,7 @@ _SIZED_BY_VALUES = {
     "where",
 }
 _INDEXED = {"__getitem__", "__setitem__", "index_put", "index_put_"}
+_TAKES_NUMBERS = {"__getitem__", "__setitem__"}  # the others take tensors alone
 
 
 class Known(TorchFunctionMode):
@@ -154,7 +155,8 @@ class Known(TorchFunctionMode):
             if isinstance(index, list) and not any(isinstance(entry, Tensor) for entry in index):
                 return func, args, kwargs  # numbers in a list are one index
             entries = index if isinstance(index, tuple | list) else (index,)
-            return func, (args[0], tuple(new for entry in entries for new in self._indices(entry)), *args[2:]), kwargs
+            numbers = name in _TAKES_NUMBERS
+            return func, (args[0], tuple(new for entry in entries for new in self._indices(entry, numbers)), *args[2:]), kwargs
         if name == "repeat_interleave":
             given = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
             repeats, dim = given.get("repeats"), given.get("dim")
@@ -163,8 +165,8 @@ class Known(TorchFunctionMode):
                 return torch.index_select, (given.get("input", given.get("self")), dim, taken), {}
         return func, args, kwargs
 
-    def _indices(self, entry: Any) -> list[Any]:
-        """What an entry of an index becomes: a mask one index for each of its dimensions, a known number an int."""
+    def _indices(self, entry: Any, numbers: bool) -> list[Any]:
+        """What an entry of an index becomes: a mask one index for each of its dimensions, a known number an int if those fit."""
         if isinstance(entry, slice):
             ends = [self._number(end) for end in (entry.start, entry.stop, entry.step)]
             return [slice(*ends)]
@@ -173,7 +175,7 @@ class Known(TorchFunctionMode):
         if entry.dtype in (torch.bool, torch.uint8) and entry.dim() > 0:
             self.decisive |= self._sources([entry])
             return list(self._compute(lambda mask: mask.nonzero(as_tuple=True), (entry,), {}))
-        return [self._number(entry)]
+        return [self._number(entry) if numbers else entry]
 
     def _number(self, value: Any) -> Any:
         """A known whole number without dimensions as an int."""

@@ -617,7 +617,7 @@ CASES: tuple[Case, ...] = (
 
     # copies
     Case(aten.clone.default, "", of(lambda a: a.clone()), (V,)),
-    Case(aten.detach.default, "", of(lambda a: a.detach()), (V,)),
+    Case(aten.detach.default, "", of(lambda a: a.detach()), (V,), arguments=()),
     direct(aten.lift_fresh_copy.default, shape=V),
     direct(aten.alias.default, shape=V),
     direct(aten.contiguous.default, shape=V),
