@@ -57,6 +57,7 @@ def test_a_skip_that_is_not_allowed_fails_the_run(
     module: str, reason: str, status: int, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a whole file, or of a test; in one process, or in workers."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of the run around this one
     (tmp_path / "test_some.py").write_text(SOME.format(module=module))
     (tmp_path / "test_more.py").write_text(MORE.format(reason=reason))
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "-p", "no:cacheprovider", "-p", "skips", "-n", workers]
