@@ -56,12 +56,15 @@ class Audit:
         explained: ``<G, y>`` of each sample, ``[*K, B]``.
         lost: ``sum V + constants - <G, y>`` of each sample, ``[*K, B]``.
         size: ``sum |V| + |constants|`` of each sample, ``[*K, B]``.
+        resolution: ``sum |G_z| (|z| + sum_k |a_k|)`` of all nodes: how far a relative change of what operators give, as large as
+            their operands, moves the explained number; of each sample, ``[*K, B]``.
     """
 
     nodes: tuple[NodeAccount, ...]
     explained: Tensor
     lost: Tensor
     size: Tensor
+    resolution: Tensor
 
     @property
     def worst(self) -> NodeAccount | None:
@@ -86,6 +89,7 @@ def audit(assignment: Assignment, plan: Plan, inputs: Sequence[Tensor], seed: Te
     module = assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
     nodes: list[NodeAccount] = []
+    uncertain: list[Tensor] = []
     with torch.no_grad():
         values = evaluate(module.graph, constants, [x.detach() for x in inputs])
         maps = affine_maps(assignment, values, plan.pulled)
@@ -97,6 +101,9 @@ def audit(assignment: Assignment, plan: Plan, inputs: Sequence[Tensor], seed: Te
             return found.double()
 
         def record(assigned: Assigned, v: Tensor, passed: Mapping[Operand, Tensor]) -> None:
+            z = value(assigned.node)
+            beside = [a.abs() for a in map(value, assigned.operands.values()) if a.shape == z.shape]
+            uncertain.append(one_per_sample(v.double().abs() * sum(beside, z.abs()), z.dim(), assigned.batch))
             nodes.append(_node_account(assigned, v, value(assigned.node), passed, value, maps[assigned.node].constant))
 
         tally = Tally("separate", {})
@@ -113,7 +120,8 @@ def audit(assignment: Assignment, plan: Plan, inputs: Sequence[Tensor], seed: Te
                 total = total + one_per_sample(local, local.dim() - lead, batch)
                 size = size + one_per_sample(local.abs(), local.dim() - lead, batch)
         spread = tally.total(explained)
-    return Audit(tuple(nodes), explained, total + spread - explained, size + spread.abs())
+    resolution = sum(uncertain, torch.zeros_like(explained))
+    return Audit(tuple(nodes), explained, total + spread - explained, size + spread.abs(), resolution)
 
 
 def _node_account(

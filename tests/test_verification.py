@@ -318,3 +318,13 @@ def test_batches_that_mix_only_where_they_are_large() -> None:
     explainer = frpc.compile(Far())
     with pytest.raises(BatchError, match="One sample's result depends on the other samples"):
         explainer(torch.randn(9, 3), target=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_result_that_has_lost_its_digits_is_no_wrong_rule(dtype: torch.dtype) -> None:
+    """PyTorch computes GELU as ``z (1 + erf z) / 2``: of its value at -8 rounding leaves no digit, and no rule is to blame."""
+    x = torch.tensor([[-8.0, -7.5], [-6.0, -8.5]], dtype=dtype)
+    for example in (x, x[:1]):
+        found = frpc.compile(nn.GELU(), (example,))(x, target=0)
+        assert torch.equal(found.output, nn.GELU()(x))
+        assert bool((found.relevance.abs() < 1e-6).all())

@@ -22,6 +22,7 @@ from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Path, derivative, secant
 from frpc.rules.places import placed, shares
 from frpc.rules.selection import corner
+from frpc.torch_compat import schema_of
 
 __all__ = ["cumulative_product", "of_two", "product", "reduced"]
 
@@ -34,7 +35,7 @@ MOST_FACTORS = 128
 
 def of_two(call: Call, path: Path) -> Affine:
     """A function of the elements of two operands, each of which may be stretched to the result's shape."""
-    names = [str(argument.name) for argument in call.op._schema.arguments[:2]]
+    names = [str(argument.name) for argument in schema_of(call.op).arguments[:2]]
     here = [_stretched(call, call.args[name]) for name in names]
     there = here if call.reference is None else [_stretched(call, call.reference.args[name]) for name in names]
 
@@ -60,7 +61,7 @@ def _slopes(
     call: Call, path: Path, function: Callable[[Tensor, Tensor], Tensor], here: list[Tensor], there: list[Tensor]
 ) -> list[Tensor]:
     (a, b), (r, s) = here, there
-    carried = [call.carries(str(argument.name)) for argument in call.op._schema.arguments[:2]]
+    carried = [call.carries(str(argument.name)) for argument in schema_of(call.op).arguments[:2]]
 
     def by_first(u: Tensor, v: Tensor) -> Tensor:
         return _number(derivative(lambda x: function(x, v), u)) if carried[0] else torch.zeros_like(u)
