@@ -147,7 +147,7 @@ def samples() -> list[Sample]:
     coefficient, ties = randn(3, 1, 5), randn(2, 3, 4).relu()
     winners3d = F.max_pool3d(randn(2, 2, 4, 5, 3), 2, 2, 1, ceil_mode=True, return_indices=True)[1]
     flip = LinearOp(lambda u: u.flip(-1), (2, 5), (2, 5))
-    uneven = Taps.adaptive([5, 4, 3], [2, 3, 2], torch.device("cpu"))
+    adaptive = Taps.adaptive([5, 4, 3], [2, 3, 2], torch.device("cpu"))
     return [
         Sample("identity", Identity((2, 3, 5)), lambda u: u),
         Sample("scale by a tensor", Scale(coefficient, (2, 3, 4, 5)), lambda u: u * coefficient),
@@ -208,7 +208,7 @@ def samples() -> list[Sample]:
                lambda u: u.flatten(2).gather(2, winners3d.flatten(2)).view(winners3d.shape)),
         window_sum("weighted windows", [(3, 2, 1, 1), (3, 1, 0, 2)]),
         window_sum("weighted windows side by side", [(2, 2, 0, 1), (3, 3, 0, 1)]),
-        Sample("weighted windows of uneven width", WindowSum(averaging(uneven), uneven, (2, 3, 5, 4, 3)),
+        Sample("weighted windows of uneven width", WindowSum(averaging(adaptive), adaptive, (2, 3, 5, 4, 3)),
                lambda u: F.adaptive_avg_pool3d(u, (2, 3, 2))),
         Sample("any linear operator", LinearOp(summed, (2, 3, 5), (2, 3, 5)), summed),
         Sample("total", Total([MatMul(randn(7, 7), (2, 7)), Scale(randn(7, seed=1), (2, 7))]),
