@@ -96,7 +96,8 @@ def check(program: Program) -> None:
         output, maps = ask(whole, program, inputs, target)
         number = expected.gather(1, target[:, None])[:, 0]
         assert close(output, expected), "the output is not the model's"
-        assert bool(((total(maps) - number).abs() <= 1e-10 * (size(maps) + 1e-6)).all()), "the account does not balance"
+        # x - x inside a program leaves a number of 1e-16 and a map of 0: the rounding of values near 1, and no share of anything
+        assert bool(((total(maps) - number).abs() <= 1e-10 * size(maps) + 1e-13).all()), "the account does not balance"
         _, found = ask(slope, program, inputs, target)
         assert len(found) == len(values) == len(maps)
         for one, value, gradient in zip(found, values, gradients, strict=True):
