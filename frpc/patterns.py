@@ -30,7 +30,7 @@ class Pattern:
         option: the option's name, for messages.
         path: the pattern of module paths; None where only an operator is named.
         op: the operator or packet; None where only modules are named.
-        as_called: the operator may be named as the model calls it, and not only as it stands in the canonical graph.
+        as_called: the operator may be named as the model calls it, and not only as the canonical graph has it.
     """
 
     option: str

@@ -38,7 +38,7 @@ class StoppedError(Exception):
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Leaves out what PyTorch logs in this thread: what matters of a failed capture stands in the error that is raised."""
+    """Leaves out what PyTorch logs in this thread: what matters of a failed capture is in the error that is raised."""
     thread = threading.get_ident()
 
     def others(record: logging.LogRecord) -> bool:

@@ -24,7 +24,7 @@ def snapshot(model: Any) -> nn.Module:
     Tensors that hang on a graph of autograd are copied without it, wherever the module holds them.
 
     Raises:
-        InputError: if it is no module, or has parameters without a shape yet.
+        InputError: if it is not a module, or has parameters without a shape yet.
         TrainingModeError: if the module cannot be copied, or a part of it stays in training mode after ``eval()``.
         CaptureError: if it is a TorchScript module.
     """

@@ -104,7 +104,7 @@ def compose(choices: Mapping[Any, RuleSet], default: RuleSet | None = None) -> R
 
     Args:
         choices: a pattern (``"features.0"``, ``"*.attn"``: the module and all inside it) or an operator, as the model calls it
-            or as it stands in the canonical graph (``torch.ops.aten.max_pool2d``, or one overload of it) -> the rule set asked
+            or by its name in the canonical graph (``torch.ops.aten.max_pool2d``, or one overload of it) -> the rule set asked
             there.
         default: asked everywhere else; :class:`FRP` by default.
 
