@@ -7,7 +7,6 @@ where they can be had, else ``aten``, and says why not among the refusals.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,7 +20,7 @@ from frpc.cudagraphs import Replayed
 from frpc.errors import OptionError
 from frpc.lower.refusal import Refusal
 from frpc.stages import copy_graph, run_passes
-from frpc.torch_compat import OpOverload
+from frpc.torch_compat import OpOverload, trace_lock
 
 __all__ = ["Backend", "BackendName", "Lowered", "Mode", "check_backend", "executable", "lower_program"]
 
@@ -117,11 +116,10 @@ class _Compiled:
     def __init__(self, program: fx.GraphModule, freezing: bool, replay: bool) -> None:
         options: dict[str, Any] = {"freezing": True} if freezing else {"triton.cudagraphs": True} if replay else {}
         self._run: Callable[..., Sequence[Tensor]] = torch.compile(program, backend="inductor", options=options)
-        self._turns = threading.RLock()
         self._replay = replay
 
     def __call__(self, *given: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad(), self._turns:  # the compiler keeps state for the whole process
+        with torch.no_grad(), trace_lock:  # the first call, and calls with new sizes, compile
             found = self._run(*given)
             return [x.clone() for x in found] if self._replay else found  # a replay writes into the memory of the last
 

@@ -244,9 +244,10 @@ class Explainer(nn.Module):
         if not self.programs.compiled:
             return f"Explainer({self.model_name}, {rules}, not compiled yet: call it, or give compile() example inputs)"
         compiled = self.programs.first()
-        front = self.programs.first_front()
-        takes = ", ".join(describe(n.meta["val"]) for n in front.canonical.graph.find_nodes(op="placeholder"))
-        gives = describe(front.canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
+        with self.programs.reading_graphs():
+            front = self.programs.first_front()
+            takes = ", ".join(describe(n.meta["val"]) for n in front.canonical.graph.find_nodes(op="placeholder"))
+            gives = describe(front.canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
         calls = sum(n.op == "call_function" for n in compiled.program.graph.nodes)
         seconds = sum(s.seconds for s in compiled.stages)
         return (

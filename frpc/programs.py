@@ -28,7 +28,7 @@ from frpc.running import Form, run
 from frpc.snapshot import snapshot
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Logit
-from frpc.torch_compat import copied_by
+from frpc.torch_compat import copied_by, trace_lock
 from frpc.values import is_plain, is_traced
 from frpc.verification import (
     Balance,
@@ -46,9 +46,6 @@ from frpc.verification import (
 )
 
 __all__ = ["NamedInputs", "Programs", "Signature", "empty_like", "layer_example", "layer_names"]
-
-# Tracing swaps interpreter-wide state inside torch, so two compilations in one process must take turns, whoever asks.
-_TRACING = threading.RLock()
 
 Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 
@@ -111,8 +108,10 @@ class Programs:
         """Keeps other threads from these graphs: their example values are fake tensors, which know one thread at a time.
 
         Whatever reads ``node.meta`` after compilation does so in here; running a program needs no graph and takes no turns.
+        A size of an example value may be a symbol, and what is asked of a symbol goes into the trace of whichever thread is
+        tracing, so no thread traces meanwhile.
         """
-        with self._graphs:
+        with self._graphs, trace_lock:
             yield
 
     def asked(self, **changes: Any) -> Query:
@@ -153,7 +152,7 @@ class Programs:
         found = self.fronts.get(signature)
         if found is None:
             _refuse_inside_torch_compile()
-            with self._graphs, _TRACING:
+            with self.reading_graphs():
                 found = self.fronts.get(signature)
                 if found is None:
                     names = self._names or (inputs.names if isinstance(inputs, NamedInputs) else ())
@@ -174,7 +173,7 @@ class Programs:
 
     def _compile(self, signature: Signature, front: Front, query: Query) -> Compiled:
         _refuse_inside_torch_compile()
-        with self._graphs, _TRACING:
+        with self.reading_graphs():
             found = self.compiled.get((signature, query))
             if found is None:
                 front = self.fronts.get(signature, front)  # it may have been renewed while this thread waited
@@ -186,11 +185,10 @@ class Programs:
     def assignment(self, front: Front, inputs: Sequence[Tensor], query: Query) -> Assignment:
         """Finds or makes the rules of the graph's nodes for a question about one layer."""
         key = (_signature(inputs), query.of)
-        with self._graphs:
+        with self.reading_graphs():
             found = self._assignments.get(key)
             if found is None:
-                with _TRACING:
-                    found = pipeline.assign_rules(front, self.choice, query)
+                found = pipeline.assign_rules(front, self.choice, query)
                 if front is self.fronts.get(key[0]):
                     self._assignments[key] = found
         return found
@@ -212,7 +210,7 @@ class Programs:
         if not is_plain(inputs) or len(inputs[0]) < compiled.pending:
             return
         signature, given = _signature(inputs), [x.detach() for x in inputs]
-        with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the model that it is being compiled
+        with self.reading_graphs():  # while another thread exports, PyTorch tells the model that it is being compiled
             if self.compiled.get((signature, compiled.plan.query)) is not compiled:
                 return  # the model has been renewed since this call began
             model, front = Model(self.model, self._names or (), self.choice.output), self.fronts[signature]
@@ -235,7 +233,7 @@ class Programs:
         output: Tensor = front.canonical(*(x.detach() for x in inputs))
         signature = _signature(inputs)
         if signature not in self._agreed and self.verifying != "never" and is_plain(inputs):
-            with self._graphs, _TRACING:
+            with self.reading_graphs():
                 if self.fronts.get(signature) is front:
                     demand_output(front, Model(self.model, self._names or ()), [x.detach() for x in inputs], output)
                     self._agreed.add(signature)
@@ -258,7 +256,7 @@ class Programs:
     def follows(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         """Says whether a module still gives what a program of it gave for these inputs; runs it once."""
         front, given = self.front(inputs), [x.detach() for x in inputs]
-        with self._graphs, _TRACING:  # while another thread exports, PyTorch tells the module that it is being compiled
+        with self.reading_graphs():  # while another thread exports, PyTorch tells the module that it is being compiled
             return agrees(front, module, self._names or (), given, output)
 
     def seed(self, front: Front, inputs: Sequence[Tensor], target: Target | None, seed: Tensor | None) -> tuple[Tensor, bool]:
@@ -295,7 +293,7 @@ class Programs:
 
     def refresh(self, model: nn.Module) -> None:
         """Takes the weights of ``model`` into everything that was captured and compiled; see :meth:`frpc.Explainer.refresh`."""
-        with self._graphs, _TRACING:
+        with self.reading_graphs():
             fresh = self._snapshot(model)
             fronts = {signature: pipeline.renewed(front, fresh) for signature, front in self.fronts.items()}
             for front in fronts.values():
@@ -313,7 +311,7 @@ class Programs:
         probes = {(t.dtype, t.device): torch.empty(0, dtype=t.dtype, device=t.device) for t in tensors}
         if all((change(probe).dtype, change(probe).device) == kind for kind, probe in probes.items()):
             return
-        with self._graphs, _TRACING:
+        with self.reading_graphs():
             if self.dtype is not None:
                 self.dtype = change(torch.empty(0, dtype=self.dtype)).dtype
             self._take(copied_by(copy.deepcopy(self.model), change), {}, {})
@@ -321,7 +319,7 @@ class Programs:
     def copied(self, memo: dict[int, Any]) -> Programs:
         """Returns a copy with tensors of its own, compiled as far as this one."""
         other = copy.copy(self)  # which also waits its turn at the graphs: their fake tensors stay common to both
-        with self._graphs:
+        with self.reading_graphs():
             return self._copied_into(other, memo)
 
     def _copied_into(self, other: Programs, memo: dict[int, Any]) -> Programs:

@@ -7,6 +7,7 @@ for that, and another looks up every name of :data:`PRIVATE`, so that a release 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ __all__ = [
     "storage_of",
     "submodules_of",
     "symbolic",
+    "trace_lock",
     "traced_graph",
     "unset_fake_temporarily",
     "unwrapped",
@@ -186,6 +188,13 @@ def called_apart(op: OpOverload, args: Any, kwargs: Any) -> Any:
     """Calls the operators that an operator is made of, also where ``torch.export`` has it stay whole."""
     with torch._C._DisablePythonDispatcher():
         return op._op_dk(_COMPOSITE, *args, **kwargs)
+
+
+# ---- turns ------------------------------------------------------------------------------------------------------
+
+# While one thread exports, PyTorch keeps the trace where all threads see it: whatever another thread asks of a free size is
+# written into that trace, or raises since the size is not in it. Whoever captures, compiles or touches free sizes holds this.
+trace_lock = threading.RLock()
 
 
 # ---- example values and free sizes ------------------------------------------------------------------------------
@@ -334,7 +343,8 @@ def flat_weights(layer: nn.RNNBase) -> list[Tensor]:
 
 def aoti_compile(program: torch.export.ExportedProgram, path: str, settings: dict[str, Any]) -> None:
     """Compiles an exported program into a package at ``path``."""
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+    with trace_lock:
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
 
 
 def aoti_load(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import threading
@@ -43,6 +44,12 @@ Ask = Callable[[frpc.Explainer, Path], Any]
 def saved(explainer: frpc.Explainer, path: Path) -> Any:
     explainer.predict(SMALL)
     return frpc.load(explainer.save(path))(SMALL, target=3).relevance
+
+
+def exported(explainer: frpc.Explainer, path: Path) -> Tensor:
+    frpc.export.torch_export(explainer, path, (SMALL,))
+    run, _ = frpc.export.open_file(path)
+    return run(SMALL, torch.tensor([3, 1]))[1]
 
 
 ASKED: dict[str, Ask] = {
@@ -137,3 +144,60 @@ def test_new_weights_while_others_ask(tmp_path: Path) -> None:
     assert len(found) == 15
     assert all(any(torch.equal(value, one) for one in expected[name]) for name, value in found)
     assert all(torch.equal(ASKED[name](explainer, tmp_path), both[1]) for name, both in expected.items())
+
+
+class Meanwhile:
+    """Asks something in another thread, once; copies of a module have it in common."""
+
+    def __init__(self, ask: Callable[[], Any]) -> None:
+        self._ask, self.found = ask, list[Any]()
+        self.thread = threading.Thread(target=self._run)
+
+    def __deepcopy__(self, memo: Any) -> Meanwhile:
+        return self
+
+    def _run(self) -> None:
+        try:
+            self.found.append(self._ask())
+        except BaseException as error:
+            self.found.append(error)
+
+    def begin(self) -> None:
+        if self.thread.ident is None:
+            self.thread.start()
+            self.thread.join(1)  # one that waits its turn goes on when the trace is done
+
+
+class Slow(nn.Module):
+    """Another thread asks in the midst of its trace."""
+
+    def __init__(self, meanwhile: Meanwhile) -> None:
+        super().__init__()
+        self.linear, self._meanwhile = nn.Linear(4, 3), meanwhile
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.linear(x))
+        self._meanwhile.begin()
+        return y
+
+
+@pytest.mark.parametrize("name", ["a file that was loaded", "columns", "a file", "the table", "a copy", "an export", "a layer"])
+def test_whoever_asks_in_the_midst_of_a_trace_gets_the_right_answer(name: str, tmp_path: Path) -> None:
+    """PyTorch keeps the trace that a thread writes to where all threads see it, and sizes of batches are written there."""
+    explainer = frpc.compile(net(), SMALL)
+    loaded = frpc.load(explainer.save(tmp_path / "net.frpc", columns=True))
+    asks: dict[str, Callable[[], Any]] = {
+        "a file that was loaded": lambda: loaded(SMALL, target=3).relevance,
+        "columns": lambda: explainer(SMALL, target=PAIRS).relevance,
+        "a file": lambda: frpc.load(explainer.save(tmp_path / "again.frpc"))(SMALL, target=3).relevance,
+        "the table": lambda: (explainer.table(), repr(explainer), explainer.code, explainer(SMALL, target=1).output)[-1],
+        "a copy": lambda: copy.deepcopy(explainer)(SMALL, target=PAIRS).relevance,
+        "an export": lambda: exported(explainer, tmp_path / "net.pt2"),
+        "a layer": lambda: explainer.layer("1", SMALL, strategy="windows").dense(),
+    }
+    meanwhile = Meanwhile(asks[name])
+    frpc.compile(Slow(meanwhile), torch.randn(2, 4))
+    meanwhile.thread.join()
+    (found,) = meanwhile.found
+    assert isinstance(found, Tensor), found
+    assert torch.equal(found, asks[name]())

@@ -19,6 +19,7 @@ from frpc.export.blocked import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
 from frpc.export.translations import translations
+from frpc.torch_compat import trace_lock
 
 __all__ = ["METADATA", "OPSET", "onnx", "run_onnx"]
 
@@ -64,7 +65,7 @@ def _translated(program: ExportedProgram, signature: Signature) -> Any:
 
     The exporter's own rewriting takes longer than all else for long programs, and runtimes simplify what they load anyway.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), trace_lock:
         warnings.simplefilter("ignore")  # of its own deprecated calls
         try:
             made = torch.onnx.export(

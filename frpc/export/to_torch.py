@@ -11,6 +11,7 @@ from torch import Tensor
 from frpc.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
+from frpc.torch_compat import trace_lock
 
 __all__ = ["SIGNATURE", "run_torch_export", "torch_export"]
 
@@ -53,7 +54,8 @@ def torch_export(
 def run_torch_export(path: str | Path) -> tuple[Callable[..., list[Tensor]], Signature]:
     """Opens a file for running; see :func:`torch_export` about trust."""
     extra = {SIGNATURE: ""}
-    module = torch.export.load(str(path), extra_files=extra).module()
+    with trace_lock:
+        module = torch.export.load(str(path), extra_files=extra).module()
     signature = Signature.from_json(extra[SIGNATURE], path)
 
     def run(*given: Tensor) -> list[Tensor]:

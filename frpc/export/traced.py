@@ -25,6 +25,13 @@ def traced(
         ExportError: if the graph holds an operator that is not PyTorch's own.
         FrpcError: see :func:`frpc.export.answer.exportable`.
     """
+    with explainer.programs.reading_graphs():
+        return _traced(explainer, question, inputs, rewrites)
+
+
+def _traced(
+    explainer: Explainer, question: Question, inputs: Sequence[Tensor] | None, rewrites: Sequence[Rewrite]
+) -> tuple[ExportedProgram, Signature]:
     made = exportable(explainer, question, inputs, rewrites)
     sizes = {name: Dim(name, min=1) for name in ("batch", "targets")}
     free = {name: {axis: sizes[size] for axis, size in axes.items()} for name, axes in made.signature.free.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -24,6 +23,7 @@ from frpc.rules.ruleset import Box, check_boxes
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Top, as_top
+from frpc.torch_compat import trace_lock
 from frpc.values import is_traced
 
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
@@ -102,7 +102,6 @@ class LoadedExplainer(nn.Module):
         self.constants = dict(constants)
         self._ready: dict[Key, _Ready] = {}
         self._predictors: dict[int, fx.GraphModule] = {}
-        self._turn = threading.Lock()
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class LoadedExplainer(nn.Module):
                 raise InputError(
                     "This question was not asked yet: call the loaded explainer once before torch.compile traces it."
                 )
-            with self._turn, torch.no_grad():
+            with trace_lock, torch.no_grad():
                 found = self._ready.get(key)
                 if found is None:
                     device = self.signatures[key[0]].output.device
