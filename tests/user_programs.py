@@ -126,10 +126,20 @@ class Program:
         return model
 
     def draw(self, batch: int, seed: int) -> dict[str, Tensor]:
-        """Inputs of that many samples."""
+        """Inputs of that many samples.
+
+        Where maps are held against slopes no word comes twice in a sample: of two equal words the maximum takes the first,
+        and autograd a half of each.
+        """
         chance = torch.Generator().manual_seed(seed)
+
+        def words(length: int) -> Tensor:
+            if self.linear:
+                return torch.rand(batch, 7, generator=chance).argsort(1)[:, :length]
+            return torch.randint(0, 7, (batch, length), generator=chance)
+
         return {
-            name: torch.randint(0, 7, (batch, *shape), generator=chance)
+            name: words(*shape)
             if name == "ids"
             else torch.randn((batch, *shape), generator=chance, dtype=torch.float64)
             for name, shape in self.inputs.items()
