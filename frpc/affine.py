@@ -25,7 +25,6 @@ __all__ = [
     "Operand",
     "Rule",
     "RuleTable",
-    "bind",
     "declare",
     "elementwise",
     "linear_op",
@@ -220,19 +219,6 @@ def rule(
         return function
 
     return register
-
-
-def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call by schema name, with the schema's defaults filled in."""
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(schema_of(op).arguments):
-        if position < len(args):
-            bound[argument.name] = args[position]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value
-    return bound
 
 
 def elementwise(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import TABLE, Affine, Call, Operand, Rule, bind, traits_of
+from frpc.affine import TABLE, Affine, Call, Operand, Rule, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
-from frpc.graph import describe, first_result, origin_of
+from frpc.graph import bind, describe, first_result, origin_of
 from frpc.maps import LinearMap
 from frpc.pairs import is_complex
 from frpc.rules.lrp import factor_beside

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import bind
 from frpc.carriers import EMBEDDING_BAGS
 from frpc.editor import Editor
-from frpc.graph import replace
+from frpc.graph import bind, replace
 
 __all__ = ["expand_embedding_bags"]
 

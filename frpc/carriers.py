@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import fx
 
-from frpc.affine import TABLE, Operand, bind, traits_of
+from frpc.affine import TABLE, Operand, traits_of
 from frpc.errors import LayerNameError, OptionError, nearest
-from frpc.graph import first_result, origin_of
+from frpc.graph import bind, first_result, origin_of
 from frpc.patterns import inside
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import bind
 from frpc.decompose import inline_composite
 from frpc.errors import InputError
-from frpc.graph import first_result, replace
+from frpc.graph import bind, first_result, replace
 from frpc.pairs import Pair, Pairs, Part, is_complex, real_type
 from frpc.spectrograms import inverse_spectrogram, spectrogram
 from frpc.torch_compat import schema_of

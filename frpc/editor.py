@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from frpc.affine import bind
-from frpc.graph import free_name, origin_of
+from frpc.graph import bind, free_name, origin_of
 from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
 
 __all__ = ["Editor", "calls"]

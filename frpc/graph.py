@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,12 +19,13 @@ import torch
 from torch import fx
 
 from frpc.errors import nearest
-from frpc.torch_compat import expression_of
+from frpc.torch_compat import OpOverload, expression_of, schema_of
 
 __all__ = [
     "NOWHERE",
     "Origin",
     "Returned",
+    "bind",
     "describe",
     "empty_like",
     "entry_names",
@@ -147,6 +148,19 @@ def unknown_layer(name: str, known: Sequence[str]) -> str:
     if parts:
         return f"it returns several tensors, each with a name: {', '.join(parts)}"
     return nearest(name, known)
+
+
+def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by schema name, with the schema's defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(schema_of(op).arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

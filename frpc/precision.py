@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.errors import OptionError
-from frpc.graph import first_result, replace
+from frpc.graph import bind, first_result, replace
 from frpc.torch_compat import enable_python_dispatcher, pytree
 
 __all__ = [

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import bind, traits_of
+from frpc.affine import traits_of
 from frpc.assign import Assignment
 from frpc.carriers import operands_of
-from frpc.graph import first_result
+from frpc.graph import bind, first_result
 from frpc.locality import cells
 from frpc.torch_compat import OpOverload
 from frpc.traits import Axes, Operand

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.affine import bind
 from frpc.editor import Editor
 from frpc.errors import BatchError, InputError, TrainingModeError
-from frpc.graph import origin_of, replace, replace_items
+from frpc.graph import bind, origin_of, replace, replace_items
 from frpc.torch_compat import OpOverload, expression_of, flat_weights
 
 __all__ = ["masked", "unroll_recurrent_layers"]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import bind, traits_of
+from frpc.affine import traits_of
 from frpc.carriers import is_first_result, operands_of
+from frpc.graph import bind
 from frpc.torch_compat import OpOverload, schema_of
 from frpc.traits import Operand, is_nonnegative
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import bind
 from frpc.editor import Editor, calls
 from frpc.effects import is_pure
 from frpc.errors import TrainingModeError
-from frpc.graph import fetch, origin_of, replace
+from frpc.graph import bind, fetch, origin_of, replace
 from frpc.maps.base import size_hint
 from frpc.stopped import stopped_by
 from frpc.torch_compat import OpOverload, schema_of

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES
-from frpc.affine import TABLE, bind
-from frpc.graph import first_result
+from frpc.affine import TABLE
+from frpc.graph import bind, first_result
 from frpc.traits import Operand
 
 aten = torch.ops.aten

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cases import PLACES, aten, reduced, shared_product, shared_products
-from frpc.affine import TABLE, Call, bind
+from frpc.affine import TABLE, Call
+from frpc.graph import bind
 from test_rules import agrees, rebuilt, rule_at
 
 F64 = torch.float64

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import frpc
 from cases import CASES, CURVES, Case, Curve
-from frpc.affine import TABLE, Affine, Call, bind
-from frpc.graph import fetch
+from frpc.affine import TABLE, Affine, Call
+from frpc.graph import bind, fetch
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate
 from reference import relevance_maps

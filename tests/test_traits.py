@@ -15,8 +15,9 @@ from torch._ops import OpOverload
 
 import frpc
 from calls import Made, made
-from frpc.affine import TABLE, Affine, bind, declare, elementwise, rule, traits_of
+from frpc.affine import TABLE, Affine, declare, elementwise, rule, traits_of
 from frpc.errors import OptionError
+from frpc.graph import bind
 from frpc.programfile.operators import may_hold, operators
 from frpc.receptive import receptive_fields
 from frpc.signs import is_nonnegative_call
