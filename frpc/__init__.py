@@ -59,14 +59,23 @@ __all__ = [
 ]
 
 
-_MODULES = ("baselines", "cam", "captum", "export", "heatmap", "perturb", "repeat", "text")
-_FUNCTIONS = {"feature": "maximise", "multiscale": "scales"}
+_MODULES = {
+    "baselines": "frpc.baselines",
+    "cam": "frpc.cam",
+    "captum": "frpc.captum",
+    "export": "frpc.export",
+    "heatmap": "frpc.heatmap",
+    "perturb": "frpc.perturb",
+    "repeat": "frpc.repeat",
+    "text": "frpc.text",
+}
+_FUNCTIONS = {"feature": "frpc.maximise", "multiscale": "frpc.scales"}
 
 
 def __getattr__(name: str) -> Any:
     """Loads parts that not everyone needs when they are first asked for: plotting libraries take longer to load than frpc."""
     if name in _MODULES:
-        return import_module(f"frpc.{name}")
+        return import_module(_MODULES[name])
     if name in _FUNCTIONS:
-        return getattr(import_module(f"frpc.{_FUNCTIONS[name]}"), name)
+        return getattr(import_module(_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'frpc' has no attribute {name!r}")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.torch_compat import OpOverload, schema_of
+from frpc.core.traits import NAMES, UNKNOWN, Operand, Traits
 from frpc.errors import OptionError, nearest
 from frpc.maps import LinearMap, LinearOp, Pool, Scale
-from frpc.torch_compat import OpOverload, schema_of
-from frpc.traits import NAMES, UNKNOWN, Operand, Traits
 
 __all__ = [
     "TABLE",
@@ -159,7 +159,7 @@ def traits_of(op: Any) -> Traits:
 
 
 def declare(*ops: OpOverload, **traits: Any) -> None:
-    """Gives traits to operators that have no rule; see :class:`~frpc.traits.Traits` for their names.
+    """Gives traits to operators that have no rule; see :class:`~frpc.core.traits.Traits` for their names.
 
     Raises:
         OptionError: for a trait that does not exist, or an operator with a rule: its traits are given there.
@@ -196,9 +196,9 @@ def rule(
         formula: ``M`` and ``c`` in words, shown in tables.
         source: where the rule comes from.
         override: replace an existing rule. What was known of the operator stays known, but for ``linear``.
-        traits: what is true of the operator, by the names of :class:`~frpc.traits.Traits`: ``elementwise=True``, ``linear=True``
-            (M is the Jacobian, so that gradients and increments can use the rule too), ``nonnegative=always``, ... What is not
-            given is taken to be false.
+        traits: what is true of the operator, by the names of :class:`~frpc.core.traits.Traits`: ``elementwise=True``,
+            ``linear=True`` (M is the Jacobian, so that gradients and increments can use the rule too), ``nonnegative=always`` ...
+            What is not given is taken to be false.
 
     Raises:
         OptionError: for something that is no operator overload, an argument the operator does not have, a trait that does not

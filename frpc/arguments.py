@@ -13,9 +13,9 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from frpc.core.snapshot import snapshot
+from frpc.core.torch_compat import version_of
 from frpc.errors import InputError, OptionError, ShapeError, TargetError
-from frpc.snapshot import snapshot
-from frpc.torch_compat import version_of
 
 __all__ = [
     "Arranged",

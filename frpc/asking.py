@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from frpc.context import layer_context
+from frpc.core.graph import describe, first_result
+from frpc.core.values import is_plain
 from frpc.errors import BatchError, ConservationError, InputError, OptionError
 from frpc.explanation import Explanation
-from frpc.graph import describe, first_result
 from frpc.layermaps import LayerMaps
 from frpc.layers import layer_maps
 from frpc.neurons import cones_are_cheaper, neuron_maps
@@ -20,7 +21,6 @@ from frpc.plan import layer_node
 from frpc.programs import Programs, empty_like, layer_example
 from frpc.samples import FIRST, batches_of, place_of
 from frpc.targets import make_seed
-from frpc.values import is_plain
 from frpc.verification import limit_of
 
 __all__ = ["ask_layer", "ask_neurons"]

@@ -14,16 +14,16 @@ from frpc.affine import TABLE, Affine, Call, Operand, Rule, traits_of
 from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
+from frpc.core.graph import bind, describe, first_result, origin_of
+from frpc.core.stopped import stopped_by
+from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
-from frpc.graph import bind, describe, first_result, origin_of
 from frpc.maps import LinearMap
 from frpc.pairs import is_complex
 from frpc.rules.lrp import factor_beside
 from frpc.rules.ruleset import Account, RuleSet, Site
 from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
-from frpc.stopped import stopped_by
-from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.editor import Editor, calls
-from frpc.graph import replace
+from frpc.core.editor import Editor, calls
+from frpc.core.graph import replace
 from frpc.maps.base import size_hint
 
 __all__ = ["expand_attention"]

@@ -18,12 +18,12 @@ from frpc.affine import Operand
 from frpc.assign import Assigned, Assignment
 from frpc.bias import Tally
 from frpc.capture import tree
-from frpc.graph import fetch, first_result
+from frpc.core.graph import fetch, first_result
+from frpc.core.stages import copy_graph
+from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.plan import Plan
 from frpc.propagate import affine_maps, evaluate, pull
 from frpc.samples import one_per_sample
-from frpc.stages import copy_graph
-from frpc.torch_compat import OpOverload, schema_of
 
 __all__ = ["Audit", "NodeAccount", "audit", "widened"]
 

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 
 from frpc import kernel_lowering, lower
 from frpc.bound import Program, bound
+from frpc.core.refusal import Refusal
+from frpc.core.stages import copy_graph, run_passes
+from frpc.core.torch_compat import OpOverload, trace_lock
 from frpc.cudagraphs import Replayed
 from frpc.errors import OptionError
-from frpc.lower.refusal import Refusal
-from frpc.stages import copy_graph, run_passes
-from frpc.torch_compat import OpOverload, trace_lock
 
 __all__ = ["Backend", "BackendName", "Lowered", "Mode", "check_backend", "executable", "lower_program"]
 

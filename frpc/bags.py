@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from frpc.carriers import EMBEDDING_BAGS
-from frpc.editor import Editor
-from frpc.graph import bind, replace
+from frpc.core.editor import Editor
+from frpc.core.graph import bind, replace
 
 __all__ = ["expand_embedding_bags"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign import Assigned
+from frpc.core.graph import first_result
 from frpc.errors import OptionError
-from frpc.graph import first_result
 from frpc.propagate import inner
 from frpc.receptive import Field
 from frpc.samples import FIRST, Batch, spread_out

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import fetch
-from frpc.torch_compat import OpOverload, builtin_of
+from frpc.core.graph import fetch
+from frpc.core.torch_compat import OpOverload, builtin_of
 
 __all__ = ["Program", "bound"]
 

@@ -21,16 +21,17 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from frpc import stopped, tracing
+from frpc import tracing
 from frpc.composed import AT_CAPTURE
+from frpc.core import stopped
+from frpc.core.graph import Origin, describe, name_layers, origin_of
+from frpc.core.reasons import StoppedError, failure, first_line, quiet_logs
+from frpc.core.stopped import settle, watching
+from frpc.core.torch_compat import FakeTensorMode, HigherOrderOperator, fake_mode_of, fixed_size
+from frpc.core.values import all_hold, is_traced, whole
 from frpc.errors import EmptyBatchError, FrpcError, Gap, InputError, NonFiniteError, UnsupportedOpError, WeightsError, nearest
-from frpc.graph import Origin, describe, name_layers, origin_of
-from frpc.reasons import StoppedError, failure, first_line, quiet_logs
 from frpc.regions import enter_regions
-from frpc.stopped import settle, watching
-from frpc.torch_compat import FakeTensorMode, HigherOrderOperator, fake_mode_of, fixed_size
 from frpc.tracing import Traced, tensors_by_name
-from frpc.values import all_hold, is_traced, whole
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_decisive", "check_finite", "tensors_of", "tree"]
 
@@ -98,11 +99,11 @@ def capture(
     """Captures ``model`` at ``inputs`` as one functional ATen graph with a free batch size where the model allows it.
 
     Args:
-        model: the module, in evaluation mode: see :func:`frpc.snapshot.snapshot`.
+        model: the module, in evaluation mode: see :func:`frpc.core.snapshot.snapshot`.
         inputs: example inputs, batch first.
         output: which output to explain, for models that return several.
         names: names to pass the inputs by, in the order of ``forward``; empty to pass them by position.
-        gradients: note where autograd would stop; see :mod:`frpc.stopped`.
+        gradients: note where autograd would stop; see :mod:`frpc.core.stopped`.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model; carries its reason and the user's line.

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from frpc.affine import TABLE, Operand, traits_of
+from frpc.core.graph import bind, first_result, origin_of
+from frpc.core.patterns import inside
+from frpc.core.stopped import stopped_by
+from frpc.core.torch_compat import OpOverload
 from frpc.errors import LayerNameError, OptionError, nearest
-from frpc.graph import bind, first_result, origin_of
-from frpc.patterns import inside
-from frpc.stopped import stopped_by
-from frpc.torch_compat import OpOverload
 
 __all__ = [
     "EMBEDDING_BAGS",

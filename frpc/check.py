@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from frpc.audit import NodeAccount, audit
+from frpc.core.graph import origin_of
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
-from frpc.graph import origin_of
 from frpc.printing import columns as table
 from frpc.targets import Target
 from frpc.verification import account_of

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from frpc.affine import traits_of
 from frpc.carriers import read_by
+from frpc.core.graph import first_result, origin_of
 from frpc.errors import SourceError
-from frpc.graph import first_result, origin_of
 
 __all__ = ["refuse_codes"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.torch_compat import get_decompositions
+from frpc.core.torch_compat import get_decompositions
 
 __all__ = ["AT_CAPTURE", "COMPOSED"]
 

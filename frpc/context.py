@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine
 from frpc.assign import Assignment
+from frpc.core.graph import fetch, first_result, origin_of
 from frpc.emit import at_reference, reference_constants
 from frpc.errors import InputError, OptionError
-from frpc.graph import fetch, first_result, origin_of
 from frpc.plan import feeding
 from frpc.propagate import affine_maps, evaluate, push
 from frpc.windows import LocalityEndsError, Rows, build_rows

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from frpc.affine import TABLE, traits_of
 from frpc.composed import COMPOSED
-from frpc.graph import first_result, origin_of, replace, replace_items
-from frpc.torch_compat import (
+from frpc.core.graph import first_result, origin_of, replace, replace_items
+from frpc.core.torch_compat import (
     OpOverload,
     fake_mode_of,
     get_decompositions,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from frpc.affine import traits_of
-from frpc.torch_compat import OpOverload, is_composite, schema_of
+from frpc.core.torch_compat import OpOverload, is_composite, schema_of
 from frpc_kernels import NAMESPACE
 
 __all__ = ["is_fresh", "is_number", "is_pure", "owners_of", "shared_by", "writes", "written_into"]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from frpc import pipeline
 from frpc.assign import assign
 from frpc.capture import argument_order
-from frpc.graph import describe, origin_of
+from frpc.core.graph import describe, origin_of
+from frpc.core.snapshot import snapshot
 from frpc.printing import columns
 from frpc.rules.ruleset import FRP, RuleSet
-from frpc.snapshot import snapshot
 
 __all__ = ["Coverage", "CoverageRow", "examine"]
 

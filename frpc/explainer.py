@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from frpc import printing
 from frpc.asking import ask_layer, ask_neurons
+from frpc.core.graph import describe
 from frpc.errors import PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
-from frpc.graph import describe
 from frpc.layermaps import LayerMaps
 from frpc.lower import Refusal
 from frpc.pipeline import Compiled, Stage

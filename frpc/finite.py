@@ -9,12 +9,12 @@ from torch import Tensor, fx
 
 from frpc.affine import Operand
 from frpc.assign import Assigned
+from frpc.core.graph import fetch, first_result, origin_of
+from frpc.core.values import all_hold, is_traced, whole
 from frpc.emit import at_reference, reference_constants
 from frpc.errors import NonFiniteError
-from frpc.graph import fetch, first_result, origin_of
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate, pull
-from frpc.values import all_hold, is_traced, whole
 
 __all__ = ["demand_finite"]
 

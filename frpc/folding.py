@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.editor import Editor
-from frpc.graph import fetch, origin_of, replace
+from frpc.core.editor import Editor
+from frpc.core.graph import fetch, origin_of, replace
 from frpc.rules.linear import batch_norm_affine
 
 __all__ = ["fold_batch_norm"]

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from frpc.affine import traits_of
-from frpc.editor import Editor
-from frpc.graph import fetch, replace
+from frpc.core.editor import Editor
+from frpc.core.graph import fetch, replace
+from frpc.core.refusal import Refusal
 from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.kernel_patterns import (
     alike,
@@ -29,7 +30,6 @@ from frpc.kernel_patterns import (
     sigmoids,
     split_sum,
 )
-from frpc.lower.refusal import Refusal
 from frpc.maps.base import same_sizes
 
 __all__ = ["Rewriting"]

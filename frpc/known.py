@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from frpc.torch_compat import WeakTensorKeyDictionary, is_fake, outside_the_trace, pytree, storage_of, version_of
-from frpc.values import is_transformed
+from frpc.core.torch_compat import WeakTensorKeyDictionary, is_fake, outside_the_trace, pytree, storage_of, version_of
+from frpc.core.values import is_transformed
 
 __all__ = ["Known"]
 

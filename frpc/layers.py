@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
 from frpc.context import LayerContext, layer_context
+from frpc.core.graph import first_result
 from frpc.errors import MemoryLimitError, OptionError
-from frpc.graph import first_result
 from frpc.layermaps import LayerMaps, human_bytes
 from frpc.maps.base import numel
 from frpc.plan import total_cost

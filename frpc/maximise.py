@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc.capture import capture
+from frpc.core.snapshot import snapshot
 from frpc.errors import InputError, LayerNameError, OptionError, ShapeError, TargetError, nearest
 from frpc.explainer import Explainer
-from frpc.snapshot import snapshot
 
 __all__ = ["Feature", "feature"]
 

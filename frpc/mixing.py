@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import describe, fetch, first_result
+from frpc.core.graph import describe, fetch, first_result
 from frpc.samples import FIRST, Batch, Evidence, axes_of, batches_of, fitting, place_of
 
 __all__ = ["NODES", "Trial", "trial"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.editor import Editor, calls
-from frpc.graph import replace
+from frpc.core.editor import Editor, calls
+from frpc.core.graph import replace
 
 __all__ = ["drop_blank_operands", "select_to_slice_scatter", "split_to_slices", "stack_to_cat", "unroll_circular_pads"]
 

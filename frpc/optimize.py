@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
+from frpc.core.graph import fetch, free_name
+from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, overload_name, schema_of
 from frpc.effects import is_pure, owners_of, written_into
-from frpc.graph import fetch, free_name
 from frpc.maps.base import same_sizes
-from frpc.torch_compat import OpOverload, enable_python_dispatcher, overload_name, schema_of
 
 __all__ = [
     "PASSES",

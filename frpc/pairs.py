@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.editor import Editor
-from frpc.torch_compat import FakeTensorMode, OpOverload, fake_mode_of, is_fake
+from frpc.core.editor import Editor
+from frpc.core.torch_compat import FakeTensorMode, OpOverload, fake_mode_of, is_fake
 
 __all__ = ["Pair", "Pairs", "Part", "is_complex", "real_type"]
 

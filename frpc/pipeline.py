@@ -22,24 +22,24 @@ from frpc.assign import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
 from frpc.capture import Captured, capture, check_decisive, tensors_of, tree
+from frpc.core.editor import Editor
+from frpc.core.graph import empty_like, origin_of
+from frpc.core.lineage import Ledger
+from frpc.core.patterns import Pattern, check_patterns
+from frpc.core.reasons import failure, itself
+from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
 from frpc.decompose import spell_out, spell_out_at_one_point
-from frpc.editor import Editor
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
 from frpc.folding import fold_batch_norm
-from frpc.graph import empty_like, origin_of
-from frpc.lineage import Ledger
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
 from frpc.mixing import NODES, Trial, trial
-from frpc.patterns import Pattern, check_patterns
 from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.precision import rounding
-from frpc.reasons import failure, itself
 from frpc.rules.ruleset import RuleSet
 from frpc.samples import FIRST, Batch
 from frpc.sources import demand_path, demand_samples, unreached
-from frpc.stages import Clock, Stage, copy_graph, named, run_passes
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from torch import fx
 
 from frpc.assign import Assignment
 from frpc.bias import BiasPolicy
+from frpc.core.graph import first_result
 from frpc.errors import OptionError
-from frpc.graph import first_result
 from frpc.maps import Cost
 from frpc.maps.base import size_hint
 from frpc.propagate import reached_from

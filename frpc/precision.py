@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.editor import Editor
+from frpc.core.editor import Editor
+from frpc.core.graph import bind, first_result, replace
+from frpc.core.torch_compat import enable_python_dispatcher, pytree
 from frpc.errors import OptionError
-from frpc.graph import bind, first_result, replace
-from frpc.torch_compat import enable_python_dispatcher, pytree
 
 __all__ = [
     "computing_in",

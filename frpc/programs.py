@@ -17,19 +17,19 @@ from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.calling import wrapper
 from frpc.capture import argument_order
+from frpc.core.graph import empty_like, first_result, unknown_layer
+from frpc.core.snapshot import snapshot
+from frpc.core.torch_compat import copied_by, trace_lock
+from frpc.core.values import is_plain, is_traced
 from frpc.errors import InputError, LayerNameError
 from frpc.finite import demand_finite
-from frpc.graph import empty_like, first_result, unknown_layer
 from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
 from frpc.precision import computing_in
 from frpc.running import Form, run
-from frpc.snapshot import snapshot
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Logit
-from frpc.torch_compat import copied_by, trace_lock
-from frpc.values import is_plain, is_traced
 from frpc.verification import (
     Balance,
     Model,

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine, Operand
 from frpc.assign import Assigned, Assignment, call_of
-from frpc.graph import first_result
+from frpc.core.graph import first_result
 from frpc.samples import Batch, one_per_sample
 
 __all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from frpc.arguments import versions
 from frpc.compiler import compile
+from frpc.core.snapshot import snapshot
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
-from frpc.snapshot import snapshot
 
 __all__ = ["Explain", "explain"]
 

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from frpc.affine import traits_of
 from frpc.assign import Assignment
 from frpc.carriers import operands_of
-from frpc.graph import bind, first_result
-from frpc.locality import cells
-from frpc.torch_compat import OpOverload
-from frpc.traits import Axes, Operand
+from frpc.core.graph import bind, first_result
+from frpc.core.locality import cells
+from frpc.core.torch_compat import OpOverload
+from frpc.core.traits import Axes, Operand
 
 __all__ = ["Field", "receptive_fields"]
 

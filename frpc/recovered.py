@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.editor import Editor, calls
-from frpc.graph import replace
+from frpc.core.editor import Editor, calls
+from frpc.core.graph import replace
+from frpc.core.torch_compat import SubgraphMatcher
 from frpc.maps.base import same_size, same_sizes
-from frpc.torch_compat import SubgraphMatcher
 
 __all__ = ["recover_shrinks", "unify_shuffles"]
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.editor import Editor
+from frpc.core.editor import Editor
+from frpc.core.graph import bind, origin_of, replace, replace_items
+from frpc.core.torch_compat import OpOverload, expression_of, flat_weights
 from frpc.errors import BatchError, InputError, TrainingModeError
-from frpc.graph import bind, origin_of, replace, replace_items
-from frpc.torch_compat import OpOverload, expression_of, flat_weights
 
 __all__ = ["masked", "unroll_recurrent_layers"]
 

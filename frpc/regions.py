@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.torch_compat import (
+from frpc.core.torch_compat import (
     FakeTensorMode,
     OpOverload,
     TorchDispatchMode,

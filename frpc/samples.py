@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
-from frpc.graph import describe, first_result, origin_of
-from frpc.torch_compat import expression_of
+from frpc.core.graph import describe, first_result, origin_of
+from frpc.core.torch_compat import expression_of
 
 __all__ = [
     "FIRST",

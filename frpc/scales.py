@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frpc.core.graph import first_result
 from frpc.errors import OptionError, ShapeError
 from frpc.explainer import Explainer
-from frpc.graph import first_result
 from frpc.targets import Target
 
 __all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized", "spatial_layers", "vgg_stages"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.editor import Editor, calls
-from frpc.graph import replace
-from frpc.torch_compat import OpOverload
+from frpc.core.editor import Editor, calls
+from frpc.core.graph import replace
+from frpc.core.torch_compat import OpOverload
 
 __all__ = ["expose_winners", "unify_convolutions"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from frpc.assign import Assignment
+from frpc.core.graph import describe, first_result
 from frpc.errors import SourceError
-from frpc.graph import describe, first_result
 from frpc.lower import Refusal
 from frpc.plan import Plan, feeding
 from frpc.samples import place_of

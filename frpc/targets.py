@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from frpc.capture import InputSpec, check_finite
+from frpc.core.values import all_hold, is_traced, is_transformed, whole
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
-from frpc.values import all_hold, is_traced, is_transformed, whole
 
 __all__ = ["Target", "check_inputs", "make_seed"]
 

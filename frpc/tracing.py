@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frpc.core.graph import Returned, entry_names
+from frpc.core.reasons import StoppedError
+from frpc.core.torch_compat import pytree
+from frpc.core.values import is_transformed
 from frpc.errors import OptionError
-from frpc.graph import Returned, entry_names
 from frpc.known import Known
-from frpc.reasons import StoppedError
-from frpc.torch_compat import pytree
-from frpc.values import is_transformed
 
 __all__ = ["Traced", "explained_output", "returned_by", "tensors_by_name"]
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.editor import Editor, calls
+from frpc.core.editor import Editor, calls
+from frpc.core.graph import bind, fetch, origin_of, replace
+from frpc.core.stopped import stopped_by
+from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.effects import is_pure
 from frpc.errors import TrainingModeError
-from frpc.graph import bind, fetch, origin_of, replace
 from frpc.maps.base import size_hint
-from frpc.stopped import stopped_by
-from frpc.torch_compat import OpOverload, schema_of
 
 __all__ = ["fold_constants", "refuse_random", "remove_assertions", "remove_copies"]
 
@@ -55,7 +55,7 @@ def _draws(node: fx.Node) -> bool:
 def remove_copies(graph_module: fx.GraphModule) -> bool:
     """``dropout(x) -> x``, ``contiguous(x) -> x``, ``detach(x) -> x``, ``to(x, its own dtype) -> x``, ``x[:] -> x``.
 
-    ``x + 0`` stays: values are not looked at. A ``detach`` at which gradients stop stays too; see :mod:`frpc.stopped`.
+    ``x + 0`` stays: values are not looked at. A ``detach`` at which gradients stop stays too; see :mod:`frpc.core.stopped`.
 
     Exact when: dropout is not training; what is copied keeps its type and device, and its order in memory, which views rely on.
     Slices start at 0, step by 1 and reach past any end.

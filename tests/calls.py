@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES
 from frpc.affine import TABLE
-from frpc.graph import bind, first_result
-from frpc.traits import Operand
+from frpc.core.graph import bind, first_result
+from frpc.core.traits import Operand
 
 aten = torch.ops.aten
 

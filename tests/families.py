@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from frpc import pipeline
 from frpc.affine import Affine
 from frpc.assign import Assignment
+from frpc.core.graph import fetch
 from frpc.emit import at_reference, reference_constants, run_eagerly
-from frpc.graph import fetch
 from frpc.pipeline import Choice, Front
 from frpc.plan import Plan, Query, make_plan
 from frpc.propagate import affine_maps, evaluate, pull, push

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.utils import _pytree as pytree
 
-from frpc.stages import copy_graph
+from frpc.core.stages import copy_graph
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], Any]

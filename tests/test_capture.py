@@ -636,7 +636,7 @@ def test_int8_modules() -> None:
 def test_logs_of_other_threads_are_left_alone() -> None:
     import threading
 
-    from frpc.reasons import quiet_logs
+    from frpc.core.reasons import quiet_logs
 
     class Kept(logging.Handler):
         def __init__(self) -> None:

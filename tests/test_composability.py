@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import frpc
+from frpc.core.values import is_traced
 from frpc.errors import CompileError, InputError, NonFiniteError, PickleRefusedError, TargetError, WeightsError
-from frpc.values import is_traced
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cases import PLACES, aten, reduced, shared_product, shared_products
 from frpc.affine import TABLE, Call
-from frpc.graph import bind
+from frpc.core.graph import bind
 from test_rules import agrees, rebuilt, rule_at
 
 F64 = torch.float64

@@ -14,8 +14,8 @@ from torchvision.models import resnet
 
 import frpc
 from frpc import lower
+from frpc.core.stages import copy_graph
 from frpc.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
-from frpc.stages import copy_graph
 from graphs import calls, program, randn, with_examples
 from nets import BasicBlock
 

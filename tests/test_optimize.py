@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from frpc import optimize
-from frpc.stages import copy_graph
+from frpc.core.stages import copy_graph
 from graphs import calls, program, randn, with_examples
 
 aten = torch.ops.aten

@@ -16,14 +16,14 @@ from frpc.attention import expand_attention
 from frpc.bags import expand_embedding_bags
 from frpc.capture import capture
 from frpc.complexes import split_complex
+from frpc.core.graph import NOWHERE, origin_of
+from frpc.core.snapshot import snapshot
+from frpc.core.stages import copy_graph
 from frpc.decompose import expand_composites
 from frpc.folding import fold_batch_norm
-from frpc.graph import NOWHERE, origin_of
 from frpc.pipeline import front
 from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
 from frpc.recurrent import unroll_recurrent_layers
-from frpc.snapshot import snapshot
-from frpc.stages import copy_graph
 from graphs import calls, randn
 
 pytestmark = [

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import frpc
 from frpc.capture import capture
+from frpc.core.snapshot import snapshot
 from frpc.recurrent import masked, unroll_recurrent_layers
-from frpc.snapshot import snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own: it flattens weights anew
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import frpc
 from cases import CASES, CURVES, Case, Curve
 from frpc.affine import TABLE, Affine, Call
-from frpc.graph import bind, fetch
+from frpc.core.graph import bind, fetch
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate
 from reference import relevance_maps

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from frpc import torch_compat
+from frpc.core import torch_compat
 
 ROOT = Path(__file__).resolve().parents[1]
 DOOR = ROOT / "frpc" / "torch_compat.py"
@@ -92,7 +92,7 @@ def looked_up(name: str) -> Any:
 
 def test_no_other_file_touches_what_is_private() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)}:{line} touches {name}; put it into frpc/torch_compat.py"
+        f"{path.relative_to(ROOT)}:{line} touches {name}; put it into frpc/core/torch_compat.py"
         for folder in ("frpc", "kernels")
         for path in sorted((ROOT / folder).rglob("*.py"))
         if path != DOOR
@@ -168,7 +168,7 @@ def test_a_name_that_is_gone_is_named() -> None:
 
 def test_dynamo_and_inductor_are_not_loaded_before_they_are_used() -> None:
     large = ("torch._dynamo", "torch._inductor.compile_fx")
-    code = f"import sys, frpc.torch_compat; print([name for name in {large} if name in sys.modules])"
+    code = f"import sys, frpc.core.torch_compat; print([name for name in {large} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

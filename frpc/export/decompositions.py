@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import fetch, hold
+from frpc.core.graph import fetch, hold
 
 __all__ = ["BLOCK", "gates_as_products", "read", "strided_as_convolutions", "transposed_as_convolutions"]
 

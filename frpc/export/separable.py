@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.core.graph import bind
 from frpc.export.decompositions import read
-from frpc.graph import bind
 
 __all__ = ["transposed_as_products"]
 

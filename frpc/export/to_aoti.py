@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from frpc.core.torch_compat import aoti_compile, aoti_load
 from frpc.errors import InputError, OptionError
 from frpc.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
-from frpc.torch_compat import aoti_compile, aoti_load
 
 __all__ = ["METADATA", "aoti", "is_aoti", "run_aoti"]
 

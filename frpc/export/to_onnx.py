@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from frpc.core.torch_compat import trace_lock
 from frpc.errors import ExportError, InputError, PackageError
 from frpc.explainer import Explainer
 from frpc.export.blocked import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
 from frpc.export.translations import translations
-from frpc.torch_compat import trace_lock
 
 __all__ = ["METADATA", "OPSET", "onnx", "run_onnx"]
 

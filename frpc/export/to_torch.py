@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from frpc.core.torch_compat import trace_lock
 from frpc.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
-from frpc.torch_compat import trace_lock
 
 __all__ = ["SIGNATURE", "run_torch_export", "torch_export"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import describe, fetch, hold
-from frpc.lower.refusal import Refusal
+from frpc.core.graph import describe, fetch, hold
+from frpc.core.refusal import Refusal
 
 __all__ = ["channels_last", "flip_transposed", "paint_blocks"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.core.torch_compat import expression_of
 from frpc.effects import is_number
 from frpc.lower.memory import Memory
 from frpc.plan import Footprint
-from frpc.torch_compat import expression_of
 
 __all__ = ["footprint"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.lower.refusal import Refusal
+from frpc.core.refusal import Refusal
 
 __all__ = ["byte_gates", "byte_masks", "middling_byte_gates"]
 

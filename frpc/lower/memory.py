@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
+from frpc.core.graph import fetch, hold
+from frpc.core.refusal import Refusal
 from frpc.effects import is_fresh, is_number, owners_of, writes, written_into
-from frpc.graph import fetch, hold
-from frpc.lower.refusal import Refusal
 from frpc.maps.base import same_sizes
 
 __all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "reuse_memory"]

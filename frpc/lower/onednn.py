@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.graph import describe, fetch, free_name
+from frpc.core.graph import describe, fetch, free_name
+from frpc.core.refusal import Refusal
 from frpc.lower.memory import Memory
-from frpc.lower.refusal import Refusal
 from frpc.maps.base import same_sizes
 
 __all__ = ["OPERATORS", "fuse_into_convolutions", "prepack", "sum_samples"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.affine import traits_of
+from frpc.core.refusal import Refusal
 from frpc.lower.gates import RELUS
-from frpc.lower.refusal import Refusal
 from frpc.maps.base import same_sizes
 
 __all__ = ["gates_before_pools", "pools_without_input", "scatter_columns"]

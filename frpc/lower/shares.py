@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.graph import fetch, hold
-from frpc.lower.refusal import Refusal
+from frpc.core.graph import fetch, hold
+from frpc.core.refusal import Refusal
 from frpc.maps.base import same_size, same_sizes
 
 __all__ = ["add_shares", "dot_shares", "join_shares"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.torch_compat import expression_of, hint_of
+from frpc.core.torch_compat import expression_of, hint_of
 
 __all__ = [
     "Compose",

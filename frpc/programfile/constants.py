@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.torch_compat import schema_of, storage_of
 from frpc.programfile.container import checksum
 from frpc.programfile.operators import DTYPES, aten_operator, may_hold
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
-from frpc.torch_compat import schema_of, storage_of
 
 __all__ = ["Entry", "Ref", "called", "check_calls", "computed", "originals", "read_entries", "write_entries"]
 

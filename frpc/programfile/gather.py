@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.lineage import Derived, Lineage, Literal, Original
+from frpc.core.lineage import Derived, Lineage, Literal, Original
 from frpc.programfile.constants import Entry, Ref, called, computed, originals
 from frpc.programfile.container import checksum
 from frpc.programfile.operators import DTYPES, may_hold

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import printing
-from frpc.graph import fetch
+from frpc.core.graph import fetch
+from frpc.core.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
 from frpc.programfile.operators import ARITHMETIC, DTYPES, may_hold, operator_named
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
-from frpc.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
 
 __all__ = ["MOST_NODES", "SYMBOLS", "read_program", "runnable", "write_program"]
 

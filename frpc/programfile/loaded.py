@@ -14,17 +14,17 @@ from frpc import printing
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
 from frpc.capture import InputSpec
+from frpc.core.graph import describe
+from frpc.core.torch_compat import trace_lock
+from frpc.core.values import is_traced
 from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
-from frpc.graph import describe
 from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
 from frpc.rules.ruleset import Box, check_boxes
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
 from frpc.top import Top, as_top
-from frpc.torch_compat import trace_lock
-from frpc.values import is_traced
 
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from frpc.affine import TABLE, traits_of
-from frpc.torch_compat import OpOverload
-from frpc.traits import InFile
+from frpc.core.torch_compat import OpOverload
+from frpc.core.traits import InFile
 
 __all__ = [
     "ARITHMETIC",

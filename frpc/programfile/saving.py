@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from frpc.capture import InputSpec
+from frpc.core.graph import describe, first_result
+from frpc.core.lineage import Lineage
 from frpc.errors import OptionError, ProgramFileError
-from frpc.graph import describe, first_result
-from frpc.lineage import Lineage
 from frpc.pipeline import Compiled
 from frpc.programfile.constants import check_calls, write_entries
 from frpc.programfile.container import write

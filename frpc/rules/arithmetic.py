@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
+from frpc.core.locality import along, concatenated, running
+from frpc.core.traits import if_all
 from frpc.errors import SamplesUnknownError
-from frpc.locality import along, concatenated, running
 from frpc.maps import LinearMap, Place, scaled
-from frpc.traits import if_all
 
 aten = torch.ops.aten
 Number = int | float

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand
+from frpc.core.torch_compat import schema_of
 from frpc.errors import RuleDeclinedError
 from frpc.maps import LinearMap, scaled
 from frpc.rules.factors import along, others, others_so_far, so_far
@@ -22,7 +23,6 @@ from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Path, derivative, secant
 from frpc.rules.places import placed, shares
 from frpc.rules.selection import corner
-from frpc.torch_compat import schema_of
 
 __all__ = ["cumulative_product", "of_two", "product", "reduced"]
 

@@ -10,10 +10,10 @@ import torch
 
 from frpc.affine import Rule
 from frpc.carriers import Product
+from frpc.core.patterns import Pattern, inside, is_op
+from frpc.core.torch_compat import OpOverload, OpOverloadPacket
 from frpc.errors import OptionError
-from frpc.patterns import Pattern, inside, is_op
 from frpc.rules.ruleset import FRP, Account, Box, RuleSet, Site
-from frpc.torch_compat import OpOverload, OpOverloadPacket
 
 aten = torch.ops.aten
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
+from frpc.core.traits import if_all
 from frpc.maps import Gate, Scale
 from frpc.rules.ranges import (
     BOUNDS,
@@ -25,7 +26,6 @@ from frpc.rules.ranges import (
     softplus_sign,
     threshold_sign,
 )
-from frpc.traits import if_all
 
 aten = torch.ops.aten
 LOG2 = math.log(2.0)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
+from frpc.core.traits import if_all
 from frpc.errors import RuleDeclinedError
 from frpc.maps import LinearMap, LinearOp
 from frpc.rules.arithmetic import back, refuse_batch
 from frpc.rules.elementwise import over
 from frpc.rules.norms import weighed_sum
-from frpc.traits import if_all
 
 __all__ = ["others", "others_so_far", "so_far"]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Operand, Rule
+from frpc.core.torch_compat import schema_of
 from frpc.errors import RuleDeclinedError
 from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, scaled
 from frpc.rules.arithmetic import from_end, refuse_batch
@@ -30,7 +31,6 @@ from frpc.rules.norms import weighed_sum
 from frpc.rules.paths import Increment, Path, averaged, derivative, part_above, secant
 from frpc.rules.spectral import turn
 from frpc.rules.winners import extreme, larger, max_pool, ordered, running
-from frpc.torch_compat import schema_of
 
 __all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
-from frpc.locality import cells, windows_of_convolution
+from frpc.core.locality import cells, windows_of_convolution
 from frpc.maps import Conv, Scale
 
 aten = torch.ops.aten

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, rule
+from frpc.core.locality import along, trailing
+from frpc.core.torch_compat import schema_of
+from frpc.core.traits import always, if_all
 from frpc.errors import RuleDeclinedError
-from frpc.locality import along, trailing
 from frpc.maps import Center, Compose, LinearMap, LinearOp, Scale
 from frpc.maps.base import Shape
 from frpc.rules.arithmetic import Number, back, from_end, refuse_batch
 from frpc.rules.elementwise import expm1_over, over
 from frpc.rules.linear import batch_norm_affine, per_channel
 from frpc.rules.selection import gathered
-from frpc.torch_compat import schema_of
-from frpc.traits import always, if_all
 
 aten = torch.ops.aten
 Vector = Tensor | None

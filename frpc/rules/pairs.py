@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, rule
+from frpc.core.traits import always
 from frpc.maps import LinearMap, scaled
 from frpc.rules.arithmetic import Term
 from frpc.rules.elementwise import log1p_over, over
-from frpc.traits import always
 
 aten = torch.ops.aten
 SECANT = "method §2: secant through 0"

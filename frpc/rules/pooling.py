@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, rule
-from frpc.locality import windows_of_adaptive_pool, windows_of_pool
+from frpc.core.locality import windows_of_adaptive_pool, windows_of_pool
+from frpc.core.traits import Operand, if_all
 from frpc.maps import LinearPool, Pool, Select
 from frpc.maps.base import size_hint
-from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, rule
-from frpc.locality import products
+from frpc.core.locality import products
+from frpc.core.traits import if_all
 from frpc.maps import BatchedMatMul, Compose, LinearMap, LinearOp, MatMul, scaled
 from frpc.rules.arithmetic import Number, Term, refuse_batch, unmasked
 from frpc.rules.elementwise import expm1_over
-from frpc.traits import if_all
 
 aten = torch.ops.aten
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from frpc.traits import Operand, Sign, always, if_all
+from frpc.core.traits import Operand, Sign, always, if_all
 
 __all__ = [
     "BOUNDS",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from frpc.affine import TABLE, Affine, Call, Rule
 from frpc.carriers import Product
+from frpc.core.torch_compat import schema_of
 from frpc.errors import OptionError, RuleDeclinedError
 from frpc.maps import Scale
 from frpc.rules import lrp
@@ -18,7 +19,6 @@ from frpc.rules.elementwise import over
 from frpc.rules.increments import SoftmaxMap
 from frpc.rules.lrp import Bound, LayerRule
 from frpc.rules.ruleset import Account, Box, RuleSet, Site
-from frpc.torch_compat import schema_of
 
 aten = torch.ops.aten
 

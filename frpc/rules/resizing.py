@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, linear_op, rule
+from frpc.core.locality import pixels_shuffled, pixels_unshuffled, resized
+from frpc.core.traits import Operand, if_all
 from frpc.errors import RuleDeclinedError
-from frpc.locality import pixels_shuffled, pixels_unshuffled, resized
 from frpc.maps import LinearOp
-from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, Rule, traits_of
+from frpc.core.torch_compat import schema_of
 from frpc.maps import Compose, Identity, LinearMap, Scale, Total
 from frpc.rules.gradients import LID
 from frpc.rules.lrp import Layer, layer_of
 from frpc.rules.paths import secant
 from frpc.rules.ruleset import Site
-from frpc.torch_compat import schema_of
 
 __all__ = ["DeepLiftRevealCancel"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
+from frpc.core.traits import Operand, if_all
 from frpc.maps import Cast, Identity, Scale
 from frpc.rules.elementwise import over
 from frpc.rules.ranges import KEEPS_SIGN, PLAIN
-from frpc.traits import Operand, if_all
 
 aten = torch.ops.aten
 

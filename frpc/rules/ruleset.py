@@ -14,11 +14,11 @@ from torch import Tensor
 
 from frpc.affine import TABLE, Rule, RuleFunction
 from frpc.carriers import PRODUCTS, Product
+from frpc.core.patterns import Pattern, inside, is_op
+from frpc.core.torch_compat import OpOverload, schema_of
+from frpc.core.values import all_hold, whole
 from frpc.errors import InputError, OptionError
-from frpc.patterns import Pattern, inside, is_op
 from frpc.references import Reference
-from frpc.torch_compat import OpOverload, schema_of
-from frpc.values import all_hold, whole
 
 __all__ = ["FRP", "Account", "Box", "RuleSet", "Site", "check_boxes"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
+from frpc.core.locality import along
+from frpc.core.traits import if_all
 from frpc.errors import RuleDeclinedError
-from frpc.locality import along
 from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
 from frpc.rules.arithmetic import back, refuse_batch, unmasked
-from frpc.traits import if_all
 
 aten = torch.ops.aten
 

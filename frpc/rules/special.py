@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, elementwise, rule
+from frpc.core.traits import always
 from frpc.maps import Scale
 from frpc.rules.elementwise import erf_over, expm1_over, over, quotient
-from frpc.traits import always
 
 aten = torch.ops.aten
 WHOLE = "f(a) / a (no value at 0: all carried)"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, rule
+from frpc.core.traits import always
 from frpc.maps import LinearMap, scaled
 from frpc.maps.spectral import AsReal, Fourier, FromPart, HalfFourier, RealFourier
 from frpc.rules.arithmetic import from_end, refuse_batch
 from frpc.rules.elementwise import over
-from frpc.traits import always
 
 aten = torch.ops.aten
 _LINEAR: dict[str, Any] = {"source": "method §2: linear, on pairs", "linear": True, "complex": True, "in_file": "constants"}

@@ -1,7 +1,7 @@
 """Operators that programs call and that have no rule: they carry nothing, or are rewritten before rules are asked for.
 
 Derivatives of other operators, comparisons, tensors made of nothing, sizes. What is said of them here is mostly that a program
-file may hold them; see :class:`frpc.traits.Traits`.
+file may hold them; see :class:`frpc.core.traits.Traits`.
 """
 
 from __future__ import annotations

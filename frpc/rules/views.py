@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from frpc.affine import Affine, Call, Operand, linear_op, rule
-from frpc.errors import RuleDeclinedError
-from frpc.locality import (
+from frpc.core.locality import (
     cells,
     expanded,
     flipped,
@@ -28,9 +27,10 @@ from frpc.locality import (
     sliced,
     written,
 )
+from frpc.core.torch_compat import schema_of
+from frpc.core.traits import if_all
+from frpc.errors import RuleDeclinedError
 from frpc.maps import Broadcast, Identity, LinearMap, LinearOp, Pad, Scale, Shuffle, Slice, Transpose
-from frpc.torch_compat import schema_of
-from frpc.traits import if_all
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from frpc.affine import Affine
 from frpc.assign import Assignment
-from frpc.graph import first_result
+from frpc.core.graph import first_result
 from frpc.maps import (
     Compose,
     Conv,

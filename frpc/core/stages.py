@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from frpc.core.lineage import Ledger
+from frpc.core.reasons import pass_failure
+from frpc.core.torch_compat import buffers_of, submodules_of
 from frpc.errors import CompileError, FrpcError
-from frpc.lineage import Ledger
-from frpc.reasons import pass_failure
-from frpc.torch_compat import buffers_of, submodules_of
 
 __all__ = ["Clock", "Stage", "copy_graph", "named", "run_passes"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from frpc.core.torch_compat import forward_class, is_view, pytree, version_of
 from frpc.errors import CaptureError
-from frpc.torch_compat import forward_class, is_view, pytree, version_of
 
 __all__ = ["Watching", "settle", "stopped_by", "watching"]
 

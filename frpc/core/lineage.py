@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from frpc.torch_compat import OpOverload, TorchDispatchMode, schema_of
+from frpc.core.torch_compat import OpOverload, TorchDispatchMode, schema_of
 
 aten = torch.ops.aten
 

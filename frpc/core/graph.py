@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.core.torch_compat import OpOverload, expression_of, schema_of
 from frpc.errors import nearest
-from frpc.torch_compat import OpOverload, expression_of, schema_of
 
 __all__ = [
     "NOWHERE",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from frpc.core.graph import origin_of
 from frpc.errors import CaptureError, CompileError, FrpcError
-from frpc.graph import origin_of
 
 __all__ = ["StoppedError", "failure", "first_line", "itself", "pass_failure", "quiet_logs"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx
 
+from frpc.core.graph import origin_of
+from frpc.core.torch_compat import OpOverload
 from frpc.errors import OptionError, nearest
-from frpc.graph import origin_of
-from frpc.torch_compat import OpOverload
 
 __all__ = ["Pattern", "check_patterns", "inside", "is_op"]
 

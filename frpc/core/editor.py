@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from frpc.graph import bind, free_name, origin_of
-from frpc.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
+from frpc.core.graph import bind, free_name, origin_of
+from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of
 
 __all__ = ["Editor", "calls"]
 

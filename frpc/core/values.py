@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.torch_compat import assert_async, in_dispatch_mode, is_fake, is_wrapped, unwrapped
+from frpc.core.torch_compat import assert_async, in_dispatch_mode, is_fake, is_wrapped, unwrapped
 
 __all__ = ["all_hold", "is_plain", "is_traced", "is_transformed", "whole"]
 

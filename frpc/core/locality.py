@@ -1,7 +1,8 @@
 """Locality: which cells the result of an operator can see, position by position, from what its operands see.
 
-Every function here is a :data:`~frpc.traits.Locality`, or makes one. A value ``[B, C, *spatial]`` has an interval of input cells
-for each position of each spatial axis. A function returns None where it does not know: such a result is taken to see everything.
+Every function here is a :data:`~frpc.core.traits.Locality`, or makes one. A value ``[B, C, *spatial]`` has an interval of input
+cells for each position of each spatial axis. A function returns None where it does not know: such a result is taken to see
+everything.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from frpc.traits import Axes, Interval, Locality, Operand
+from frpc.core.traits import Axes, Interval, Locality, Operand
 
 __all__ = [
     "along",

@@ -1,0 +1,1 @@
+"""What every stage stands on: graphs and what their nodes carry, PyTorch's private parts, stages and their failures."""
