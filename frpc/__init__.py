@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from frpc import errors, rules
-from frpc.affine import Affine, Call, rule
 from frpc.check import check
 from frpc.compiler import compile
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
 from frpc.explainer import Explainer
 from frpc.explanation import Explanation, LayerRelevance
-from frpc.methods import Method, methods
 from frpc.programfile import LoadedExplainer, load
-from frpc.references import data_mean
+from frpc.rules.references import data_mean
+from frpc.rules.registry import Method, methods
+from frpc.rules.table import Affine, Call, rule
 
 if TYPE_CHECKING:
     from frpc import baselines, cam, captum, export, heatmap, perturb, repeat, text

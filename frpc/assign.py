@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import TABLE, Affine, Call, Operand, Rule, traits_of
-from frpc.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
 from frpc.core.graph import bind, describe, first_result, origin_of
@@ -20,8 +18,10 @@ from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mo
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.maps import LinearMap
 from frpc.pairs import is_complex
-from frpc.rules.lrp import factor_beside
-from frpc.rules.ruleset import Account, RuleSet, Site
+from frpc.rules.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
+from frpc.rules.lrp.lrp import factor_beside
+from frpc.rules.sets.ruleset import Account, RuleSet, Site
+from frpc.rules.table import TABLE, Affine, Call, Operand, Rule, traits_of
 from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
 
@@ -163,7 +163,7 @@ def assign(
         rules: the rule set.
         constant: module path patterns whose nodes count as constants.
         fixed_batch: the batch size where it is fixed.
-        source: see :func:`frpc.carriers.find_sources`.
+        source: see :func:`frpc.rules.carriers.find_sources`.
         of: module path of the layer whose neurons are explained; empty for the model's output.
         layers: module paths of inner layers that are asked about.
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Operand
 from frpc.assign import Assigned, Assignment
 from frpc.bias import Tally
 from frpc.capture import tree
@@ -23,6 +22,7 @@ from frpc.core.stages import copy_graph
 from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.plan import Plan
 from frpc.propagate import affine_maps, evaluate, pull
+from frpc.rules.table import Operand
 from frpc.samples import one_per_sample
 
 __all__ = ["Audit", "NodeAccount", "audit", "widened"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.carriers import EMBEDDING_BAGS
 from frpc.core.editor import Editor
 from frpc.core.graph import bind, replace
+from frpc.rules.carriers import EMBEDDING_BAGS
 
 __all__ = ["expand_embedding_bags"]
 

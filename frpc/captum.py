@@ -21,7 +21,7 @@ from frpc.compiler import compile
 from frpc.errors import BatchError, CaptureError, OptionError
 from frpc.explainer import Explainer
 from frpc.repeat import points
-from frpc.rules.ruleset import RuleSet
+from frpc.rules.sets.ruleset import RuleSet
 
 __all__ = [
     "FRP",
@@ -281,7 +281,7 @@ class LRP(Propagation):
         if marked:
             raise OptionError(
                 f"{', '.join(marked[:5])} carries a rule of Captum's in .rule, which frpc does not read. Give a rule set: "
-                "frpc.captum.LRP(model, rule=frpc.rules.EpsilonPlus()); rules by layer: frpc.rules.compose."
+                "frpc.captum.LRP(model, rule=frpc.rules.EpsilonPlus()); rules by layer: frpc.rules.sets.compose."
             )
 
     @wrapped

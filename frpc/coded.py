@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import traits_of
-from frpc.carriers import read_by
 from frpc.core.graph import first_result, origin_of
 from frpc.errors import SourceError
+from frpc.rules.carriers import read_by
+from frpc.rules.table import traits_of
 
 __all__ = ["refuse_codes"]
 

@@ -11,12 +11,12 @@ from frpc.backends import check_backend
 from frpc.bias import check_policy
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
-from frpc.methods import method_named
 from frpc.pipeline import Choice
 from frpc.plan import Query, check_strategy
 from frpc.programs import Programs
-from frpc.rules.ruleset import FRP, RuleSet
-from frpc.top import Top, as_top
+from frpc.rules.registry import method_named
+from frpc.rules.sets.ruleset import FRP, RuleSet
+from frpc.rules.top import Top, as_top
 from frpc.verification import check_verify
 
 __all__ = ["compile"]
@@ -49,7 +49,7 @@ def compile(
         rule: the rule set (:mod:`frpc.rules`); forward relevance propagation by default.
         method: instead of a rule set, a method by its name in the papers, e.g. ``"sig-lid-ig"``; ``frpc.methods()`` lists them.
         seed: where relevance starts at the output: ``"logit"`` (default), ``"probability"``, ``"contrastive"``, ... or a
-            :class:`~frpc.top.Top`.
+            :class:`~frpc.rules.top.Top`.
         source: what relevance is spread over: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
             explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
         bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or

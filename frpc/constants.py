@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from frpc.carriers import may_carry
 from frpc.errors import Gap
+from frpc.rules.carriers import may_carry
 
 __all__ = ["cure"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.emit import at_reference, reference_constants
 from frpc.errors import InputError, OptionError
 from frpc.plan import feeding
 from frpc.propagate import affine_maps, evaluate, push
+from frpc.rules.table import Affine
 from frpc.windows import LocalityEndsError, Rows, build_rows
 
 __all__ = ["LayerContext", "layer_context"]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import TABLE, traits_of
 from frpc.composed import COMPOSED
 from frpc.core.graph import first_result, origin_of, replace, replace_items
 from frpc.core.torch_compat import (
@@ -21,6 +20,7 @@ from frpc.core.torch_compat import (
     overload_name,
     schema_of,
 )
+from frpc.rules.table import TABLE, traits_of
 
 __all__ = ["expand_composites", "inline_composite", "spell_out", "spell_out_at_one_point"]
 

@@ -13,7 +13,7 @@ from frpc.capture import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot
 from frpc.printing import columns
-from frpc.rules.ruleset import FRP, RuleSet
+from frpc.rules.sets.ruleset import FRP, RuleSet
 
 __all__ = ["Coverage", "CoverageRow", "examine"]
 

@@ -20,9 +20,9 @@ from frpc.pipeline import Compiled, Stage
 from frpc.plan import Plan
 from frpc.programfile import save
 from frpc.programs import Programs, layer_names
-from frpc.rules.ruleset import RuleSet
+from frpc.rules.sets.ruleset import RuleSet
+from frpc.rules.top import Top, as_top
 from frpc.targets import Target
-from frpc.top import Top, as_top
 
 __all__ = ["Explainer"]
 
@@ -55,7 +55,7 @@ class Explainer(nn.Module):
             target: an int, a tuple of ints for outputs of several dimensions, a list with one of these for each sample, or
                 ``[B]`` or ``[B, K]`` class indices.
             seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``; beside a target,
-                how relevance starts there: ``"logit"``, ``"probability"``, ``"contrastive"``, ... (:mod:`frpc.top`).
+                how relevance starts there: ``"logit"``, ``"probability"``, ``"contrastive"``, ... (:mod:`frpc.rules.top`).
             relevance: like the source (the input, or what ``source=`` names), or ``[B, K, ...]``.
 
         Exact when: the rule set conserves; with the standard one ``relevance[b].sum() == output[b, target]`` to rounding

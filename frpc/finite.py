@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Operand
 from frpc.assign import Assigned
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.values import all_hold, is_traced, whole
@@ -15,6 +14,7 @@ from frpc.emit import at_reference, reference_constants
 from frpc.errors import NonFiniteError
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate, pull
+from frpc.rules.table import Operand
 
 __all__ = ["demand_finite"]
 

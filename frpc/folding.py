@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from frpc.core.editor import Editor
 from frpc.core.graph import fetch, origin_of, replace
-from frpc.rules.linear import batch_norm_affine
+from frpc.rules.forms.linear import batch_norm_affine
 
 __all__ = ["fold_batch_norm"]
 

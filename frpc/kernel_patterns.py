@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from frpc.affine import traits_of
 from frpc.maps.base import same_sizes
+from frpc.rules.table import traits_of
 
 __all__ = [
     "alike",

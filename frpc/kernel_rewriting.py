@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import traits_of
 from frpc.core.editor import Editor
 from frpc.core.graph import fetch, replace
 from frpc.core.refusal import Refusal
@@ -31,6 +30,7 @@ from frpc.kernel_patterns import (
     split_sum,
 )
 from frpc.maps.base import same_sizes
+from frpc.rules.table import traits_of
 
 __all__ = ["Rewriting"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import traits_of
 from frpc.core.graph import fetch, free_name
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, overload_name, schema_of
-from frpc.effects import is_pure, owners_of, written_into
 from frpc.maps.base import same_sizes
+from frpc.rules.effects import is_pure, owners_of, written_into
+from frpc.rules.table import traits_of
 
 __all__ = [
     "PASSES",

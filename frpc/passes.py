@@ -22,10 +22,10 @@ from frpc.layermaps import human_bytes
 from frpc.lower.footprint import footprint
 from frpc.maps.base import size_hint
 from frpc.programs import Programs
-from frpc.references import Reference, ReferenceLike, as_reference
 from frpc.rules import Gradient, RuleSet
+from frpc.rules.references import Reference, ReferenceLike, as_reference
+from frpc.rules.top import Logit, SoftmaxTaylor, Top
 from frpc.targets import Target
-from frpc.top import Logit, SoftmaxTaylor, Top
 
 __all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "peak_bytes", "recompiled", "start_of"]
 

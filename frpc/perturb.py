@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
 from frpc.passes import MEMORY_LIMIT, Asked, Score, ask, start_of
-from frpc.references import Reference, ReferenceLike
+from frpc.rules.references import Reference, ReferenceLike
 from frpc.scales import picture_size, resized
 from frpc.targets import Target
 

@@ -37,7 +37,7 @@ from frpc.lower.footprint import footprint
 from frpc.mixing import NODES, Trial, trial
 from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.precision import rounding
-from frpc.rules.ruleset import RuleSet
+from frpc.rules.sets.ruleset import RuleSet
 from frpc.samples import FIRST, Batch
 from frpc.sources import demand_path, demand_samples, unreached
 

@@ -18,7 +18,7 @@ from frpc.errors import OptionError
 from frpc.maps import Cost
 from frpc.maps.base import size_hint
 from frpc.propagate import reached_from
-from frpc.top import Logit, Top
+from frpc.rules.top import Logit, Top
 
 __all__ = [
     "STRATEGIES",

@@ -27,9 +27,9 @@ from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
 from frpc.precision import computing_in
+from frpc.rules.top import Logit
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
-from frpc.top import Logit
 from frpc.verification import (
     Balance,
     Model,

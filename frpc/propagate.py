@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Affine, Operand
 from frpc.assign import Assigned, Assignment, call_of
 from frpc.core.graph import first_result
+from frpc.rules.table import Affine, Operand
 from frpc.samples import Batch, one_per_sample
 
 __all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]

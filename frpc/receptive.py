@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import traits_of
 from frpc.assign import Assignment
-from frpc.carriers import operands_of
 from frpc.core.graph import bind, first_result
 from frpc.core.locality import cells
 from frpc.core.torch_compat import OpOverload
 from frpc.core.traits import Axes, Operand
+from frpc.rules.carriers import operands_of
+from frpc.rules.table import traits_of
 
 __all__ = ["Field", "receptive_fields"]
 

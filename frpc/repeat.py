@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
 from frpc.passes import MEMORY_LIMIT, Asked, Make, Score, ask, start_of
-from frpc.references import Reference, ReferenceLike, as_reference
+from frpc.rules.references import Reference, ReferenceLike, as_reference
 from frpc.targets import Target
 
 __all__ = ["Repeated", "expected_gradients", "integrated_gradients", "smoothgrad"]

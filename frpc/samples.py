@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import traits_of
 from frpc.core.graph import describe, first_result, origin_of
 from frpc.core.torch_compat import expression_of
+from frpc.rules.table import traits_of
 
 __all__ = [
     "FIRST",

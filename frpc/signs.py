@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.affine import traits_of
-from frpc.carriers import is_first_result, operands_of
 from frpc.core.graph import bind
 from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.core.traits import Operand, is_nonnegative
+from frpc.rules.carriers import is_first_result, operands_of
+from frpc.rules.table import traits_of
 
 __all__ = ["is_nonnegative_call", "never_negative"]
 

@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES
-from frpc.affine import TABLE
 from frpc.core.graph import bind, first_result
 from frpc.core.traits import Operand
+from frpc.rules.table import TABLE
 
 aten = torch.ops.aten
 

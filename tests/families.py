@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import pipeline
-from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.core.graph import fetch
 from frpc.emit import at_reference, reference_constants, run_eagerly
@@ -19,7 +18,8 @@ from frpc.pipeline import Choice, Front
 from frpc.plan import Plan, Query, make_plan
 from frpc.propagate import affine_maps, evaluate, pull, push
 from frpc.rules import RuleSet
-from frpc.top import Logit, Top
+from frpc.rules.table import Affine
+from frpc.rules.top import Logit, Top
 from twins import Skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from frpc.affine import TABLE
+from frpc.rules.table import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

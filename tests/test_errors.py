@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import frpc
 from frpc import errors
-from frpc.affine import TABLE, Affine, Call
 from frpc.errors import (
     BatchError,
     CaptureError,
@@ -36,6 +35,7 @@ from frpc.errors import (
     UnsupportedOpError,
 )
 from frpc.maps import LinearOp
+from frpc.rules.table import TABLE, Affine, Call
 
 aten = torch.ops.aten
 

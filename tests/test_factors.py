@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cases import PLACES, aten, reduced, shared_product, shared_products
-from frpc.affine import TABLE, Call
 from frpc.core.graph import bind
+from frpc.rules.table import TABLE, Call
 from test_rules import agrees, rebuilt, rule_at
 
 F64 = torch.float64

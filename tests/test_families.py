@@ -32,7 +32,7 @@ from frpc.rules import (
     ZPlus,
     compose,
 )
-from frpc.top import TOPS, SoftmaxIntegrated
+from frpc.rules.top import TOPS, SoftmaxIntegrated
 
 aten = torch.ops.aten
 

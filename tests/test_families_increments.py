@@ -18,7 +18,7 @@ from cases import CASES, Case, aten
 from families import NETS, both_ways, built, by_sample, error, explained, front_of, mlp, net, pooled, prepared, randn, residual
 from frpc.errors import UnsupportedOpError
 from frpc.rules import LID, LRP, DeepLift, Gradient, LIDTaylor, LRPTaylor, RuleSet
-from frpc.rules.increments import INCREMENTS
+from frpc.rules.increments.increments import INCREMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's note on its speed
 
@@ -267,7 +267,7 @@ def test_blur_is_the_blurred_input() -> None:
     """Another reference for every sample: what the blur takes away is explained."""
     model, x, _ = smooth("ReLU")
     explanation = frpc.compile(model, x, rule=LID("blur"))(x, target=0)
-    blurred = frpc.references.Blur()(x)
+    blurred = frpc.rules.references.Blur()(x)
     assert float(blurred.std()) < 0.5 * float(x.std())
     with torch.no_grad():
         change = (model(x) - model(blurred))[:, 0]

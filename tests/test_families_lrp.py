@@ -223,7 +223,7 @@ def test_inputs_of_nothing(name: str, value: float) -> None:
 
 def test_sign_of_zero_is_plus_one() -> None:
     """`z + eps sgn(z)` at +0 and -0 is +eps: Bach et al. leave it open, method §5 says so."""
-    from frpc.rules.lrp import stabilized
+    from frpc.rules.lrp.lrp import stabilized
 
     z = torch.tensor([0.0, -0.0, 2.0, -2.0, 1e-300, -1e-300], dtype=torch.float64)
     assert stabilized(z, 0.5).tolist() == [0.5, 0.5, 2.5, -2.5, 0.5, -0.5]
@@ -288,7 +288,7 @@ def test_first_layer_rules_elsewhere_are_refused() -> None:
 
 
 class _FlatEverywhere(Flat):
-    def layer_rule(self, site: frpc.rules.Site) -> frpc.affine.Rule:
+    def layer_rule(self, site: frpc.rules.Site) -> frpc.rules.table.Rule:
         return self.first_rule(site)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import frpc
 from families import error, randn
-from frpc.affine import Affine, Call
 from frpc.errors import OptionError
 from frpc.maps import Scale
 from frpc.rules import FRP, LRP, Flat, Half, RuleSet, ZPlus, compose
+from frpc.rules.table import Affine, Call
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import frpc
 from frpc import perturb
 from frpc.errors import MemoryLimitError, OptionError, ShapeError
-from frpc.references import Blur
+from frpc.rules.references import Blur
 
 TIGHT = 1e-12
 X = torch.randn(2, 2, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

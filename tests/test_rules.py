@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import frpc
 from cases import CASES, CURVES, Case, Curve
-from frpc.affine import TABLE, Affine, Call
 from frpc.core.graph import bind, fetch
 from frpc.pipeline import Compiled
 from frpc.propagate import affine_maps, evaluate
+from frpc.rules.table import TABLE, Affine, Call
 from reference import relevance_maps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's note on its speed
@@ -177,7 +177,7 @@ TWINS = {"reference": from_reference, "jacobian": from_jacobian, "piecewise": fr
 
 def is_elementwise(op: torch._ops.OpOverload) -> bool:
     function = TABLE.rules[op].function
-    return function.__module__ == "frpc.rules.elementwise" or function.__qualname__.startswith("elementwise.")
+    return function.__module__ == "frpc.rules.functions.elementwise" or function.__qualname__.startswith("elementwise.")
 
 
 def test_every_elementwise_operator_has_a_curve() -> None:

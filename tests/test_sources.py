@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from frpc.carriers import Product
 from frpc.errors import InputError, LayerNameError, OptionError, UnsupportedOpError
+from frpc.rules.carriers import Product
 
 TIGHT = 1e-12
 

@@ -15,12 +15,12 @@ from torch._ops import OpOverload
 
 import frpc
 from calls import Made, made
-from frpc.affine import TABLE, Affine, declare, elementwise, rule, traits_of
 from frpc.core.graph import bind
 from frpc.core.traits import NAMES, UNKNOWN, Operand, Traits, if_all
 from frpc.errors import OptionError
 from frpc.programfile.operators import may_hold, operators
 from frpc.receptive import receptive_fields
+from frpc.rules.table import TABLE, Affine, declare, elementwise, rule, traits_of
 from frpc.signs import is_nonnegative_call
 
 aten = torch.ops.aten

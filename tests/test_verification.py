@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import frpc
 from frpc import optimize
-from frpc.affine import Affine, Call
 from frpc.errors import BatchError, CompileError, ConservationError, OptionError
 from frpc.maps import Scale
+from frpc.rules.table import Affine, Call
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md: every method by name, from the table in :mod:`frpc.methods`.
+"""Writes docs/methods.md: every method by name, from the table in :mod:`frpc.rules.registry`.
 
 Run it after changing a method: ``python docs/examples/make_methods.py``. A test compares the page with :func:`render`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import frpc
-from frpc.top import TOPS
+from frpc.rules.top import TOPS
 
 __all__ = ["render"]
 

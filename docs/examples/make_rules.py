@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from frpc import rules
-from frpc.affine import TABLE, Rule
-from frpc.rules import elementwise
+from frpc.rules.functions import elementwise
+from frpc.rules.table import TABLE, Rule
 
 __all__ = ["render"]
 
@@ -55,7 +55,7 @@ def render() -> str:
 def _family(rule: Rule) -> str | None:
     """Names the module the rule was written in, or None for rules that are not frpc's own.
 
-    The factories of :mod:`frpc.affine` wrap a function from that module; only activations wrap torch's own functions.
+    The factories of :mod:`frpc.rules.table` wrap a function from that module; only activations wrap torch's own functions.
     """
     known = {module.__name__ for module in FAMILIES}
     wrapped = [v for v in inspect.getclosurevars(rule.function).nonlocals.values() if callable(v)]

@@ -4,9 +4,9 @@ A pass that has to know something about an operator reads it here and keeps no l
 of an operator whose traits are unknown every pass takes the worst. It may be negative, it is no gate, its result may depend on
 all of its operands, no program file holds it.
 
-Traits are given where the rule is registered, as keywords of :func:`frpc.rule`, :func:`frpc.affine.elementwise` and
-:func:`frpc.affine.linear_op`; :func:`frpc.affine.declare` gives them to an operator that has no rule.
-:func:`frpc.affine.traits_of` looks them up::
+Traits are given where the rule is registered, as keywords of :func:`frpc.rule`, :func:`frpc.rules.table.elementwise` and
+:func:`frpc.rules.table.linear_op`; :func:`frpc.rules.table.declare` gives them to an operator that has no rule.
+:func:`frpc.rules.table.traits_of` looks them up::
 
     elementwise(aten.relu6.default, secant, formula="min(max(a, 0), 6) / a", nonnegative=always, in_file="constants")
     traits_of(node.target).pointwise

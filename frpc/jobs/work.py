@@ -39,7 +39,7 @@ class Task:
         samples: the data.
         load: makes the classifier; called once in each process.
         store: the folder of the job.
-        method: a name of :func:`frpc.methods`.
+        method: a name of :func:`frpc.rules.registry`.
         bias: where constants go, for ``frp``.
         target: ``"top"`` for the class the model finds likeliest, ``"label"`` for the sample's, else a class's number or name.
         batch_size: pictures that run at one time.

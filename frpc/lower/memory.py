@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import traits_of
 from frpc.core.graph import fetch, hold
 from frpc.core.refusal import Refusal
-from frpc.effects import is_fresh, is_number, owners_of, writes, written_into
 from frpc.maps.base import same_sizes
+from frpc.rules.effects import is_fresh, is_number, owners_of, writes, written_into
+from frpc.rules.table import traits_of
 
 __all__ = ["Memory", "early_coefficients", "free_views", "hold_views", "reuse_memory"]
 

@@ -21,10 +21,10 @@ from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
-from frpc.rules.ruleset import Box, check_boxes
+from frpc.rules.sets.ruleset import Box, check_boxes
+from frpc.rules.top import Top, as_top
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed
-from frpc.top import Top, as_top
 
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
 

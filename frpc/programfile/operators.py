@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from frpc.affine import TABLE, traits_of
 from frpc.core.torch_compat import OpOverload
 from frpc.core.traits import InFile
+from frpc.rules.table import TABLE, traits_of
 
 __all__ = [
     "ARITHMETIC",

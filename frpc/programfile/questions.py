@@ -7,7 +7,7 @@ from typing import Any
 
 from frpc.plan import Query
 from frpc.programfile.values import FaultError, integer, record, show, strings
-from frpc.top import TOPS, Top
+from frpc.rules.top import TOPS, Top
 
 __all__ = ["Question", "question_of", "read_question", "read_top", "write_question", "write_top"]
 

@@ -22,7 +22,7 @@ from frpc.programfile.operators import DTYPES
 from frpc.programfile.questions import question_of, write_question, write_top
 from frpc.programfile.values import FaultError, write_value
 from frpc.programs import Programs, Signature
-from frpc.rules.ruleset import RuleSet
+from frpc.rules.sets.ruleset import RuleSet
 from frpc.samples import place_of
 
 __all__ = ["named_tensors", "save"]

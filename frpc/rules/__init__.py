@@ -1,29 +1,12 @@
 """The rules of every operator, by family, and the rule sets that assign them."""
 
-from frpc.rules import (
-    arithmetic,
-    elementwise,
-    factors,
-    increments,
-    linear,
-    lrp,
-    norms,
-    pairs,
-    places,
-    pooling,
-    products,
-    rectified,
-    resizing,
-    rounding,
-    selection,
-    special,
-    spectral,
-    unruled,
-    views,
-)
-from frpc.rules.compose import Gate, Half, WinnerTakesAll, compose
-from frpc.rules.gradients import LID, Deconvnet, DeepLift, Gradient, GuidedBackprop, LIDTaylor, LRPTaylor, RectifiedGradient
-from frpc.rules.relevance import (
+from frpc.rules.forms import factors, linear, norms, places, pooling, products, resizing, selection, spectral, unruled, views
+from frpc.rules.functions import arithmetic, elementwise, pairs, rounding, special
+from frpc.rules.increments import increments
+from frpc.rules.lrp import lrp, rectified
+from frpc.rules.sets.compose import Gate, Half, WinnerTakesAll, compose
+from frpc.rules.sets.gradients import LID, Deconvnet, DeepLift, Gradient, GuidedBackprop, LIDTaylor, LRPTaylor, RectifiedGradient
+from frpc.rules.sets.relevance import (
     LRP,
     AlphaBeta,
     AttnLRP,
@@ -40,8 +23,8 @@ from frpc.rules.relevance import (
     ZBox,
     ZPlus,
 )
-from frpc.rules.reveal import DeepLiftRevealCancel
-from frpc.rules.ruleset import FRP, Account, RuleSet, Site
+from frpc.rules.sets.reveal import DeepLiftRevealCancel
+from frpc.rules.sets.ruleset import FRP, Account, RuleSet, Site
 
 __all__ = [
     "FRP",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.affine import Affine
 from frpc.assign import Assignment
 from frpc.core.graph import first_result
 from frpc.maps import (
@@ -29,6 +28,7 @@ from frpc.maps import (
     Total,
 )
 from frpc.plan import feeding
+from frpc.rules.table import Affine
 from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 

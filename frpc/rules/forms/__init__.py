@@ -1,0 +1,1 @@
+"""Operators with a structure: layers with weights, norms, pooling, indexing, views."""

@@ -1,0 +1,1 @@
+"""Functions of one or two numbers: sums, activations, rounding."""

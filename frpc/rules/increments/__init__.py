@@ -1,0 +1,1 @@
+"""Rules for the difference from a reference input: Jacobians, averaged along a path."""
