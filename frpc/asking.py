@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.capture.batch import FIRST, batches_of, place_of
 from frpc.context import layer_context
 from frpc.core.graph import describe, first_result
 from frpc.core.values import is_plain
@@ -19,7 +20,6 @@ from frpc.neurons import cones_are_cheaper, neuron_maps
 from frpc.pipeline import Front
 from frpc.plan import layer_node
 from frpc.programs import Programs, empty_like, layer_example
-from frpc.samples import FIRST, batches_of, place_of
 from frpc.targets import make_seed
 from frpc.verification import limit_of
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.capture.batch import Batch, batches_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
 from frpc.core.graph import bind, describe, first_result, origin_of
@@ -22,7 +23,6 @@ from frpc.rules.carriers import carrying_operands, find_sources, is_first_result
 from frpc.rules.lrp.lrp import factor_beside
 from frpc.rules.sets.ruleset import Account, RuleSet, Site
 from frpc.rules.table import TABLE, Affine, Call, Operand, Rule, traits_of
-from frpc.samples import Batch, batches_of
 from frpc.signs import never_negative
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]

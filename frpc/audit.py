@@ -16,14 +16,14 @@ from torch import Tensor, fx
 
 from frpc.assign import Assigned, Assignment
 from frpc.bias import Tally
-from frpc.capture import tree
+from frpc.capture.batch import one_per_sample
+from frpc.capture.export import tree
 from frpc.core.graph import fetch, first_result
 from frpc.core.stages import copy_graph
 from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.plan import Plan
 from frpc.propagate import affine_maps, evaluate, pull
 from frpc.rules.table import Operand
-from frpc.samples import one_per_sample
 
 __all__ = ["Audit", "NodeAccount", "audit", "widened"]
 

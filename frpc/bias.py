@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign import Assigned
+from frpc.capture.batch import FIRST, Batch, spread_out
 from frpc.core.graph import first_result
 from frpc.errors import OptionError
 from frpc.propagate import inner
 from frpc.receptive import Field
-from frpc.samples import FIRST, Batch, spread_out
 
 __all__ = ["POLICIES", "BiasPolicy", "Tally", "check_policy", "field_constants"]
 

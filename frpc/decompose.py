@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.composed import COMPOSED
+from frpc.capture.composed import COMPOSED
 from frpc.core.graph import first_result, origin_of, replace, replace_items
 from frpc.core.torch_compat import (
     OpOverload,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from frpc import pipeline
 from frpc.assign import assign
-from frpc.capture import argument_order
+from frpc.capture.export import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot
 from frpc.printing import columns

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from frpc.samples import FIRST, Batch, of_sample
+from frpc.capture.batch import FIRST, Batch, of_sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.capture import capture
+from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
 from frpc.errors import InputError, LayerNameError, OptionError, ShapeError, TargetError, nearest
 from frpc.explainer import Explainer

@@ -21,7 +21,9 @@ from frpc import canonicalize, optimize
 from frpc.assign import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
-from frpc.capture import Captured, capture, check_decisive, tensors_of, tree
+from frpc.capture.batch import FIRST, Batch
+from frpc.capture.export import Captured, capture, check_decisive, tensors_of, tree
+from frpc.capture.mixing import NODES, Trial, trial
 from frpc.core.editor import Editor
 from frpc.core.graph import empty_like, origin_of
 from frpc.core.lineage import Ledger
@@ -34,11 +36,9 @@ from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
 from frpc.folding import fold_batch_norm
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
-from frpc.mixing import NODES, Trial, trial
 from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.precision import rounding
 from frpc.rules.sets.ruleset import RuleSet
-from frpc.samples import FIRST, Batch
 from frpc.sources import demand_path, demand_samples, unreached
 
 aten = torch.ops.aten
@@ -143,7 +143,7 @@ def front(
     """Captures and canonicalizes a model, and finds where samples lie in its values.
 
     Args:
-        model, inputs, output, names, gradients: as for :func:`frpc.capture.capture`.
+        model, inputs, output, names, gradients: as for :func:`frpc.capture.export.capture`.
         apart: try whether samples are treated apart.
     """
     start = time.perf_counter()

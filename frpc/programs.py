@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.calling import wrapper
-from frpc.capture import argument_order
+from frpc.capture.export import argument_order
 from frpc.core.graph import empty_like, first_result, unknown_layer
 from frpc.core.snapshot import snapshot
 from frpc.core.torch_compat import copied_by, trace_lock

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign import Assigned, Assignment, call_of
+from frpc.capture.batch import Batch, one_per_sample
 from frpc.core.graph import first_result
 from frpc.rules.table import Affine, Operand
-from frpc.samples import Batch, one_per_sample
 
 __all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
 

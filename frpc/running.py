@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.capture.batch import FIRST, Batch
 from frpc.core.torch_compat import is_batched
 from frpc.core.values import is_traced
-from frpc.samples import FIRST, Batch
 
 __all__ = ["Form", "run"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from frpc.assign import Assignment
+from frpc.capture.batch import place_of
 from frpc.core.graph import describe, first_result
 from frpc.errors import SourceError
 from frpc.lower import Refusal
 from frpc.plan import Plan, feeding
-from frpc.samples import place_of
 
 __all__ = ["demand_path", "demand_samples", "unreached"]
 

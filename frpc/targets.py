@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frpc.capture import InputSpec, check_finite
+from frpc.capture.export import InputSpec, check_finite
 from frpc.core.values import all_hold, is_traced, is_transformed, whole
 from frpc.errors import DeviceError, DtypeError, EmptyBatchError, InputError, NonFiniteError, ShapeError, TargetError
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from frpc.audit import Audit, audit, widened
-from frpc.capture import InputSpec
+from frpc.capture.batch import one_per_sample, place_of, spread_out
+from frpc.capture.export import InputSpec
+from frpc.capture.tracing import explained_output, returned_by
 from frpc.errors import BatchError, CompileError, ConservationError, OptionError
 from frpc.pipeline import Compiled, Front
-from frpc.samples import one_per_sample, place_of, spread_out
-from frpc.tracing import explained_output, returned_by
 
 __all__ = [
     "VERIFY",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frpc
-from frpc.capture import capture
+from frpc.capture.export import capture
 from frpc.errors import (
     CaptureError,
     InputError,

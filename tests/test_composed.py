@@ -16,7 +16,7 @@ import frpc
 from cases import K4, One, Two, constant
 from families import front_of, prepared, randn
 from frpc import decompose
-from frpc.composed import COMPOSED
+from frpc.capture.composed import COMPOSED
 from frpc.errors import BatchError, UnsupportedOpError
 from frpc.rules import LID, Gradient
 from graphs import calls

@@ -14,7 +14,7 @@ import frpc
 from frpc import canonicalize, fused, moving, recovered, sliding, trimming
 from frpc.attention import expand_attention
 from frpc.bags import expand_embedding_bags
-from frpc.capture import capture
+from frpc.capture.export import capture
 from frpc.complexes import split_complex
 from frpc.core.graph import NOWHERE, origin_of
 from frpc.core.snapshot import snapshot

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import frpc
-from frpc.capture import capture
+from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
 from frpc.recurrent import masked, unroll_recurrent_layers
 

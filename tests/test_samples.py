@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import frpc
+from frpc.capture.batch import Batch, Evidence, fitting, one_per_sample, spread_out
 from frpc.errors import BatchError, FrpcError, ProgramFileError, SourceError
-from frpc.samples import Batch, Evidence, fitting, one_per_sample, spread_out
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

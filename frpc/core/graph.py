@@ -3,7 +3,7 @@
 ``node.meta["origin"]``  an :class:`Origin`: where the user wrote this operator;
 ``node.meta["layers"]``  names of the module outputs that this node is, see :func:`entry_names`;
 ``node.meta["val"]``     the example value, a fake tensor;
-``node.meta["samples"]`` where its samples lie, as a trial run found it (:mod:`frpc.samples`).
+``node.meta["samples"]`` where its samples lie, as a trial run found it (:mod:`frpc.capture.batch`).
 """
 
 from __future__ import annotations

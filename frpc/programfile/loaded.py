@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from frpc import printing
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
-from frpc.capture import InputSpec
+from frpc.capture.export import InputSpec
 from frpc.core.graph import describe
 from frpc.core.torch_compat import trace_lock
 from frpc.core.values import is_traced

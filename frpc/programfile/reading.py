@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frpc.backends import Backend, check_backend
-from frpc.capture import InputSpec
+from frpc.capture.export import InputSpec
 from frpc.programfile.constants import check_calls, computed, originals, read_entries
 from frpc.programfile.container import fail, read
 from frpc.programfile.graphs import MOST_NODES, read_program

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from frpc.capture import InputSpec
+from frpc.capture.batch import place_of
+from frpc.capture.export import InputSpec
 from frpc.core.graph import describe, first_result
 from frpc.core.lineage import Lineage
 from frpc.errors import OptionError, ProgramFileError
@@ -23,7 +24,6 @@ from frpc.programfile.questions import question_of, write_question, write_top
 from frpc.programfile.values import FaultError, write_value
 from frpc.programs import Programs, Signature
 from frpc.rules.sets.ruleset import RuleSet
-from frpc.samples import place_of
 
 __all__ = ["named_tensors", "save"]
 

@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from frpc import tracing
-from frpc.composed import AT_CAPTURE
+from frpc.capture import tracing
+from frpc.capture.composed import AT_CAPTURE
+from frpc.capture.regions import enter_regions
+from frpc.capture.tracing import Traced, tensors_by_name
 from frpc.core import stopped
 from frpc.core.graph import Origin, describe, name_layers, origin_of
 from frpc.core.reasons import StoppedError, failure, first_line, quiet_logs
@@ -30,8 +32,6 @@ from frpc.core.stopped import settle, watching
 from frpc.core.torch_compat import FakeTensorMode, HigherOrderOperator, fake_mode_of, fixed_size
 from frpc.core.values import all_hold, is_traced, whole
 from frpc.errors import EmptyBatchError, FrpcError, Gap, InputError, NonFiniteError, UnsupportedOpError, WeightsError, nearest
-from frpc.regions import enter_regions
-from frpc.tracing import Traced, tensors_by_name
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_decisive", "check_finite", "tensors_of", "tree"]
 

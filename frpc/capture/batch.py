@@ -1,8 +1,8 @@
 """Where the samples lie in every value of a graph, and sums over what belongs to one sample.
 
 Sizes tell it where the batch is free: the dimension that grows with the batch. They tell nothing where a dimension holds more
-than samples, or the batch is fixed and other dimensions divide by it. So the graph is also tried (:mod:`frpc.mixing`): samples
-are changed, and the elements that change with one belong to it. What the trial contradicts is not known, and says so.
+than samples, or the batch is fixed and other dimensions divide by it. So the graph is also tried (:mod:`frpc.capture.mixing`):
+samples are changed, and the elements that change with one belong to it. What the trial contradicts is not known, and says so.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frpc.capture.known import Known
 from frpc.core.graph import Returned, entry_names
 from frpc.core.reasons import StoppedError
 from frpc.core.torch_compat import pytree
 from frpc.core.values import is_transformed
 from frpc.errors import OptionError
-from frpc.known import Known
 
 __all__ = ["Traced", "explained_output", "returned_by", "tensors_by_name"]
 
@@ -31,7 +31,7 @@ class Traced(nn.Module):
     Attributes:
         model: the model.
         returned: what each copy is, call by call, once it was traced.
-        decisive: names of the tensors of the model whose values shaped the trace, see :class:`frpc.known.Known`.
+        decisive: names of the tensors of the model whose values shaped the trace, see :class:`frpc.capture.known.Known`.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], output: str | int | None) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.capture.batch import FIRST, Batch, Evidence, axes_of, batches_of, fitting, place_of
 from frpc.core.graph import describe, fetch, first_result
-from frpc.samples import FIRST, Batch, Evidence, axes_of, batches_of, fitting, place_of
 
 __all__ = ["NODES", "Trial", "trial"]
 
@@ -51,7 +51,7 @@ class Trial:
 def trial(graph_module: fx.GraphModule, inputs: Sequence[Tensor], fixed: int | None, apart: bool = True) -> Trial:
     """Finds where samples lie in every value of a graph, and whether the result of each depends on that sample alone.
 
-    What is found is noted as ``node.meta["samples"]``: a :class:`~frpc.samples.Batch`, or in words why none is known.
+    What is found is noted as ``node.meta["samples"]``: a :class:`~frpc.capture.batch.Batch`, or in words why none is known.
 
     Args:
         graph_module: a canonical graph.

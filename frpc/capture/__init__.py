@@ -1,0 +1,1 @@
+"""A module and example inputs become one graph of functional ATen operators."""
