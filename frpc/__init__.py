@@ -66,6 +66,7 @@ _MODULES = {
     "export": "frpc.export",
     "heatmap": "frpc.heatmap",
     "perturb": "frpc.perturb",
+    "recurrent": "frpc.canonicalize.recurrent",
     "repeat": "frpc.repeat",
     "text": "frpc.text",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.canonicalize.complex.pairs import is_complex
 from frpc.capture.batch import Batch, batches_of
 from frpc.coded import refuse_codes
 from frpc.constants import cure
@@ -18,7 +19,6 @@ from frpc.core.stopped import stopped_by
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
 from frpc.maps import LinearMap
-from frpc.pairs import is_complex
 from frpc.rules.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.rules.lrp.lrp import factor_beside
 from frpc.rules.sets.ruleset import Account, RuleSet, Site

@@ -20,11 +20,11 @@ from torch import Tensor, fx
 
 from frpc.assign import Assignment
 from frpc.bias import Tally, field_constants
+from frpc.canonicalize.precision import in_float64
 from frpc.capture.batch import one_per_sample
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
 from frpc.plan import Plan
-from frpc.precision import in_float64
 from frpc.propagate import Pulled, affine_maps, evaluate, pull
 from frpc.receptive import receptive_fields
 

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc import canonicalize, optimize
+from frpc import optimize
 from frpc.assign import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
+from frpc.canonicalize import passes as canonicalize
+from frpc.canonicalize.batch_norm import fold_batch_norm
+from frpc.canonicalize.decompose import spell_out, spell_out_at_one_point
+from frpc.canonicalize.precision import rounding
 from frpc.capture.batch import FIRST, Batch
 from frpc.capture.export import Captured, capture, check_decisive, tensors_of, tree
 from frpc.capture.mixing import NODES, Trial, trial
@@ -30,14 +34,11 @@ from frpc.core.lineage import Ledger
 from frpc.core.patterns import Pattern, check_patterns
 from frpc.core.reasons import failure, itself
 from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
-from frpc.decompose import spell_out, spell_out_at_one_point
 from frpc.emit import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
-from frpc.folding import fold_batch_norm
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
 from frpc.plan import Plan, Query, Strategy, make_plan
-from frpc.precision import rounding
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.sources import demand_path, demand_samples, unreached
 

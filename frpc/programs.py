@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from frpc import pipeline
 from frpc.assign import Assignment
 from frpc.calling import wrapper
+from frpc.canonicalize.precision import computing_in
 from frpc.capture.export import argument_order
 from frpc.core.graph import empty_like, first_result, unknown_layer
 from frpc.core.snapshot import snapshot
@@ -26,7 +27,6 @@ from frpc.finite import demand_finite
 from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.plan import Query
-from frpc.precision import computing_in
 from frpc.rules.top import Logit
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc import canonicalize, fused, moving, recovered, sliding, trimming
-from frpc.attention import expand_attention
-from frpc.bags import expand_embedding_bags
-from frpc.complexes import split_complex
-from frpc.decompose import expand_composites, spell_out
-from frpc.folding import fold_batch_norm
-from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
-from frpc.recurrent import unroll_recurrent_layers
+from frpc.canonicalize import fused, moving, recovered, sliding, trimming
+from frpc.canonicalize import passes as canonicalize
+from frpc.canonicalize.attention import expand_attention
+from frpc.canonicalize.bags import expand_embedding_bags
+from frpc.canonicalize.batch_norm import fold_batch_norm
+from frpc.canonicalize.complex.complexes import split_complex
+from frpc.canonicalize.decompose import expand_composites, spell_out
+from frpc.canonicalize.precision import keep_float64, norms_in_one_type, promote_explicitly
+from frpc.canonicalize.recurrent import unroll_recurrent_layers
 from rewrites import Line, Rewrite
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import frpc
 from cases import K4, One, Two, constant
 from families import front_of, prepared, randn
-from frpc import decompose
+from frpc.canonicalize import decompose
 from frpc.capture.composed import COMPOSED
 from frpc.errors import BatchError, UnsupportedOpError
 from frpc.rules import LID, Gradient

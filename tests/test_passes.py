@@ -11,19 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import frpc
-from frpc import canonicalize, fused, moving, recovered, sliding, trimming
-from frpc.attention import expand_attention
-from frpc.bags import expand_embedding_bags
+from frpc.canonicalize import fused, moving, recovered, sliding, trimming
+from frpc.canonicalize import passes as canonicalize
+from frpc.canonicalize.attention import expand_attention
+from frpc.canonicalize.bags import expand_embedding_bags
+from frpc.canonicalize.batch_norm import fold_batch_norm
+from frpc.canonicalize.complex.complexes import split_complex
+from frpc.canonicalize.decompose import expand_composites
+from frpc.canonicalize.precision import keep_float64, norms_in_one_type, promote_explicitly
+from frpc.canonicalize.recurrent import unroll_recurrent_layers
 from frpc.capture.export import capture
-from frpc.complexes import split_complex
 from frpc.core.graph import NOWHERE, origin_of
 from frpc.core.snapshot import snapshot
 from frpc.core.stages import copy_graph
-from frpc.decompose import expand_composites
-from frpc.folding import fold_batch_norm
 from frpc.pipeline import front
-from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
-from frpc.recurrent import unroll_recurrent_layers
 from graphs import calls, randn
 
 pytestmark = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import frpc
+from frpc.canonicalize.recurrent import masked, unroll_recurrent_layers
 from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
-from frpc.recurrent import masked, unroll_recurrent_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own: it flattens weights anew
 

@@ -20,8 +20,8 @@ import frpc
 from bench.coverage.subject import Inputs, Subject, each, settle, take
 from bench.coverage.suites import load
 from bench.machine import peak_rss
+from frpc.canonicalize.precision import narrowed
 from frpc.errors import UnsupportedOpError
-from frpc.precision import narrowed
 
 __all__ = ["BOUNDS", "OUTPUT_BOUNDS", "VARIANCE_BOUNDS", "measure", "try_model", "work"]
 

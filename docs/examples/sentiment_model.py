@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from frpc.recurrent import masked
+from frpc.canonicalize.recurrent import masked
 
 PAD, UNKNOWN = 0, 1
 Kind = Literal["lstm", "rnn"]

@@ -1,9 +1,6 @@
 """The rules of every operator, by family, and the rule sets that assign them."""
 
-from frpc.rules.forms import factors, linear, norms, places, pooling, products, resizing, selection, spectral, unruled, views
-from frpc.rules.functions import arithmetic, elementwise, pairs, rounding, special
-from frpc.rules.increments import increments
-from frpc.rules.lrp import lrp, rectified
+from frpc.rules import forms, functions, increments, lrp
 from frpc.rules.sets.compose import Gate, Half, WinnerTakesAll, compose
 from frpc.rules.sets.gradients import LID, Deconvnet, DeepLift, Gradient, GuidedBackprop, LIDTaylor, LRPTaylor, RectifiedGradient
 from frpc.rules.sets.relevance import (
@@ -58,24 +55,9 @@ __all__ = [
     "WinnerTakesAll",
     "ZBox",
     "ZPlus",
-    "arithmetic",
     "compose",
-    "elementwise",
-    "factors",
+    "forms",
+    "functions",
     "increments",
-    "linear",
     "lrp",
-    "norms",
-    "pairs",
-    "places",
-    "pooling",
-    "products",
-    "rectified",
-    "resizing",
-    "rounding",
-    "selection",
-    "special",
-    "spectral",
-    "unruled",
-    "views",
 ]

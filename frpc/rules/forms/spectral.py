@@ -1,7 +1,8 @@
 """Fourier transforms, complex numbers as pairs, and the length and the angle of a pair.
 
 A canonical graph holds complex numbers only inside a transform: what goes in is put together from its parts by ``complex``, what
-comes out is taken apart by ``view_as_real`` (:mod:`frpc.pairs`). All of these are linear maps on pairs of real numbers.
+comes out is taken apart by ``view_as_real`` (:mod:`frpc.canonicalize.complex.pairs`). All of these are linear maps on pairs of
+real numbers.
 """
 
 from __future__ import annotations

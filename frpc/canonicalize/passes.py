@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from torch import fx
 
-from frpc.attention import expand_attention
-from frpc.bags import expand_embedding_bags
-from frpc.complexes import split_complex
-from frpc.decompose import expand_composites
-from frpc.fused import (
+from frpc.canonicalize.attention import expand_attention
+from frpc.canonicalize.bags import expand_embedding_bags
+from frpc.canonicalize.complex.complexes import split_complex
+from frpc.canonicalize.decompose import expand_composites
+from frpc.canonicalize.fused import (
     expand_bounds,
     expand_distances,
     expand_gated_linear_units,
@@ -23,12 +23,18 @@ from frpc.fused import (
     expand_similarities,
     unify_norms,
 )
-from frpc.moving import drop_blank_operands, select_to_slice_scatter, split_to_slices, stack_to_cat, unroll_circular_pads
-from frpc.precision import keep_float64, norms_in_one_type, promote_explicitly
-from frpc.recovered import recover_shrinks, unify_shuffles
-from frpc.recurrent import unroll_recurrent_layers
-from frpc.sliding import expose_winners, unify_convolutions
-from frpc.trimming import fold_constants, refuse_random, remove_assertions, remove_copies
+from frpc.canonicalize.moving import (
+    drop_blank_operands,
+    select_to_slice_scatter,
+    split_to_slices,
+    stack_to_cat,
+    unroll_circular_pads,
+)
+from frpc.canonicalize.precision import keep_float64, norms_in_one_type, promote_explicitly
+from frpc.canonicalize.recovered import recover_shrinks, unify_shuffles
+from frpc.canonicalize.recurrent import unroll_recurrent_layers
+from frpc.canonicalize.sliding import expose_winners, unify_convolutions
+from frpc.canonicalize.trimming import fold_constants, refuse_random, remove_assertions, remove_copies
 
 __all__ = ["PASSES", "Pass"]
 
@@ -65,4 +71,4 @@ PASSES: tuple[Pass, ...] = (
     unify_norms,
     fold_constants,
 )
-"""In this order; :func:`frpc.folding.fold_batch_norm` follows, knowing which layers must stay."""
+"""In this order; :func:`frpc.canonicalize.batch_norm.fold_batch_norm` follows, knowing which layers must stay."""

@@ -1,0 +1,1 @@
+"""Fewer kinds of operators, the same function."""
