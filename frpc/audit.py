@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assigned, Assignment
+from frpc.assign.assignment import Assigned, Assignment
 from frpc.bias import Tally
 from frpc.capture.batch import one_per_sample
 from frpc.capture.export import tree

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assigned
+from frpc.assign.assignment import Assigned
+from frpc.assign.receptive import Field
 from frpc.capture.batch import FIRST, Batch, spread_out
 from frpc.core.graph import first_result
 from frpc.errors import OptionError
 from frpc.propagate import inner
-from frpc.receptive import Field
 
 __all__ = ["POLICIES", "BiasPolicy", "Tally", "check_policy", "field_constants"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.emit import at_reference, reference_constants
 from frpc.errors import InputError, OptionError

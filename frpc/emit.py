@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
+from frpc.assign.receptive import receptive_fields
 from frpc.bias import Tally, field_constants
 from frpc.canonicalize.precision import in_float64
 from frpc.capture.batch import one_per_sample
@@ -26,7 +27,6 @@ from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
 from frpc.plan import Plan
 from frpc.propagate import Pulled, affine_maps, evaluate, pull
-from frpc.receptive import receptive_fields
 
 __all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varying_references"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from frpc import pipeline
-from frpc.assign import assign
+from frpc.assign.assignment import assign
 from frpc.capture.export import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assigned
+from frpc.assign.assignment import Assigned
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.values import all_hold, is_traced, whole
 from frpc.emit import at_reference, reference_constants

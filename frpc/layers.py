@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.bias import BiasPolicy
 from frpc.context import LayerContext, layer_context
 from frpc.core.graph import first_result

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import optimize
-from frpc.assign import Assignment, assign
+from frpc.assign.assignment import Assignment, assign
 from frpc.backends import Backend, executable, lower_program
 from frpc.bound import Program
 from frpc.canonicalize import passes as canonicalize

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.bias import BiasPolicy
 from frpc.core.graph import first_result
 from frpc.errors import OptionError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.core.graph import describe, origin_of
 
 __all__ = ["code", "columns", "comment", "place", "rule_name", "rule_table"]

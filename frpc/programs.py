@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frpc import pipeline
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.calling import wrapper
 from frpc.canonicalize.precision import computing_in
 from frpc.capture.export import argument_order

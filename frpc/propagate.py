@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assigned, Assignment, call_of
+from frpc.assign.assignment import Assigned, Assignment, call_of
 from frpc.capture.batch import Batch, one_per_sample
 from frpc.core.graph import first_result
 from frpc.rules.table import Affine, Operand

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.capture.batch import place_of
 from frpc.core.graph import describe, first_result
 from frpc.errors import SourceError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import pipeline
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch
 from frpc.emit import at_reference, reference_constants, run_eagerly
 from frpc.pipeline import Choice, Front

@@ -15,13 +15,13 @@ from torch._ops import OpOverload
 
 import frpc
 from calls import Made, made
+from frpc.assign.receptive import receptive_fields
+from frpc.assign.signs import is_nonnegative_call
 from frpc.core.graph import bind
 from frpc.core.traits import NAMES, UNKNOWN, Operand, Traits, if_all
 from frpc.errors import OptionError
 from frpc.programfile.operators import may_hold, operators
-from frpc.receptive import receptive_fields
 from frpc.rules.table import TABLE, Affine, declare, elementwise, rule, traits_of
-from frpc.signs import is_nonnegative_call
 
 aten = torch.ops.aten
 X = torch.randn(3, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import frpc
 from frpc import heatmap, pretrained
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.comparison import comparison
 from frpc.images import prepare
 from frpc.panels import AGAINST, FOR, pixel_map

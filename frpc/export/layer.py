@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.context import LayerContext, layer_context
 from frpc.errors import OptionError
 from frpc.windows import Rows, stream

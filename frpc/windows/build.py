@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.core.graph import first_result
 from frpc.maps import (
     Compose,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from frpc.assign.coded import refuse_codes
+from frpc.assign.constants import cure
+from frpc.assign.signs import never_negative
 from frpc.canonicalize.complex.pairs import is_complex
 from frpc.capture.batch import Batch, batches_of
-from frpc.coded import refuse_codes
-from frpc.constants import cure
 from frpc.core.graph import bind, describe, first_result, origin_of
 from frpc.core.stopped import stopped_by
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
@@ -23,7 +24,6 @@ from frpc.rules.carriers import carrying_operands, find_sources, is_first_result
 from frpc.rules.lrp.lrp import factor_beside
 from frpc.rules.sets.ruleset import Account, RuleSet, Site
 from frpc.rules.table import TABLE, Affine, Call, Operand, Rule, traits_of
-from frpc.signs import never_negative
 
 __all__ = ["Assigned", "Assignment", "assign", "call_of"]
 
@@ -168,7 +168,7 @@ def assign(
         layers: module paths of inner layers that are asked about.
 
     Raises:
-        SourceError: if elements of an input are codes, and it was not said what is asked about; see :mod:`frpc.coded`.
+        SourceError: if elements of an input are codes, and it was not said what is asked about; see :mod:`frpc.assign.coded`.
     """
     sources = find_sources(graph_module.graph, source)
     explained = _explained(graph_module.graph, of)

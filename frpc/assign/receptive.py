@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc.assign import Assignment
+from frpc.assign.assignment import Assignment
 from frpc.core.graph import bind, first_result
 from frpc.core.locality import cells
 from frpc.core.torch_compat import OpOverload
