@@ -23,10 +23,10 @@ from bench.machine import Spread, interleave, machine, make_table, open_console,
 from bench.nets import THESIS, build, layer_path
 from bench.thesis import algorithm_one
 from frpc.context import LayerContext, layer_context
+from frpc.emit.plan import layer_node
+from frpc.emit.propagate import push
 from frpc.errors import OptionError
 from frpc.layermaps import LayerMaps
-from frpc.plan import layer_node
-from frpc.propagate import push
 
 __all__ = ["run"]
 

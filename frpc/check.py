@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from frpc.audit import NodeAccount, audit
 from frpc.core.graph import origin_of
+from frpc.emit.audit import NodeAccount, audit
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
 from frpc.printing import columns as table

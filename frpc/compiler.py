@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from frpc.backends import check_backend
-from frpc.bias import check_policy
+from frpc.emit.bias import check_policy
+from frpc.emit.plan import Query, check_strategy
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
 from frpc.pipeline import Choice
-from frpc.plan import Query, check_strategy
 from frpc.programs import Programs
 from frpc.rules.registry import method_named
 from frpc.rules.sets.ruleset import FRP, RuleSet

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch, first_result, origin_of
-from frpc.emit import at_reference, reference_constants
+from frpc.emit.plan import feeding
+from frpc.emit.program import at_reference, reference_constants
+from frpc.emit.propagate import affine_maps, evaluate, push
 from frpc.errors import InputError, OptionError
-from frpc.plan import feeding
-from frpc.propagate import affine_maps, evaluate, push
 from frpc.rules.table import Affine
 from frpc.windows import LocalityEndsError, Rows, build_rows
 

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from frpc import printing
 from frpc.asking import ask_layer, ask_neurons
 from frpc.core.graph import describe
+from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.layermaps import LayerMaps
 from frpc.lower import Refusal
 from frpc.pipeline import Compiled, Stage
-from frpc.plan import Plan
 from frpc.programfile import save
 from frpc.programs import Programs, layer_names
 from frpc.rules.sets.ruleset import RuleSet

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.bias import BiasPolicy
+from frpc.emit.bias import BiasPolicy
 from frpc.errors import MemoryLimitError, TargetError
 from frpc.windows.producer import Grid
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frpc.context import LayerContext
-from frpc.plan import total_cost
+from frpc.emit.plan import total_cost
 from frpc.windows.patches import cone_flops, pull_patch
 
 __all__ = ["cones_are_cheaper", "neuron_maps"]

@@ -34,11 +34,11 @@ from frpc.core.lineage import Ledger
 from frpc.core.patterns import Pattern, check_patterns
 from frpc.core.reasons import failure, itself
 from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
-from frpc.emit import emit, only_aten, varying_references
+from frpc.emit.plan import Plan, Query, Strategy, make_plan
+from frpc.emit.program import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
 from frpc.lower import Refusal
 from frpc.lower.footprint import footprint
-from frpc.plan import Plan, Query, Strategy, make_plan
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.sources import demand_path, demand_samples, unreached
 

@@ -22,11 +22,11 @@ from frpc.core.graph import empty_like, first_result, unknown_layer
 from frpc.core.snapshot import snapshot
 from frpc.core.torch_compat import copied_by, trace_lock
 from frpc.core.values import is_plain, is_traced
+from frpc.emit.plan import Query
 from frpc.errors import InputError, LayerNameError
 from frpc.finite import demand_finite
 from frpc.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
-from frpc.plan import Query
 from frpc.rules.top import Logit
 from frpc.running import Form, run
 from frpc.targets import Target, check_inputs, make_seed

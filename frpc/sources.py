@@ -7,9 +7,9 @@ from torch import Tensor
 from frpc.assign.assignment import Assignment
 from frpc.capture.batch import place_of
 from frpc.core.graph import describe, first_result
+from frpc.emit.plan import Plan, feeding
 from frpc.errors import SourceError
 from frpc.lower import Refusal
-from frpc.plan import Plan, feeding
 
 __all__ = ["demand_path", "demand_samples", "unreached"]
 

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from frpc.audit import Audit, audit, widened
 from frpc.capture.batch import one_per_sample, place_of, spread_out
 from frpc.capture.export import InputSpec
 from frpc.capture.tracing import explained_output, returned_by
+from frpc.emit.audit import Audit, audit, widened
 from frpc.errors import BatchError, CompileError, ConservationError, OptionError
 from frpc.pipeline import Compiled, Front
 

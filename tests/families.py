@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from frpc import pipeline
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch
-from frpc.emit import at_reference, reference_constants, run_eagerly
+from frpc.emit.plan import Plan, Query, make_plan
+from frpc.emit.program import at_reference, reference_constants, run_eagerly
+from frpc.emit.propagate import affine_maps, evaluate, pull, push
 from frpc.pipeline import Choice, Front
-from frpc.plan import Plan, Query, make_plan
-from frpc.propagate import affine_maps, evaluate, pull, push
 from frpc.rules import RuleSet
 from frpc.rules.table import Affine
 from frpc.rules.top import Logit, Top

@@ -31,9 +31,9 @@ import frpc
 from frpc import heatmap, pretrained
 from frpc.assign.assignment import Assignment
 from frpc.comparison import comparison
+from frpc.emit.plan import Plan
 from frpc.images import prepare
 from frpc.panels import AGAINST, FOR, pixel_map
-from frpc.plan import Plan
 
 FIGURES = Path(__file__).parents[1] / "figures"
 NET = "squeezenet1_0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from frpc.plan import Query
+from frpc.emit.plan import Query
 from frpc.programfile.values import FaultError, integer, record, show, strings
 from frpc.rules.top import TOPS, Top
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import first_result
+from frpc.emit.plan import feeding
 from frpc.maps import (
     Compose,
     Conv,
@@ -27,7 +28,6 @@ from frpc.maps import (
     Slice,
     Total,
 )
-from frpc.plan import feeding
 from frpc.rules.table import Affine
 from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows

@@ -20,13 +20,13 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.assign.receptive import receptive_fields
-from frpc.bias import Tally, field_constants
 from frpc.canonicalize.precision import in_float64
 from frpc.capture.batch import one_per_sample
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
-from frpc.plan import Plan
-from frpc.propagate import Pulled, affine_maps, evaluate, pull
+from frpc.emit.bias import Tally, field_constants
+from frpc.emit.plan import Plan
+from frpc.emit.propagate import Pulled, affine_maps, evaluate, pull
 
 __all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varying_references"]
 
@@ -42,7 +42,7 @@ def run_eagerly(
         constants: every ``get_attr`` target, the spreading matrices of the bias policy, and the reference inputs.
         inputs: the model's inputs.
         seed: ``[B, ...]`` like the output, or ``[K, B, ...]``.
-        observe: see :data:`frpc.propagate.Observer`.
+        observe: see :data:`frpc.emit.propagate.Observer`.
     """
     hooks = {} if observe is None else {"observe": observe}
     graph = assignment.graph_module.graph
@@ -86,7 +86,7 @@ def at_reference(
         constants: every ``get_attr`` target; ``reference_0``, ... for the sources, where they do not depend on the input.
         inputs: the model's inputs.
         values: the value of every node at the input.
-        observe: see :data:`frpc.propagate.Observer`.
+        observe: see :data:`frpc.emit.propagate.Observer`.
         until: the last node wanted; all by default.
     """
     reference = assignment.account.reference

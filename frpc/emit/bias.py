@@ -16,8 +16,8 @@ from frpc.assign.assignment import Assigned
 from frpc.assign.receptive import Field
 from frpc.capture.batch import FIRST, Batch, spread_out
 from frpc.core.graph import first_result
+from frpc.emit.propagate import inner
 from frpc.errors import OptionError
-from frpc.propagate import inner
 
 __all__ = ["POLICIES", "BiasPolicy", "Tally", "check_policy", "field_constants"]
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign.assignment import Assigned, Assignment
-from frpc.bias import Tally
 from frpc.capture.batch import one_per_sample
 from frpc.capture.export import tree
 from frpc.core.graph import fetch, first_result
 from frpc.core.stages import copy_graph
 from frpc.core.torch_compat import OpOverload, schema_of
-from frpc.plan import Plan
-from frpc.propagate import affine_maps, evaluate, pull
+from frpc.emit.bias import Tally
+from frpc.emit.plan import Plan
+from frpc.emit.propagate import affine_maps, evaluate, pull
 from frpc.rules.table import Operand
 
 __all__ = ["Audit", "NodeAccount", "audit", "widened"]

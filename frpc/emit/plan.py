@@ -12,12 +12,12 @@ from typing import Literal
 from torch import fx
 
 from frpc.assign.assignment import Assignment
-from frpc.bias import BiasPolicy
 from frpc.core.graph import first_result
+from frpc.emit.bias import BiasPolicy
+from frpc.emit.propagate import reached_from
 from frpc.errors import OptionError
 from frpc.maps import Cost
 from frpc.maps.base import size_hint
-from frpc.propagate import reached_from
 from frpc.rules.top import Logit, Top
 
 __all__ = [

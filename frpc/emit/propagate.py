@@ -1,7 +1,7 @@
 """Propagation: the values of a graph, the affine map of every operator at those values, and relevance pulled back through them.
 
 This is frpc's semantics in one page. It is plain tensor code over the canonical graph: run eagerly it is the reference that
-:mod:`frpc.check` reports from; traced by :mod:`frpc.emit` it becomes the compiled program.
+:mod:`frpc.check` reports from; traced by :mod:`frpc.emit.program` it becomes the compiled program.
 """
 
 from __future__ import annotations
