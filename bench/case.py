@@ -154,10 +154,11 @@ def own_forward(explainer: frpc.Explainer, x: Tensor) -> Way | None:
 def _runnable(values: fx.GraphModule, explainer: frpc.Explainer) -> Callable[..., Any] | None:
     """Lowers a program as the explainer's own was; ``--base`` also measures revisions that had no backends yet."""
     try:
-        from frpc.backends import executable, lower_program
+        from frpc.optimize.backends.backends import executable, lower_program
     except ImportError:
         try:
-            from frpc import bound, pipeline
+            from frpc import pipeline
+            from frpc.optimize.backends import bound
         except ImportError:
             return None
         return bound.bound(pipeline.lower_program(values)[0])

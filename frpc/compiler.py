@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from frpc.backends import check_backend
 from frpc.emit.bias import check_policy
 from frpc.emit.plan import Query, check_strategy
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
+from frpc.optimize.backends.backends import check_backend
 from frpc.pipeline import Choice
 from frpc.programs import Programs
 from frpc.rules.registry import method_named
@@ -61,9 +61,10 @@ def compile(
         output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
             default where there are any.
         backend: who runs the program: ``"aten"``, PyTorch's own operators; ``"triton"``, hand-written kernels on CUDA devices;
-            ``"inductor"``, ``torch.compile``; ``"auto"`` takes kernels on CUDA and ``aten`` elsewhere (:mod:`frpc.backends`).
+            ``"inductor"``, ``torch.compile``; ``"auto"`` takes kernels on CUDA and ``aten`` elsewhere
+            (:mod:`frpc.optimize.backends.backends`).
         mode: ``"latency"`` makes a call short; ``"throughput"`` is for large batches: a third of the memory on a CPU, no
-            recordings to replay on CUDA devices (:class:`frpc.backends.Backend`).
+            recordings to replay on CUDA devices (:class:`frpc.optimize.backends.backends.Backend`).
         dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
             in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
         verify: ``"first"`` holds every program against the model once, on the example inputs or at its first call: outputs,

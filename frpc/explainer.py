@@ -16,7 +16,7 @@ from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.layermaps import LayerMaps
-from frpc.lower import Refusal
+from frpc.optimize.lower import Refusal
 from frpc.pipeline import Compiled, Stage
 from frpc.programfile import save
 from frpc.programs import Programs, layer_names

@@ -19,8 +19,8 @@ from frpc.compiler import compile
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer import Explainer
 from frpc.layermaps import human_bytes
-from frpc.lower.footprint import footprint
 from frpc.maps.base import size_hint
+from frpc.optimize.lower.footprint import footprint
 from frpc.programs import Programs
 from frpc.rules import Gradient, RuleSet
 from frpc.rules.references import Reference, ReferenceLike, as_reference

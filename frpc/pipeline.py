@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc import optimize
 from frpc.assign.assignment import Assignment, assign
-from frpc.backends import Backend, executable, lower_program
-from frpc.bound import Program
 from frpc.canonicalize import passes as canonicalize
 from frpc.canonicalize.batch_norm import fold_batch_norm
 from frpc.canonicalize.decompose import spell_out, spell_out_at_one_point
@@ -37,8 +34,11 @@ from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
 from frpc.emit.plan import Plan, Query, Strategy, make_plan
 from frpc.emit.program import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
-from frpc.lower import Refusal
-from frpc.lower.footprint import footprint
+from frpc.optimize import passes as optimize
+from frpc.optimize.backends.backends import Backend, executable, lower_program
+from frpc.optimize.backends.bound import Program
+from frpc.optimize.lower import Refusal
+from frpc.optimize.lower.footprint import footprint
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.sources import demand_path, demand_samples, unreached
 

@@ -25,7 +25,7 @@ from frpc.core.values import is_plain, is_traced
 from frpc.emit.plan import Query
 from frpc.errors import InputError, LayerNameError
 from frpc.finite import demand_finite
-from frpc.lower import Refusal
+from frpc.optimize.lower import Refusal
 from frpc.pipeline import Choice, Compiled, Front
 from frpc.rules.top import Logit
 from frpc.running import Form, run

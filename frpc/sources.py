@@ -9,7 +9,7 @@ from frpc.capture.batch import place_of
 from frpc.core.graph import describe, first_result
 from frpc.emit.plan import Plan, feeding
 from frpc.errors import SourceError
-from frpc.lower import Refusal
+from frpc.optimize.lower import Refusal
 
 __all__ = ["demand_path", "demand_samples", "unreached"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import frpc
 from frpc import pipeline
 from frpc.emit.plan import Query
-from frpc.kernel_lowering import count_launches, operators, use_kernels
+from frpc.optimize.triton.lowering import count_launches, operators, use_kernels
 from graphs import program, with_examples
 from kernel_cases import pattern
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from frpc import kernel_lowering
+from frpc.optimize.triton import lowering as kernel_lowering
 from rewrites import Line, Rewrite
 
 aten = torch.ops.aten

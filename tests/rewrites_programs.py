@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc import lower, optimize
+from frpc import lower
 from frpc.export import blocked, decompositions, separable
-from frpc.lower import convolutions, gates, memory, onednn, pooling, shares
+from frpc.optimize import passes as optimize
+from frpc.optimize.lower import convolutions, gates, memory, onednn, pooling, shares
 from rewrites import Line, Rewrite
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn

@@ -34,7 +34,7 @@ def test_aten_computes_what_the_reference_computes() -> None:
 
 
 def test_every_kernel_is_timed() -> None:
-    from frpc.kernel_lowering import operators
+    from frpc.optimize.triton.lowering import operators
 
     known = {str(operator).split(".")[1] for operator in operators()} | {"window_conv", "pool_windows"}
     assert {task.kernel for task in small()} == known

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import frpc
-from frpc.bound import bound
+from frpc.optimize.backends.bound import bound
 from graphs import program, randn
 
 aten = torch.ops.aten

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 pytest.importorskip("triton", reason="Triton is not installed: no kernels to test")
 
 import rewrites_kernels
-from frpc import kernel_lowering, kernel_rewriting
 from frpc.errors import OptionError
+from frpc.optimize.triton import lowering as kernel_lowering
+from frpc.optimize.triton import rewriting as kernel_rewriting
 from graphs import program, randn, with_examples
 from rewrites import Line, agree, check_random_graphs, rewritten, written
 from test_kernels_interpret import in_interpreter
@@ -30,7 +31,7 @@ def lowered(*names: str) -> list[dict[str, Any]]:
     assert {one["model"] for one in found} == {*names}
     for one in found:
         assert max(one["errors"]) <= 1e-5, one
-        assert one["unlisted"] == [], "operators that frpc.kernel_lowering.operators() does not name"
+        assert one["unlisted"] == [], "operators that frpc.optimize.triton.lowering.operators() does not name"
     return found
 
 

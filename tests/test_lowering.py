@@ -15,7 +15,7 @@ from torchvision.models import resnet
 import frpc
 from frpc import lower
 from frpc.core.stages import copy_graph
-from frpc.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
+from frpc.optimize.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
 from graphs import calls, program, randn, with_examples
 from nets import BasicBlock
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from frpc import optimize
 from frpc.core.stages import copy_graph
+from frpc.optimize import passes as optimize
 from graphs import calls, program, randn, with_examples
 
 aten = torch.ops.aten

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc import printing
-from frpc.backends import Backend, executable, lower_program
-from frpc.bound import Program
 from frpc.capture.export import InputSpec
 from frpc.core.graph import describe
 from frpc.core.torch_compat import trace_lock
 from frpc.core.values import is_traced
 from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
+from frpc.optimize.backends.backends import Backend, executable, lower_program
+from frpc.optimize.backends.bound import Program
 from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
 from frpc.rules.sets.ruleset import Box, check_boxes

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frpc.backends import Backend, check_backend
 from frpc.capture.export import InputSpec
+from frpc.optimize.backends.backends import Backend, check_backend
 from frpc.programfile.constants import check_calls, computed, originals, read_entries
 from frpc.programfile.container import fail, read
 from frpc.programfile.graphs import MOST_NODES, read_program

@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from frpc import kernel_lowering, lower
-from frpc.bound import Program, bound
+from frpc import lower
 from frpc.core.refusal import Refusal
 from frpc.core.stages import copy_graph, run_passes
 from frpc.core.torch_compat import OpOverload, trace_lock
-from frpc.cudagraphs import Replayed
 from frpc.errors import OptionError
+from frpc.optimize.backends.bound import Program, bound
+from frpc.optimize.backends.cudagraphs import Replayed
+from frpc.optimize.triton import lowering as kernel_lowering
 
 __all__ = ["Backend", "BackendName", "Lowered", "Mode", "check_backend", "executable", "lower_program"]
 

@@ -15,8 +15,8 @@ from torch import fx
 from frpc.core.refusal import Refusal
 from frpc.core.torch_compat import OpOverload
 from frpc.errors import OptionError
-from frpc.kernel_rewriting import Rewriting
-from frpc.lower.memory import free_views
+from frpc.optimize.lower.memory import free_views
+from frpc.optimize.triton.rewriting import Rewriting
 from frpc_kernels import KERNELS, NAMESPACE, why_missing
 
 __all__ = ["count_launches", "operators", "use_kernels", "why_not"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.bound import Program
+from frpc.optimize.backends.bound import Program
 
 __all__ = ["Replayed"]
 

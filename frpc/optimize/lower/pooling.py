@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.core.refusal import Refusal
-from frpc.lower.gates import RELUS
 from frpc.maps.base import same_sizes
+from frpc.optimize.lower.gates import RELUS
 from frpc.rules.table import traits_of
 
 __all__ = ["gates_before_pools", "pools_without_input", "scatter_columns"]

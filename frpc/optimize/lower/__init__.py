@@ -4,12 +4,12 @@ Every pass keeps the function; a pass that leaves a place as it was says so in a
 """
 
 from frpc.core.refusal import Pass, Refusal
-from frpc.lower.convolutions import channels_last, flip_transposed, paint_blocks
-from frpc.lower.gates import byte_gates, byte_masks, middling_byte_gates
-from frpc.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
-from frpc.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
-from frpc.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
-from frpc.lower.shares import add_shares, dot_shares, join_shares
+from frpc.optimize.lower.convolutions import channels_last, flip_transposed, paint_blocks
+from frpc.optimize.lower.gates import byte_gates, byte_masks, middling_byte_gates
+from frpc.optimize.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
+from frpc.optimize.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
+from frpc.optimize.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
+from frpc.optimize.lower.shares import add_shares, dot_shares, join_shares
 
 __all__ = ["OPERATORS", "PASSES", "QUICK", "Pass", "Refusal"]
 

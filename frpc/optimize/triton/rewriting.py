@@ -12,8 +12,9 @@ from torch import fx
 from frpc.core.editor import Editor
 from frpc.core.graph import fetch, replace
 from frpc.core.refusal import Refusal
-from frpc.kernel_norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
-from frpc.kernel_patterns import (
+from frpc.maps.base import same_sizes
+from frpc.optimize.triton.norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
+from frpc.optimize.triton.patterns import (
     alike,
     belongs,
     gate_readers,
@@ -29,7 +30,6 @@ from frpc.kernel_patterns import (
     sigmoids,
     split_sum,
 )
-from frpc.maps.base import same_sizes
 from frpc.rules.table import traits_of
 
 __all__ = ["Rewriting"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.kernel_patterns import alike, follow, operands, readers_of
 from frpc.maps.base import same_size, same_sizes
+from frpc.optimize.triton.patterns import alike, follow, operands, readers_of
 from frpc.rules.table import traits_of
 
 __all__ = ["RootMeanSquare", "centred_pulls", "layer_scales", "pulls", "rms_norms", "written_out"]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from frpc.core.torch_compat import expression_of
 from frpc.emit.plan import Footprint
-from frpc.lower.memory import Memory
+from frpc.optimize.lower.memory import Memory
 from frpc.rules.effects import is_number
 
 __all__ = ["footprint"]

@@ -1,0 +1,1 @@
+"""The same function with fewer and faster calls."""

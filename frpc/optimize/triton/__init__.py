@@ -1,0 +1,1 @@
+"""Parts of a program replaced by Triton kernels, on CUDA devices."""
