@@ -20,8 +20,9 @@ from frpc.rules.registry import Method, methods
 from frpc.rules.table import Affine, Call, rule
 
 if TYPE_CHECKING:
-    from frpc import baselines, cam, captum, export, heatmap, perturb, repeat, text
+    from frpc import baselines, cam, captum, export, perturb, repeat, text
     from frpc.maximise import feature
+    from frpc.plots import heatmap
     from frpc.scales import multiscale
 
 __version__ = "0.1.0"

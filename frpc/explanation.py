@@ -58,12 +58,12 @@ class Explanation:
             sample: which sample.
             target: which of K targets.
         """
-        from frpc import heatmap
+        from frpc.plots import heatmap
 
         return heatmap.overlay(image, self.map(sample, target))
 
     def _repr_html_(self) -> str:
-        from frpc import heatmap
+        from frpc.plots import heatmap
 
         return heatmap.to_html(None, self.map())
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from frpc import heatmap
 from frpc.compiler import compile
 from frpc.errors import OptionError, PackageError
-from frpc.outputs import OutputFolder
+from frpc.plots import heatmap
+from frpc.plots.outputs import OutputFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

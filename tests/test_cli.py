@@ -20,7 +20,7 @@ import frpc
 from frpc import pretrained
 from frpc.cli import app
 from frpc.errors import CompileError, OutputFolderError
-from frpc.outputs import OutputFolder
+from frpc.plots.outputs import OutputFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"trained weights and photos are not at {DATA}")

@@ -13,8 +13,9 @@ import torch
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from frpc import heatmap, panels
+from frpc import heatmap
 from frpc.errors import ImageError, NonFiniteError, OptionError, OutputFolderError, ShapeError
+from frpc.plots import panels
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from frpc.demo import load_digit_net, load_digits
 from frpc.errors import MemoryLimitError, ShapeError
 from frpc.images import Recipe
 from frpc.layerfiles import check_disk, write_blocks
-from frpc.neuron_pictures import Box, Portrait, depth_sheet, neuron_sheet, window_box
+from frpc.plots.neurons import Box, Portrait, depth_sheet, neuron_sheet, window_box
 from frpc.windows import Grid
 
 

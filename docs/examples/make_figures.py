@@ -30,10 +30,10 @@ from torch import Tensor, nn
 import frpc
 from frpc import heatmap, pretrained
 from frpc.assign.assignment import Assignment
-from frpc.comparison import comparison
 from frpc.emit.plan import Plan
 from frpc.images import prepare
-from frpc.panels import AGAINST, FOR, pixel_map
+from frpc.plots.comparison import comparison
+from frpc.plots.panels import AGAINST, FOR, pixel_map
 
 FIGURES = Path(__file__).parents[1] / "figures"
 NET = "squeezenet1_0"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from sentiment_model import KINDS, UNKNOWN, load_model, words_of
 
 import frpc
-from frpc.panels import MAP_COLOURS, SMALL, TITLE, draw_bar, signed
+from frpc.plots.panels import MAP_COLOURS, SMALL, TITLE, draw_bar, signed
 
 SENTENCES = (
     "This movie is not bad and quite enjoyable.",

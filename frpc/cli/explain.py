@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from frpc.cli.record import Explained
     from frpc.explainer import Explainer
     from frpc.images import Picture
-    from frpc.outputs import OutputFolder
+    from frpc.plots.outputs import OutputFolder
 
 __all__ = ["explain"]
 
@@ -85,7 +85,7 @@ def explain(
     request = Request(model, weights, image, target, top, cell, check, bias, dtype, method, compare, layer, scales)
     with session(as_json, threads) as current:
         from frpc.cli.record import show
-        from frpc.outputs import OutputFolder
+        from frpc.plots.outputs import OutputFolder
 
         results = _run(request, OutputFolder(out), current)
         for result in results:
@@ -127,7 +127,7 @@ def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[
 
 def _compare(asker: Asker, methods: list[str], question: Question, folder: OutputFolder, stem: str, cell: int) -> Path:
     """One sheet: a row for each explained class, a column for each method."""
-    from frpc.comparison import comparison
+    from frpc.plots.comparison import comparison
     from frpc.pretrained import class_names
 
     said = {method: asker(method, question.x, question.classes) for method in methods}

@@ -14,7 +14,7 @@ from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, S
 from frpc.errors import OptionError
 
 if TYPE_CHECKING:
-    from frpc.outputs import OutputFolder
+    from frpc.plots.outputs import OutputFolder
     from frpc.text import TextExplanation
     from frpc.text.directory import TextModel
     from frpc.text.sheet import Word
@@ -66,7 +66,7 @@ def explain_text(
     """
     request = Request(model, text, target, source, device, max_length, pieces, special, bias, dtype)
     with session(as_json, threads) as current:
-        from frpc.outputs import OutputFolder
+        from frpc.plots.outputs import OutputFolder
 
         if not all(one.strip() for one in text):
             raise OptionError("--text is empty")

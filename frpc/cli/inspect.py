@@ -53,7 +53,7 @@ def compile_model(
     """Write the program that frpc emits for a model: code, table and plan, as text."""
     with session(as_json, threads) as current:
         import frpc
-        from frpc.outputs import OutputFolder
+        from frpc.plots.outputs import OutputFolder
 
         folder = OutputFolder(out)
         with current.progress() as progress:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from frpc.explainer import Explainer
     from frpc.images import Picture
     from frpc.layermaps import LayerMaps
-    from frpc.neuron_pictures import Portrait
-    from frpc.outputs import OutputFolder
+    from frpc.plots.neurons import Portrait
+    from frpc.plots.outputs import OutputFolder
     from frpc.windows.producer import Grids
 
 __all__ = ["neurons"]
@@ -106,7 +106,7 @@ def neurons(
     a neuron of each whose window the border does not cut, if there is one.
     """
     with session(as_json, threads) as current:
-        from frpc.outputs import OutputFolder
+        from frpc.plots.outputs import OutputFolder
 
         if bias is Bias.receptive_field:
             raise OptionError("frpc neurons knows --bias uniform and separate")
@@ -131,7 +131,7 @@ def _index(text: str) -> Index:
 def _run(request: Request, folder: OutputFolder, current: Session) -> dict[str, Any]:
     import torch
 
-    from frpc.neuron_pictures import depth_sheet
+    from frpc.plots.neurons import depth_sheet
 
     with torch.no_grad(), current.progress() as progress:
         task = progress.add_task("reading", total=1 + len(request.layers))
@@ -187,7 +187,7 @@ def _layer(
     request: Request, question: Question, maps: LayerMaps, folder: OutputFolder, progress: Progress
 ) -> tuple[dict[str, Any], list[Portrait]]:
     """Answers for one layer; returns its record, and its neurons' maps."""
-    from frpc.neuron_pictures import neuron_sheet
+    from frpc.plots.neurons import neuron_sheet
 
     start = time.perf_counter()
     task = progress.add_task(f"{maps.name}: channels", total=None)
@@ -241,7 +241,7 @@ def _channels(request: Request, maps: LayerMaps, progress: Progress) -> list[Ran
 
 def _neurons(request: Request, question: Question, maps: LayerMaps, channels: list[Ranked], window: Grids) -> list[Portrait]:
     """The neurons asked for, or else the strongest of each channel; none where channels are neurons."""
-    from frpc.neuron_pictures import Portrait, window_box
+    from frpc.plots.neurons import Portrait, window_box
 
     indices = request.chosen or _strongest(request, maps, channels)
     if not indices:
@@ -281,7 +281,7 @@ def _window(question: Question, maps: LayerMaps) -> Grids:
 
 
 def _channel_portrait(channel: Ranked, linear: bool) -> Portrait:
-    from frpc.neuron_pictures import Portrait
+    from frpc.plots.neurons import Portrait
 
     return Portrait(f"{'neuron' if linear else 'channel'} {channel.number}", channel.value, channel.relevance)
 

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from frpc import heatmap
 from frpc.images import Picture
-from frpc.outputs import OutputFolder
+from frpc.plots import heatmap
+from frpc.plots.outputs import OutputFolder
 from frpc.pretrained import class_names
 
 __all__ = ["Explained", "describe", "show", "stems", "write"]

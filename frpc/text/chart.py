@@ -7,7 +7,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from frpc.panels import AGAINST, FOR, SMALL, TITLE, signed
+from frpc.plots.panels import AGAINST, FOR, SMALL, TITLE, signed
 from frpc.text.sheet import Sheet, Word
 
 __all__ = ["bars"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frpc.errors import ShapeError
 from frpc.explanation import Explanation
-from frpc.panels import finite
+from frpc.plots.panels import finite
 from frpc.text import chart, terminal, web
 from frpc.text.questions import Question
 from frpc.text.sheet import Line, Sheet, Word, plain

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from matplotlib.colors import to_hex, to_rgb
 
-from frpc.panels import AGAINST, FOR, signed
+from frpc.plots.panels import AGAINST, FOR, signed
 
 __all__ = ["ENDS", "Line", "Sheet", "Word", "colours", "plain"]
 

@@ -7,7 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from frpc.panels import signed
+from frpc.plots.panels import signed
 from frpc.text.sheet import ENDS, Sheet, Word, colours
 
 __all__ = ["rendered"]

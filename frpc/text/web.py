@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from frpc.panels import AGAINST, FOR, signed
+from frpc.plots.panels import AGAINST, FOR, signed
 from frpc.text.sheet import ENDS, Line, Sheet, Word, colours
 
 __all__ = ["fragment", "page"]

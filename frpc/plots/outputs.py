@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from frpc import heatmap
 from frpc.errors import OutputFolderError
+from frpc.plots import heatmap
 
 __all__ = ["OutputFolder"]
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frpc.errors import OptionError, OutputFolderError, ShapeError
-from frpc.panels import (
+from frpc.plots.panels import (
     AGAINST,
     FOR,
     SMALL,
@@ -64,7 +64,7 @@ def overlay(
         cell: side of the squares over which relevance is summed for display; 1 shows every pixel.
 
     Raises:
-        ShapeError, NonFiniteError, ImageError, OptionError: see :func:`frpc.panels.pixel_map`.
+        ShapeError, NonFiniteError, ImageError, OptionError: see :func:`frpc.plots.panels.pixel_map`.
     """
     if np.ndim(relevance) == 1:
         return bars(relevance, title=title, unit=unit)

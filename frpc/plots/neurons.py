@@ -14,7 +14,18 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from frpc.errors import ShapeError
-from frpc.panels import SMALL, TITLE, Array, draw_bar, draw_map, draw_picture, picture_array, pixel_map, robust_limit, signed
+from frpc.plots.panels import (
+    SMALL,
+    TITLE,
+    Array,
+    draw_bar,
+    draw_map,
+    draw_picture,
+    picture_array,
+    pixel_map,
+    robust_limit,
+    signed,
+)
 from frpc.windows.producer import Grids
 
 __all__ = ["Box", "Portrait", "depth_sheet", "neuron_sheet", "window_box"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from frpc.errors import ShapeError
-from frpc.panels import Array, draw_bar, draw_map, draw_picture, pixel_map, robust_limit, signed
+from frpc.plots.panels import Array, draw_bar, draw_map, draw_picture, pixel_map, robust_limit, signed
 
 __all__ = ["comparison"]
 
