@@ -22,11 +22,11 @@ import frpc
 from bench.machine import Spread, interleave, machine, make_table, open_console, write_record
 from bench.nets import THESIS, build, layer_path
 from bench.thesis import algorithm_one
-from frpc.context import LayerContext, layer_context
 from frpc.emit.plan import layer_node
 from frpc.emit.propagate import push
 from frpc.errors import OptionError
-from frpc.layermaps import LayerMaps
+from frpc.layers.context import LayerContext, layer_context
+from frpc.layers.maps import LayerMaps
 
 __all__ = ["run"]
 

@@ -16,7 +16,7 @@ import frpc
 from bench.machine import machine, make_table, open_console, timed, write_record
 from bench.nets import THESIS, build, layer_path
 from frpc.errors import MemoryLimitError
-from frpc.layermaps import LayerMaps
+from frpc.layers.maps import LayerMaps
 
 __all__ = ["CASES", "run"]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from frpc.capture.batch import FIRST, batches_of, place_of
-from frpc.context import layer_context
 from frpc.core.graph import describe, first_result
 from frpc.core.values import is_plain
 from frpc.emit.plan import layer_node
 from frpc.errors import BatchError, ConservationError, InputError, OptionError
 from frpc.explanation import Explanation
-from frpc.layermaps import LayerMaps
-from frpc.layers import layer_maps
-from frpc.neurons import cones_are_cheaper, neuron_maps
+from frpc.layers.context import layer_context
+from frpc.layers.maps import LayerMaps
+from frpc.layers.neurons import cones_are_cheaper, neuron_maps
+from frpc.layers.strategies import layer_maps
 from frpc.pipeline import Front
 from frpc.programs import Programs, empty_like, layer_example
 from frpc.targets import make_seed

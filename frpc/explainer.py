@@ -15,7 +15,7 @@ from frpc.core.graph import describe
 from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
 from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
-from frpc.layermaps import LayerMaps
+from frpc.layers.maps import LayerMaps
 from frpc.optimize.lower import Refusal
 from frpc.pipeline import Compiled, Stage
 from frpc.programfile import save

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from frpc.compiler import compile
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer import Explainer
-from frpc.layermaps import human_bytes
+from frpc.layers.maps import human_bytes
 from frpc.maps.base import size_hint
 from frpc.optimize.lower.footprint import footprint
 from frpc.programs import Programs

@@ -197,7 +197,7 @@ def test_a_run_holds_no_more_than_the_plan_says(parts: int, monkeypatch: pytest.
 
 def test_a_limit_below_one_column_is_refused(net: tuple[frpc.Explainer, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     explainer, x = net
-    monkeypatch.setattr("frpc.layers._SMALL_RUN", 0.0)
+    monkeypatch.setattr("frpc.layers.strategies._SMALL_RUN", 0.0)
     with pytest.raises(MemoryLimitError, match=r"5: one column of positions takes .* to compute, over the limit of 1\.0 kB\."):
         list(explainer.layer("5", x, strategy="windows").blocks(1000))
 

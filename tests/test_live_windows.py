@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import frpc
 from frpc.errors import OptionError
-from frpc.layermaps import LayerMaps
+from frpc.layers.maps import LayerMaps
 from frpc.windows import Rows, lighten
 from frpc.windows.live import LiveConv, LiveRows, LiveWinner
 from frpc.windows.run import producers
@@ -61,7 +61,7 @@ def live_of(explainer: frpc.Explainer, layer: str, x: Tensor, monkeypatch: pytes
         found.append(lighten(rows))
         return found[-1]
 
-    monkeypatch.setattr("frpc.layers.lighten", watched)
+    monkeypatch.setattr("frpc.layers.strategies.lighten", watched)
     maps = explainer.layer(layer, x, strategy="windows")
     return maps, producers(found[-1])
 

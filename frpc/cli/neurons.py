@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from frpc.explainer import Explainer
     from frpc.images import Picture
-    from frpc.layermaps import LayerMaps
+    from frpc.layers.maps import LayerMaps
     from frpc.plots.neurons import Portrait
     from frpc.plots.outputs import OutputFolder
     from frpc.windows.producer import Grids
@@ -173,7 +173,7 @@ def _read(request: Request, current: Session) -> Question:
 
 
 def _check(maps: LayerMaps, request: Request, folder: Path) -> None:
-    from frpc.layerfiles import check_disk
+    from frpc.layers.files import check_disk
 
     sizes = list(maps.values.shape[1:])
     for index in request.chosen:
@@ -287,7 +287,7 @@ def _channel_portrait(channel: Ranked, linear: bool) -> Portrait:
 
 
 def _save(maps: LayerMaps, name: str, folder: OutputFolder, progress: Progress) -> Path:
-    from frpc.layerfiles import write_blocks
+    from frpc.layers.files import write_blocks
 
     task = progress.add_task(f"{maps.name}: windows of neurons", total=len(maps))
     path = folder.file(name, lambda path: write_blocks(maps, path, lambda count: progress.update(task, advance=count)))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc.assign.assignment import Assignment
-from frpc.context import LayerContext, layer_context
 from frpc.errors import OptionError
+from frpc.layers.context import LayerContext, layer_context
 from frpc.windows import Rows, stream
 from frpc.windows.run import producers
 

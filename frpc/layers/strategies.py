@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
-from frpc.context import LayerContext, layer_context
 from frpc.core.graph import first_result
 from frpc.emit.bias import BiasPolicy
 from frpc.emit.plan import total_cost
 from frpc.emit.propagate import push
 from frpc.errors import MemoryLimitError, OptionError
-from frpc.layermaps import LayerMaps, human_bytes
+from frpc.layers.context import LayerContext, layer_context
+from frpc.layers.maps import LayerMaps, human_bytes
 from frpc.maps.base import numel
 from frpc.windows import Grid, Rows, lighten, stream
 from frpc.windows.run import producers, working_elements

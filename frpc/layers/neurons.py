@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.context import LayerContext
 from frpc.emit.plan import total_cost
+from frpc.layers.context import LayerContext
 from frpc.windows.patches import cone_flops, pull_patch
 
 __all__ = ["cones_are_cheaper", "neuron_maps"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from frpc.errors import MemoryLimitError
-from frpc.layermaps import LayerMaps, human_bytes
+from frpc.layers.maps import LayerMaps, human_bytes
 
 __all__ = ["check_disk", "write_blocks"]
 

@@ -1,0 +1,1 @@
+"""The maps of every neuron of one layer."""
