@@ -157,7 +157,7 @@ def _runnable(values: fx.GraphModule, explainer: frpc.Explainer) -> Callable[...
         from frpc.optimize.backends.backends import executable, lower_program
     except ImportError:
         try:
-            from frpc import pipeline
+            from frpc.driver import pipeline
             from frpc.optimize.backends import bound
         except ImportError:
             return None

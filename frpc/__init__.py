@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from frpc import errors, rules
 from frpc.check import check
 from frpc.compiler import compile
+from frpc.driver.explanation import Explanation, LayerRelevance
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
 from frpc.explainer import Explainer
-from frpc.explanation import Explanation, LayerRelevance
 from frpc.programfile import LoadedExplainer, load
 from frpc.rules.references import data_mean
 from frpc.rules.registry import Method, methods

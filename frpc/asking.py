@@ -11,17 +11,17 @@ from torch import Tensor
 from frpc.capture.batch import FIRST, batches_of, place_of
 from frpc.core.graph import describe, first_result
 from frpc.core.values import is_plain
+from frpc.driver.explanation import Explanation
+from frpc.driver.pipeline import Front
+from frpc.driver.programs import Programs, empty_like, layer_example
+from frpc.driver.targets import make_seed
+from frpc.driver.verify import limit_of
 from frpc.emit.plan import layer_node
 from frpc.errors import BatchError, ConservationError, InputError, OptionError
-from frpc.explanation import Explanation
 from frpc.layers.context import layer_context
 from frpc.layers.maps import LayerMaps
 from frpc.layers.neurons import cones_are_cheaper, neuron_maps
 from frpc.layers.strategies import layer_maps
-from frpc.pipeline import Front
-from frpc.programs import Programs, empty_like, layer_example
-from frpc.targets import make_seed
-from frpc.verification import limit_of
 
 __all__ = ["ask_layer", "ask_neurons"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from frpc.core.graph import origin_of
+from frpc.driver.printing import columns as table
+from frpc.driver.targets import Target
+from frpc.driver.verify import account_of
 from frpc.emit.audit import NodeAccount, audit
 from frpc.errors import OptionError, TargetError
 from frpc.explainer import Explainer
-from frpc.printing import columns as table
-from frpc.targets import Target
-from frpc.verification import account_of
 
 __all__ = ["Conservation", "LayerConservation", "check"]
 

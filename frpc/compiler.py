@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from frpc.driver.pipeline import Choice
+from frpc.driver.programs import Programs
+from frpc.driver.verify import check_verify
 from frpc.emit.bias import check_policy
 from frpc.emit.plan import Query, check_strategy
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
 from frpc.optimize.backends.backends import check_backend
-from frpc.pipeline import Choice
-from frpc.programs import Programs
 from frpc.rules.registry import method_named
 from frpc.rules.sets.ruleset import FRP, RuleSet
 from frpc.rules.top import Top, as_top
-from frpc.verification import check_verify
 
 __all__ = ["compile"]
 
@@ -68,7 +68,7 @@ def compile(
         dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
             in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
         verify: ``"first"`` holds every program against the model once, on the example inputs or at its first call: outputs,
-            whether samples are treated apart, and whether its account balances (:mod:`frpc.verification`). ``"always"`` does
+            whether samples are treated apart, and whether its account balances (:mod:`frpc.driver.verify`). ``"always"`` does
             so, and checks the account of every call, which comes as ``explanation.conservation``; ``"never"`` runs nothing but
             the program.
 

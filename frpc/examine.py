@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from frpc import pipeline
 from frpc.assign.assignment import assign
 from frpc.capture.export import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot
-from frpc.printing import columns
+from frpc.driver import pipeline
+from frpc.driver.printing import columns
 from frpc.rules.sets.ruleset import FRP, RuleSet
 
 __all__ = ["Coverage", "CoverageRow", "examine"]

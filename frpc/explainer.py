@@ -9,20 +9,20 @@ from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
-from frpc import printing
 from frpc.asking import ask_layer, ask_neurons
 from frpc.core.graph import describe
+from frpc.driver import printing
+from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
+from frpc.driver.pipeline import Compiled, Stage
+from frpc.driver.programs import Programs, layer_names
+from frpc.driver.targets import Target
 from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
-from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.layers.maps import LayerMaps
 from frpc.optimize.lower import Refusal
-from frpc.pipeline import Compiled, Stage
 from frpc.programfile import save
-from frpc.programs import Programs, layer_names
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.rules.top import Top, as_top
-from frpc.targets import Target
 
 __all__ = ["Explainer"]
 
@@ -30,7 +30,8 @@ __all__ = ["Explainer"]
 class Explainer(nn.Module):
     """A model compiled together with its account; made by :func:`frpc.compile`.
 
-    ``explainer(x, target=3)`` returns an :class:`~frpc.explanation.Explanation`. The forward pass is a fixed program of ATen
+    ``explainer(x, target=3)`` returns an :class:`~frpc.driver.explanation.Explanation`. The forward pass is a fixed program of
+    ATen
     operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
     """
 

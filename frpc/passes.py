@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc.compiler import compile
+from frpc.driver.programs import Programs
+from frpc.driver.targets import Target
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer import Explainer
 from frpc.layers.maps import human_bytes
 from frpc.maps.base import size_hint
 from frpc.optimize.lower.footprint import footprint
-from frpc.programs import Programs
 from frpc.rules import Gradient, RuleSet
 from frpc.rules.references import Reference, ReferenceLike, as_reference
 from frpc.rules.top import Logit, SoftmaxTaylor, Top
-from frpc.targets import Target
 
 __all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "peak_bytes", "recompiled", "start_of"]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frpc.core.graph import first_result
+from frpc.driver.targets import Target
 from frpc.errors import OptionError, ShapeError
 from frpc.explainer import Explainer
-from frpc.targets import Target
 
 __all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized", "spatial_layers", "vgg_stages"]
 

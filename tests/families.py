@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc import pipeline
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch
+from frpc.driver import pipeline
+from frpc.driver.pipeline import Choice, Front
 from frpc.emit.plan import Plan, Query, make_plan
 from frpc.emit.program import at_reference, reference_constants, run_eagerly
 from frpc.emit.propagate import affine_maps, evaluate, pull, push
-from frpc.pipeline import Choice, Front
 from frpc.rules import RuleSet
 from frpc.rules.table import Affine
 from frpc.rules.top import Logit, Top

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import frpc
-from frpc import pipeline
+from frpc.driver import pipeline
 from frpc.emit.plan import Query
 from frpc.optimize.triton.lowering import count_launches, operators, use_kernels
 from graphs import program, with_examples

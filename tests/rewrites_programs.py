@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc import lower
 from frpc.export import blocked, decompositions, separable
+from frpc.optimize import lower
 from frpc.optimize import passes as optimize
 from frpc.optimize.lower import convolutions, gates, memory, onednn, pooling, shares
 from rewrites import Line, Rewrite

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import frpc
 from families import randn
+from frpc.driver.pipeline import front
 from frpc.errors import OptionError, ShapeError
-from frpc.pipeline import front
 from frpc.rules import LID, LRP, Gradient
 from graphs import calls
 from test_rules import agrees, from_piece

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from torchvision.models import resnet
 
 import frpc
-from frpc import lower
 from frpc.core.stages import copy_graph
+from frpc.optimize import lower
 from frpc.optimize.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
 from graphs import calls, program, randn, with_examples
 from nets import BasicBlock

@@ -24,7 +24,7 @@ from frpc.capture.export import capture
 from frpc.core.graph import NOWHERE, origin_of
 from frpc.core.snapshot import snapshot
 from frpc.core.stages import copy_graph
-from frpc.pipeline import front
+from frpc.driver.pipeline import front
 from graphs import calls, randn
 
 pytestmark = [

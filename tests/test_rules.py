@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import frpc
 from cases import CASES, CURVES, Case, Curve
 from frpc.core.graph import bind, fetch
+from frpc.driver.pipeline import Compiled
 from frpc.emit.propagate import affine_maps, evaluate
-from frpc.pipeline import Compiled
 from frpc.rules.table import TABLE, Affine, Call
 from reference import relevance_maps
 

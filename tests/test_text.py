@@ -13,8 +13,8 @@ from torch import nn
 
 import frpc
 from frpc import text
+from frpc.driver.explanation import Explanation
 from frpc.errors import InputError, NonFiniteError, ShapeError, TargetError
-from frpc.explanation import Explanation
 from frpc.text.sheet import colours
 from frpc.text.words import Marks, marks_of, spans
 

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 import frpc
 from frpc.core.graph import describe
 from frpc.core.stages import copy_graph
+from frpc.driver.pipeline import Compiled, Front
 from frpc.emit.plan import layer_node
 from frpc.errors import OptionError
 from frpc.explainer import Explainer
 from frpc.export.layer import LayerAnswer
 from frpc.export.question import Input, Question, Signature, described, examples
-from frpc.pipeline import Compiled, Front
 
 __all__ = ["Answer", "Exportable", "Rewrite", "exportable"]
 

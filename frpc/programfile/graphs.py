@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc import printing
 from frpc.core.graph import fetch
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
+from frpc.driver import printing
 from frpc.programfile.operators import ARITHMETIC, DTYPES, may_hold, operator_named
 from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 

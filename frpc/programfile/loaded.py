@@ -10,21 +10,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from frpc import printing
 from frpc.capture.export import InputSpec
 from frpc.core.graph import describe
 from frpc.core.torch_compat import trace_lock
 from frpc.core.values import is_traced
+from frpc.driver import printing
+from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
+from frpc.driver.running import Form, run
+from frpc.driver.targets import Target, check_inputs, make_seed
 from frpc.errors import InputError, OptionError, PickleRefusedError
-from frpc.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.optimize.backends.backends import Backend, executable, lower_program
 from frpc.optimize.backends.bound import Program
 from frpc.programfile.graphs import runnable
 from frpc.programfile.questions import Question
 from frpc.rules.sets.ruleset import Box, check_boxes
 from frpc.rules.top import Top, as_top
-from frpc.running import Form, run
-from frpc.targets import Target, check_inputs, make_seed
 
 __all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
 
@@ -85,7 +85,7 @@ Key = tuple[int, Question]  # which signature, and what is asked
 class LoadedExplainer(nn.Module):
     """An explainer read from a file by :func:`frpc.load`; answers what it was saved with.
 
-    ``loaded(x, target=3)`` returns an :class:`~frpc.explanation.Explanation`, as :class:`frpc.Explainer` does.
+    ``loaded(x, target=3)`` returns an :class:`~frpc.driver.explanation.Explanation`, as :class:`frpc.Explainer` does.
     """
 
     def __init__(

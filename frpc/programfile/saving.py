@@ -13,8 +13,9 @@ from frpc.capture.batch import place_of
 from frpc.capture.export import InputSpec
 from frpc.core.graph import describe, first_result
 from frpc.core.lineage import Lineage
+from frpc.driver.pipeline import Compiled
+from frpc.driver.programs import Programs, Signature
 from frpc.errors import OptionError, ProgramFileError
-from frpc.pipeline import Compiled
 from frpc.programfile.constants import check_calls, write_entries
 from frpc.programfile.container import write
 from frpc.programfile.gather import Gathered, gather
@@ -22,7 +23,6 @@ from frpc.programfile.graphs import write_program
 from frpc.programfile.operators import DTYPES
 from frpc.programfile.questions import question_of, write_question, write_top
 from frpc.programfile.values import FaultError, write_value
-from frpc.programs import Programs, Signature
 from frpc.rules.sets.ruleset import RuleSet
 
 __all__ = ["named_tensors", "save"]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from frpc.driver.explanation import Explanation
 from frpc.errors import ShapeError
-from frpc.explanation import Explanation
 from frpc.plots.panels import finite
 from frpc.text import chart, terminal, web
 from frpc.text.questions import Question

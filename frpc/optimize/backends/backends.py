@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from frpc import lower
 from frpc.core.refusal import Refusal
 from frpc.core.stages import copy_graph, run_passes
 from frpc.core.torch_compat import OpOverload, trace_lock
 from frpc.errors import OptionError
+from frpc.optimize import lower
 from frpc.optimize.backends.bound import Program, bound
 from frpc.optimize.backends.cudagraphs import Replayed
 from frpc.optimize.triton import lowering as kernel_lowering

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 from frpc.assign.assignment import Assigned
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.values import all_hold, is_traced, whole
+from frpc.driver.pipeline import Compiled
 from frpc.emit.program import at_reference, reference_constants
 from frpc.emit.propagate import affine_maps, evaluate, pull
 from frpc.errors import NonFiniteError
-from frpc.pipeline import Compiled
 from frpc.rules.table import Operand
 
 __all__ = ["demand_finite"]

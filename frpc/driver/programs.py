@@ -13,24 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frpc import pipeline
 from frpc.assign.assignment import Assignment
-from frpc.calling import wrapper
 from frpc.canonicalize.precision import computing_in
 from frpc.capture.export import argument_order
 from frpc.core.graph import empty_like, first_result, unknown_layer
 from frpc.core.snapshot import snapshot
 from frpc.core.torch_compat import copied_by, trace_lock
 from frpc.core.values import is_plain, is_traced
-from frpc.emit.plan import Query
-from frpc.errors import InputError, LayerNameError
-from frpc.finite import demand_finite
-from frpc.optimize.lower import Refusal
-from frpc.pipeline import Choice, Compiled, Front
-from frpc.rules.top import Logit
-from frpc.running import Form, run
-from frpc.targets import Target, check_inputs, make_seed
-from frpc.verification import (
+from frpc.driver import pipeline
+from frpc.driver.calling import wrapper
+from frpc.driver.finite import demand_finite
+from frpc.driver.pipeline import Choice, Compiled, Front
+from frpc.driver.running import Form, run
+from frpc.driver.targets import Target, check_inputs, make_seed
+from frpc.driver.verify import (
     Balance,
     Model,
     Verify,
@@ -44,6 +40,10 @@ from frpc.verification import (
     verify,
     weights,
 )
+from frpc.emit.plan import Query
+from frpc.errors import InputError, LayerNameError
+from frpc.optimize.lower import Refusal
+from frpc.rules.top import Logit
 
 __all__ = ["NamedInputs", "Programs", "Signature", "empty_like", "layer_example", "layer_names"]
 
@@ -70,7 +70,7 @@ class Programs:
         query: the question asked unless another is.
         fronts: captured graphs by the inputs' sizes, types and devices.
         compiled: programs by signature and question.
-        verifying: when programs are held against the model (:mod:`frpc.verification`).
+        verifying: when programs are held against the model (:mod:`frpc.driver.verify`).
     """
 
     def __init__(

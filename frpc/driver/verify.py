@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from frpc.capture.batch import one_per_sample, place_of, spread_out
 from frpc.capture.export import InputSpec
 from frpc.capture.tracing import explained_output, returned_by
+from frpc.driver.pipeline import Compiled, Front
 from frpc.emit.audit import Audit, audit, widened
 from frpc.errors import BatchError, CompileError, ConservationError, OptionError
-from frpc.pipeline import Compiled, Front
 
 __all__ = [
     "VERIFY",

@@ -31,6 +31,7 @@ from frpc.core.lineage import Ledger
 from frpc.core.patterns import Pattern, check_patterns
 from frpc.core.reasons import failure, itself
 from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
+from frpc.driver.sources import demand_path, demand_samples, unreached
 from frpc.emit.plan import Plan, Query, Strategy, make_plan
 from frpc.emit.program import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError, FrpcError, ShapeError
@@ -40,7 +41,6 @@ from frpc.optimize.backends.bound import Program
 from frpc.optimize.lower import Refusal
 from frpc.optimize.lower.footprint import footprint
 from frpc.rules.sets.ruleset import RuleSet
-from frpc.sources import demand_path, demand_samples, unreached
 
 aten = torch.ops.aten
 

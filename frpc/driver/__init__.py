@@ -1,0 +1,1 @@
+"""Runs the stages, keeps what was compiled, checks it, and runs it."""
