@@ -14,7 +14,7 @@ from frpc.driver.explanation import Explanation, LayerRelevance
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
 from frpc.examine import examine
 from frpc.explainer import Explainer
-from frpc.programfile import LoadedExplainer, load
+from frpc.files import LoadedExplainer, load
 from frpc.rules.references import data_mean
 from frpc.rules.registry import Method, methods
 from frpc.rules.table import Affine, Call, rule

@@ -18,9 +18,9 @@ from frpc.driver.programs import Programs, layer_names
 from frpc.driver.targets import Target
 from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
+from frpc.files import save
 from frpc.layers.maps import LayerMaps
 from frpc.optimize.lower import Refusal
-from frpc.programfile import save
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.rules.top import Top, as_top
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import frpc
 from frpc.errors import ProgramFileError
-from frpc.programfile import container
-from frpc.programfile.operators import ARITHMETIC, operator_named, operators
+from frpc.files import container
+from frpc.files.operators import ARITHMETIC, operator_named, operators
 
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 1.5, 1e308, "", "x", "\n", "import os", "__import__('os').system('id')",

@@ -22,8 +22,8 @@ import frpc
 from cases import CASES, Case
 from families import net as family_net
 from frpc.errors import InputError, OptionError, OutputFolderError, ProgramFileError, ShapeError
-from frpc.programfile import container
-from frpc.programfile.operators import ARITHMETIC, aten_operator, operators
+from frpc.files import container
+from frpc.files.operators import ARITHMETIC, aten_operator, operators
 
 K = torch.tensor([[1, 2, 0], [3, 0, 1]])
 

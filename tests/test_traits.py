@@ -20,7 +20,7 @@ from frpc.assign.signs import is_nonnegative_call
 from frpc.core.graph import bind
 from frpc.core.traits import NAMES, UNKNOWN, Operand, Traits, if_all
 from frpc.errors import OptionError
-from frpc.programfile.operators import may_hold, operators
+from frpc.files.operators import may_hold, operators
 from frpc.rules.table import TABLE, Affine, declare, elementwise, rule, traits_of
 
 aten = torch.ops.aten

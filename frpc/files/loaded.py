@@ -19,10 +19,10 @@ from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of,
 from frpc.driver.running import Form, run
 from frpc.driver.targets import Target, check_inputs, make_seed
 from frpc.errors import InputError, OptionError, PickleRefusedError
+from frpc.files.graphs import runnable
+from frpc.files.questions import Question
 from frpc.optimize.backends.backends import Backend, executable, lower_program
 from frpc.optimize.backends.bound import Program
-from frpc.programfile.graphs import runnable
-from frpc.programfile.questions import Question
 from frpc.rules.sets.ruleset import Box, check_boxes
 from frpc.rules.top import Top, as_top
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from frpc.emit.plan import Query
-from frpc.programfile.values import FaultError, integer, record, show, strings
+from frpc.files.values import FaultError, integer, record, show, strings
 from frpc.rules.top import TOPS, Top
 
 __all__ = ["Question", "question_of", "read_question", "read_top", "write_question", "write_top"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from frpc.programfile.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, WORDS
+from frpc.files.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, WORDS
 
 __all__ = ["FaultError", "Names", "integer", "read_value", "record", "sequence", "show", "strings", "text", "write_value"]
 

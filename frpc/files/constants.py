@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from frpc.core.torch_compat import schema_of, storage_of
-from frpc.programfile.container import checksum
-from frpc.programfile.operators import DTYPES, aten_operator, may_hold
-from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
+from frpc.files.container import checksum
+from frpc.files.operators import DTYPES, aten_operator, may_hold
+from frpc.files.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 
 __all__ = ["Entry", "Ref", "called", "check_calls", "computed", "originals", "read_entries", "write_entries"]
 

@@ -16,13 +16,13 @@ from frpc.core.lineage import Lineage
 from frpc.driver.pipeline import Compiled
 from frpc.driver.programs import Programs, Signature
 from frpc.errors import OptionError, ProgramFileError
-from frpc.programfile.constants import check_calls, write_entries
-from frpc.programfile.container import write
-from frpc.programfile.gather import Gathered, gather
-from frpc.programfile.graphs import write_program
-from frpc.programfile.operators import DTYPES
-from frpc.programfile.questions import question_of, write_question, write_top
-from frpc.programfile.values import FaultError, write_value
+from frpc.files.constants import check_calls, write_entries
+from frpc.files.container import write
+from frpc.files.gather import Gathered, gather
+from frpc.files.graphs import write_program
+from frpc.files.operators import DTYPES
+from frpc.files.questions import question_of, write_question, write_top
+from frpc.files.values import FaultError, write_value
 from frpc.rules.sets.ruleset import RuleSet
 
 __all__ = ["named_tensors", "save"]

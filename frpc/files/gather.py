@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from frpc.core.lineage import Derived, Lineage, Literal, Original
-from frpc.programfile.constants import Entry, Ref, called, computed, originals
-from frpc.programfile.container import checksum
-from frpc.programfile.operators import DTYPES, may_hold
-from frpc.programfile.values import FaultError
+from frpc.files.constants import Entry, Ref, called, computed, originals
+from frpc.files.container import checksum
+from frpc.files.operators import DTYPES, may_hold
+from frpc.files.values import FaultError
 
 __all__ = ["Gathered", "gather"]
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from frpc.capture.export import InputSpec
+from frpc.files.constants import check_calls, computed, originals, read_entries
+from frpc.files.container import fail, read
+from frpc.files.graphs import MOST_NODES, read_program
+from frpc.files.loaded import Header, LoadedExplainer, Signature, Source
+from frpc.files.operators import DTYPES
+from frpc.files.questions import Question, read_question, read_top
+from frpc.files.saving import named_tensors
+from frpc.files.values import FaultError, integer, read_value, record, sequence, show, strings, text
 from frpc.optimize.backends.backends import Backend, check_backend
-from frpc.programfile.constants import check_calls, computed, originals, read_entries
-from frpc.programfile.container import fail, read
-from frpc.programfile.graphs import MOST_NODES, read_program
-from frpc.programfile.loaded import Header, LoadedExplainer, Signature, Source
-from frpc.programfile.operators import DTYPES
-from frpc.programfile.questions import Question, read_question, read_top
-from frpc.programfile.saving import named_tensors
-from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, strings, text
 
 __all__ = ["load"]
 

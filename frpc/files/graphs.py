@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from frpc.core.graph import fetch
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
 from frpc.driver import printing
-from frpc.programfile.operators import ARITHMETIC, DTYPES, may_hold, operator_named
-from frpc.programfile.values import FaultError, integer, read_value, record, sequence, show, text, write_value
+from frpc.files.operators import ARITHMETIC, DTYPES, may_hold, operator_named
+from frpc.files.values import FaultError, integer, read_value, record, sequence, show, text, write_value
 
 __all__ = ["MOST_NODES", "SYMBOLS", "read_program", "runnable", "write_program"]
 
