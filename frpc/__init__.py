@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from frpc import errors, rules
-from frpc.check import check
-from frpc.compiler import compile
 from frpc.driver.explanation import Explanation, LayerRelevance
 from frpc.errors import FrpcError, InputError, UnsupportedOpError
-from frpc.examine import examine
-from frpc.explainer import Explainer
+from frpc.explainer.check import check
+from frpc.explainer.compile import compile
+from frpc.explainer.examine import examine
+from frpc.explainer.explainer import Explainer
 from frpc.files import LoadedExplainer, load
 from frpc.rules.references import data_mean
 from frpc.rules.registry import Method, methods

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from frpc.errors import InputError, OptionError, PackageError, ShapeError, TargetError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.scales import picture_size
 
 __all__ = ["Baseline", "attribute", "feature_ablation", "kernel_shap", "lime", "partition_shap", "segments", "shapley_values"]

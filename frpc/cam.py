@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.passes import MEMORY_LIMIT, Asked, Score, ask, recompiled
 from frpc.rules import GuidedBackprop
 from frpc.scales import check_spatial, picture_size, resized

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from frpc import rules
 from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, live, module_of, read, versions, wrapped
-from frpc.compiler import compile
 from frpc.errors import BatchError, CaptureError, OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.compile import compile
+from frpc.explainer.explainer import Explainer
 from frpc.repeat import points
 from frpc.rules.sets.ruleset import RuleSet
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from frpc.compiler import compile
 from frpc.errors import OptionError, PackageError
+from frpc.explainer.compile import compile
 from frpc.plots import heatmap
 from frpc.plots.outputs import OutputFolder
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
 from frpc.errors import InputError, LayerNameError, OptionError, ShapeError, TargetError, nearest
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 
 __all__ = ["Feature", "feature"]
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.compiler import compile
 from frpc.driver.programs import Programs
 from frpc.driver.targets import Target
 from frpc.errors import InputError, MemoryLimitError, OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.compile import compile
+from frpc.explainer.explainer import Explainer
 from frpc.layers.maps import human_bytes
 from frpc.maps.base import size_hint
 from frpc.optimize.lower.footprint import footprint

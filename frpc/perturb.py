@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.passes import MEMORY_LIMIT, Asked, Score, ask, start_of
 from frpc.rules.references import Reference, ReferenceLike
 from frpc.scales import picture_size, resized

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from frpc.arguments import versions
-from frpc.compiler import compile
 from frpc.core.snapshot import snapshot
 from frpc.errors import OptionError, TargetError
-from frpc.explainer import Explainer
+from frpc.explainer.compile import compile
+from frpc.explainer.explainer import Explainer
 
 __all__ = ["Explain", "explain"]
 

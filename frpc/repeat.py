@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.passes import MEMORY_LIMIT, Asked, Make, Score, ask, start_of
 from frpc.rules.references import Reference, ReferenceLike, as_reference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from frpc.core.graph import first_result
 from frpc.driver.targets import Target
 from frpc.errors import OptionError, ShapeError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 
 __all__ = ["MultiScale", "check_spatial", "multiscale", "picture_size", "resized", "spatial_layers", "vgg_stages"]
 

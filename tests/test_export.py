@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 import frpc
 from frpc.core.stages import copy_graph
 from frpc.errors import ExportError, InputError, LayerNameError, OptionError, PackageError, VerificationError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export import Question, Signature, aoti, blocked, decompositions, onnx, open_file, torch_export, verification, verify
 from frpc.export.blocked import gates_as_convolutions, means_as_convolutions, sums_as_averages, transposed_into_blocks
 from frpc.export.decompositions import gates_as_products, strided_as_convolutions, transposed_as_convolutions

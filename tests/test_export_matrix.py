@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 import frpc
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export import Report, aoti, onnx, open_file, torch_export, verify
 from test_models import built
 

@@ -230,7 +230,7 @@ def seconds_of(out: Path) -> float:
 def processes(module: str) -> Any:
     """Starts processes quickly, from one that has loaded everything and does nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module, "frpc.compiler", "torch._dynamo.source", "test_jobs"])
+    context.set_forkserver_preload([module, "frpc.explainer.compile", "torch._dynamo.source", "test_jobs"])
     return context
 
 

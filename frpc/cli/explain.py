@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from frpc.cli.methods import Asker
     from frpc.cli.record import Explained
-    from frpc.explainer import Explainer
+    from frpc.explainer.explainer import Explainer
     from frpc.images import Picture
     from frpc.plots.outputs import OutputFolder
 

@@ -16,7 +16,7 @@ from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, T
 from frpc.errors import OptionError, OutputFolderError
 
 if TYPE_CHECKING:
-    from frpc.explainer import Explainer
+    from frpc.explainer.explainer import Explainer
     from frpc.export import Signature
 
 __all__ = ["export"]

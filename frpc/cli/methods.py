@@ -14,7 +14,7 @@ import frpc
 from frpc.errors import OptionError, nearest
 
 if TYPE_CHECKING:
-    from frpc.explainer import Explainer
+    from frpc.explainer.explainer import Explainer
 
 __all__ = ["Asker", "Said", "check_methods", "known_methods"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from frpc.explainer import Explainer
+    from frpc.explainer.explainer import Explainer
     from frpc.images import Picture
     from frpc.layers.maps import LayerMaps
     from frpc.plots.neurons import Portrait

@@ -14,7 +14,7 @@ from frpc.core.stages import copy_graph
 from frpc.driver.pipeline import Compiled, Front
 from frpc.emit.plan import layer_node
 from frpc.errors import OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.layer import LayerAnswer
 from frpc.export.question import Input, Question, Signature, described, examples
 

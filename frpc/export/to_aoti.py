@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frpc.core.torch_compat import aoti_compile, aoti_load
 from frpc.errors import InputError, OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from frpc.core.torch_compat import trace_lock
 from frpc.errors import ExportError, InputError, PackageError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.blocked import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frpc.core.torch_compat import trace_lock
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.question import Question, Signature, Targets
 from frpc.export.traced import traced
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from frpc.errors import ExportError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.answer import Rewrite, exportable
 from frpc.export.question import Question, Signature
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from frpc.cam import grad_cam
 from frpc.errors import InputError, VerificationError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.export.question import Signature, examples
 from frpc.export.to_aoti import is_aoti, run_aoti
 from frpc.export.to_onnx import run_onnx

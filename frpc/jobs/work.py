@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from frpc.compiler import compile
 from frpc.errors import ImageError, TargetError
-from frpc.explainer import Explainer
+from frpc.explainer.compile import compile
+from frpc.explainer.explainer import Explainer
 from frpc.images import Picture, Recipe, prepare
 from frpc.jobs.samples import Sample, Samples
 from frpc.jobs.store import Failure, Shard, Store, write_atomically

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frpc.compiler import compile
 from frpc.driver.explanation import Explanation
 from frpc.errors import InputError
-from frpc.explainer import Explainer
+from frpc.explainer.compile import compile
+from frpc.explainer.explainer import Explainer
 from frpc.text.questions import Question, Wanted, questions, seed_of
 from frpc.text.record import TextExplanation, of
 from frpc.text.tokens import Reading, encode, listed

@@ -13,7 +13,7 @@ from frpc.driver.verify import check_verify
 from frpc.emit.bias import check_policy
 from frpc.emit.plan import Query, check_strategy
 from frpc.errors import OptionError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 from frpc.optimize.backends.backends import check_backend
 from frpc.rules.registry import method_named
 from frpc.rules.sets.ruleset import FRP, RuleSet

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
-from frpc.asking import ask_layer, ask_neurons
 from frpc.core.graph import describe
 from frpc.driver import printing
 from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
@@ -18,6 +17,7 @@ from frpc.driver.programs import Programs, layer_names
 from frpc.driver.targets import Target
 from frpc.emit.plan import Plan
 from frpc.errors import PickleRefusedError
+from frpc.explainer.asking import ask_layer, ask_neurons
 from frpc.files import save
 from frpc.layers.maps import LayerMaps
 from frpc.optimize.lower import Refusal

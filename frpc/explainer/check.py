@@ -12,7 +12,7 @@ from frpc.driver.targets import Target
 from frpc.driver.verify import account_of
 from frpc.emit.audit import NodeAccount, audit
 from frpc.errors import OptionError, TargetError
-from frpc.explainer import Explainer
+from frpc.explainer.explainer import Explainer
 
 __all__ = ["Conservation", "LayerConservation", "check"]
 

@@ -1,0 +1,1 @@
+"""`frpc.compile` and the explainer that it returns."""
