@@ -20,10 +20,11 @@ from frpc.rules.registry import Method, methods
 from frpc.rules.table import Affine, Call, rule
 
 if TYPE_CHECKING:
-    from frpc import baselines, cam, captum, export, perturb, repeat, text
-    from frpc.maximise import feature
+    from frpc import captum, export, text
+    from frpc.attribution import baselines, cam, perturb, repeat
+    from frpc.attribution.maximise import feature
+    from frpc.attribution.scales import multiscale
     from frpc.plots import heatmap
-    from frpc.scales import multiscale
 
 __version__ = "0.1.0"
 
@@ -61,17 +62,17 @@ __all__ = [
 
 
 _MODULES = {
-    "baselines": "frpc.baselines",
-    "cam": "frpc.cam",
+    "baselines": "frpc.attribution.baselines",
+    "cam": "frpc.attribution.cam",
     "captum": "frpc.captum",
     "export": "frpc.export",
     "heatmap": "frpc.heatmap",
-    "perturb": "frpc.perturb",
+    "perturb": "frpc.attribution.perturb",
     "recurrent": "frpc.canonicalize.recurrent",
-    "repeat": "frpc.repeat",
+    "repeat": "frpc.attribution.repeat",
     "text": "frpc.text",
 }
-_FUNCTIONS = {"feature": "frpc.maximise", "multiscale": "frpc.scales"}
+_FUNCTIONS = {"feature": "frpc.attribution.maximise", "multiscale": "frpc.attribution.scales"}
 
 
 def __getattr__(name: str) -> Any:

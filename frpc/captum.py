@@ -17,10 +17,10 @@ from torch import Tensor
 
 from frpc import rules
 from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, live, module_of, read, versions, wrapped
+from frpc.attribution.repeat import points
 from frpc.errors import BatchError, CaptureError, OptionError
 from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
-from frpc.repeat import points
 from frpc.rules.sets.ruleset import RuleSet
 
 __all__ = [

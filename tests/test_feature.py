@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import frpc
 from frpc import baselines
+from frpc.attribution.scales import vgg_stages
 from frpc.errors import InputError, LayerNameError, OptionError, PackageError, ShapeError, TargetError
-from frpc.scales import vgg_stages
 
 TIGHT = 1e-12
 X = torch.randn(2, 2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

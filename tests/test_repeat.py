@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from frpc import passes, repeat
+from frpc import repeat
+from frpc.attribution import passes
 from frpc.errors import InputError, MemoryLimitError, OptionError, ShapeError, TargetError
 
 TIGHT = 1e-12

@@ -105,7 +105,7 @@ class Asker:
 
     def _at_scales(self, explainer: Explainer, x: Tensor, target: Tensor) -> Said:
         """Relevance of inner layers, resized to the picture and added up (L 3.3)."""
-        from frpc.scales import multiscale
+        from frpc.attribution.scales import multiscale
 
         names = [name.strip() for name in self.scales.split(",")]
         start = time.perf_counter()
@@ -114,7 +114,7 @@ class Asker:
         return Said(found.output[0], found.relevance[0].unsqueeze(1), None, time.perf_counter() - start)
 
     def _activation(self, method: str, x: Tensor, target: Tensor) -> Said:
-        from frpc import cam
+        from frpc.attribution import cam
 
         asked: dict[str, Callable[..., Any]] = {
             "grad-cam": cam.grad_cam,
@@ -132,7 +132,7 @@ class Asker:
         return Said(found.output[0], maps, None, seconds)
 
     def _last_layer(self, explainer: Explainer, x: Tensor) -> str:
-        from frpc.scales import spatial_layers
+        from frpc.attribution.scales import spatial_layers
 
         layers = spatial_layers(explainer, x)
         if not layers:
@@ -140,7 +140,7 @@ class Asker:
         return layers[-1]
 
     def _repeated(self, method: str, x: Tensor, target: Tensor) -> Said:
-        from frpc import perturb, repeat
+        from frpc.attribution import perturb, repeat
 
         start = time.perf_counter()
         if method == "occlusion":

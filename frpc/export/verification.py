@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.cam import grad_cam
+from frpc.attribution.cam import grad_cam
 from frpc.errors import InputError, VerificationError
 from frpc.explainer.explainer import Explainer
 from frpc.export.question import Signature, examples

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frpc.attribution.passes import MEMORY_LIMIT, Asked, Score, ask, start_of
+from frpc.attribution.scales import picture_size, resized
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
-from frpc.passes import MEMORY_LIMIT, Asked, Score, ask, start_of
 from frpc.rules.references import Reference, ReferenceLike
-from frpc.scales import picture_size, resized
 
 __all__ = ["Perturbed", "meaningful_perturbation", "occlusion", "rise", "rise_masks"]
 Size = int | tuple[int, int]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frpc.attribution.scales import picture_size
 from frpc.errors import InputError, OptionError, PackageError, ShapeError, TargetError
 from frpc.explainer.explainer import Explainer
-from frpc.scales import picture_size
 
 __all__ = ["Baseline", "attribute", "feature_ablation", "kernel_shap", "lime", "partition_shap", "segments", "shapley_values"]
 

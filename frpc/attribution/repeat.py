@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from frpc.attribution.passes import MEMORY_LIMIT, Asked, Make, Score, ask, start_of
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
-from frpc.passes import MEMORY_LIMIT, Asked, Make, Score, ask, start_of
 from frpc.rules.references import Reference, ReferenceLike, as_reference
 
 __all__ = ["Repeated", "expected_gradients", "integrated_gradients", "smoothgrad"]

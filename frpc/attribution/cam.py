@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from frpc.attribution.passes import MEMORY_LIMIT, Asked, Score, ask, recompiled
+from frpc.attribution.scales import check_spatial, picture_size, resized
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
-from frpc.passes import MEMORY_LIMIT, Asked, Score, ask, recompiled
 from frpc.rules import GuidedBackprop
-from frpc.scales import check_spatial, picture_size, resized
 
 __all__ = ["ClassActivation", "Guided", "cam", "grad_cam", "grad_cam_plus_plus", "guided_grad_cam", "layer_cam", "score_cam"]
 

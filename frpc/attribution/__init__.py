@@ -1,0 +1,1 @@
+"""Methods that ask an explainer several times: averages, masks, class activation maps."""
