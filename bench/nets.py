@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.coverage.subject import redraw
-from frpc.pretrained import build_model, recipe
+from frpc.integrations.torchvision import build_model, recipe
 
 __all__ = ["CONVOLUTIONS", "MLP", "THESIS", "ThesisAlexNet", "build", "is_piecewise_linear", "layer_path"]
 

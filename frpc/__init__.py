@@ -20,10 +20,11 @@ from frpc.rules.registry import Method, methods
 from frpc.rules.table import Affine, Call, rule
 
 if TYPE_CHECKING:
-    from frpc import captum, export, text
+    from frpc import export, text
     from frpc.attribution import baselines, cam, perturb, repeat
     from frpc.attribution.maximise import feature
     from frpc.attribution.scales import multiscale
+    from frpc.integrations import captum
     from frpc.plots import heatmap
 
 __version__ = "0.1.0"
@@ -64,9 +65,9 @@ __all__ = [
 _MODULES = {
     "baselines": "frpc.attribution.baselines",
     "cam": "frpc.attribution.cam",
-    "captum": "frpc.captum",
+    "captum": "frpc.integrations.captum",
     "export": "frpc.export",
-    "heatmap": "frpc.heatmap",
+    "heatmap": "frpc.plots.heatmap",
     "perturb": "frpc.attribution.perturb",
     "recurrent": "frpc.canonicalize.recurrent",
     "repeat": "frpc.attribution.repeat",

@@ -19,9 +19,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import frpc
+from frpc.integrations.torchvision import load_weights, read_weights
 from frpc.plots.outputs import OutputFolder
 from frpc.plots.panels import SMALL, TITLE, draw_bar, draw_map, draw_picture, pixel_map, robust_limit, signed
-from frpc.pretrained import load_weights, read_weights
 
 __all__ = ["Digit", "DigitNet", "contact_sheet", "explain_digits", "load_digit_net", "load_digits", "run"]
 

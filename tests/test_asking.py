@@ -101,7 +101,7 @@ def test_answers_are_compared_by_identity() -> None:
 
 def modules(package: ModuleType) -> list[ModuleType]:
     names = [name for _, name, _ in pkgutil.walk_packages(package.__path__, "frpc.") if ".assets" not in name]
-    return [importlib.import_module(name) for name in names if name not in {"frpc.lightning", "frpc.__main__"}]
+    return [importlib.import_module(name) for name in names if name not in {"frpc.integrations.lightning", "frpc.__main__"}]
 
 
 def test_no_record_compares_tensors() -> None:

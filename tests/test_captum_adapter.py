@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import frpc
 from families import built, error, mlp, randn
 from frpc import rules
-from frpc.captum import (
+from frpc.errors import CompileError, InputError, OptionError, ShapeError, TargetError
+from frpc.integrations.captum import (
     FRP,
     LID,
     LRP,
@@ -24,7 +25,6 @@ from frpc.captum import (
     IntegratedGradients,
     Saliency,
 )
-from frpc.errors import CompileError, InputError, OptionError, ShapeError, TargetError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -471,7 +471,7 @@ def ran(name: str, line: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(("name", "method"), [*((name, "FRP") for name in PROGRAMS), ("a table", "IntegratedGradients")])
 def test_programs_with_one_line_changed(name, method):
     """The last thing that they compute is what the sum misses."""
-    *attributions, delta = ran(name, f"from frpc.captum import {method} as Method")
+    *attributions, delta = ran(name, f"from frpc.integrations.captum import {method} as Method")
     bound = 1e-2 if method == "IntegratedGradients" else 1e-12
     assert float((delta.abs() / size(tuple(attributions))).max()) <= bound
 
@@ -533,8 +533,8 @@ class TestPeer:
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"trained weights and photos are not at {DATA}")
 def test_a_photo_by_a_trained_network():
     """SqueezeNet in float32, as Captum's tutorial on ResNet has it: the predicted class against a black picture."""
-    from frpc.images import prepare
-    from frpc.pretrained import build_model, load_weights
+    from frpc.integrations.images import prepare
+    from frpc.integrations.torchvision import build_model, load_weights
 
     model = build_model("squeezenet1_0")
     load_weights(model, DATA / "weights" / "squeezenet1_0_imagenet.safetensors")

@@ -17,9 +17,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import frpc
-from frpc import pretrained
 from frpc.cli import app
 from frpc.errors import CompileError, OutputFolderError
+from frpc.integrations import torchvision as pretrained
 from frpc.plots.outputs import OutputFolder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

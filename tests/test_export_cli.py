@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from frpc import pretrained
 from frpc.cli import app
 from frpc.export import open_file
+from frpc.integrations import torchvision as pretrained
 
 pytestmark = pytest.mark.export
 

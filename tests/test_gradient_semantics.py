@@ -157,7 +157,7 @@ def test_an_inner_layer_behind_a_detach_has_a_gradient() -> None:
 
 def test_captum_classes_follow_detach() -> None:
     captum = pytest.importorskip("captum.attr")
-    import frpc.captum as adapter
+    import frpc.integrations.captum as adapter
 
     model, x = made(STOPS["detach"]), inputs()
     for name in ("InputXGradient", "Saliency"):

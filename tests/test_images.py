@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from frpc.errors import ImageError
-from frpc.images import Recipe, prepare, read_image
+from frpc.integrations.images import Recipe, prepare, read_image
 
 SIZES = {"landscape": (90, 60), "portrait": (33, 71), "square": (256, 256), "tiny": (3, 2)}
 

@@ -22,7 +22,7 @@ from torch import nn
 import frpc
 from frpc import jobs
 from frpc.errors import DataError, OptionError, OutputFolderError, TargetError
-from frpc.images import Recipe, prepare
+from frpc.integrations.images import Recipe, prepare
 from frpc.jobs import store, work
 
 RECIPE = Recipe(resize=20, crop=16)

@@ -1,4 +1,4 @@
-"""`frpc.lightning`: maps while a model is trained, in whichever logger takes pictures, else in files."""
+"""`frpc.integrations.lightning`: maps while a model is trained, in whichever logger takes pictures, else in files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from frpc.lightning import LogRelevance
+from frpc.integrations.lightning import LogRelevance
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning: few workers, no validation, deprecated calls
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from frpc import jobs, pretrained
+from frpc import jobs
 from frpc.cli import app
+from frpc.integrations import torchvision as pretrained
 from test_jobs import contents, killed_until_done, processes, seconds_of
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import frpc
 import nets
-from frpc.images import prepare
-from frpc.pretrained import build_model, class_names, load_weights, recipe
+from frpc.integrations.images import prepare
+from frpc.integrations.torchvision import build_model, class_names, load_weights, recipe
 
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 

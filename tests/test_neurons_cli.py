@@ -15,11 +15,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import frpc
-from frpc import pretrained
 from frpc.cli import app
 from frpc.demo import load_digit_net, load_digits
 from frpc.errors import MemoryLimitError, ShapeError
-from frpc.images import Recipe
+from frpc.integrations import torchvision as pretrained
+from frpc.integrations.images import Recipe
 from frpc.layers import files as layerfiles
 from frpc.layers.files import check_disk, write_blocks
 from frpc.plots.neurons import Box, Portrait, depth_sheet, neuron_sheet, window_box

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from frpc import pretrained
 from frpc.errors import ModelNameError, TargetError, WeightsError
+from frpc.integrations import torchvision as pretrained
 
 
 class Trap:

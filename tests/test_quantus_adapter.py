@@ -1,4 +1,4 @@
-"""`frpc.quantus`: arrays in, arrays out, as Quantus calls it; and Quantus itself where it is installed."""
+"""`frpc.integrations.quantus`: arrays in, arrays out, as Quantus calls it; and Quantus itself where it is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 import frpc
 from families import built, mlp, pooled, randn
 from frpc.errors import OptionError, TargetError
-from frpc.quantus import Explain, explain
+from frpc.integrations.quantus import Explain, explain
 
 
 def classifier() -> tuple[nn.Sequential, np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from torch import nn
 
 import frpc
 from frpc.export import onnx
-from frpc.images import Recipe
+from frpc.integrations.images import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 pytestmark = pytest.mark.export

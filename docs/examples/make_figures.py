@@ -28,10 +28,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import frpc
-from frpc import heatmap, pretrained
+from frpc import heatmap
 from frpc.assign.assignment import Assignment
 from frpc.emit.plan import Plan
-from frpc.images import prepare
+from frpc.integrations import torchvision as pretrained
+from frpc.integrations.images import prepare
 from frpc.plots.comparison import comparison
 from frpc.plots.panels import AGAINST, FOR, pixel_map
 

@@ -17,8 +17,8 @@ from serving import Answer, Array, service
 
 import frpc
 from frpc.errors import ImageError
-from frpc.images import Recipe, prepare
-from frpc.pretrained import build_model, class_names, load_weights, recipe
+from frpc.integrations.images import Recipe, prepare
+from frpc.integrations.torchvision import build_model, class_names, load_weights, recipe
 
 
 def answer_of(explainer: frpc.Explainer) -> Answer:

@@ -12,7 +12,7 @@ from frpc.cli.session import Dtype, Session, prints_to_stderr
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from frpc.images import Recipe
+    from frpc.integrations.images import Recipe
 
 __all__ = ["Classifier", "ModelOption", "load_classifier"]
 
@@ -48,11 +48,11 @@ def load_classifier(name: str, weights: str | None, dtype: Dtype, current: Sessi
     """Builds the model and loads its weights.
 
     Raises:
-        ModelNameError, WeightsError: see `frpc.pretrained`.
+        ModelNameError, WeightsError: see `frpc.integrations.torchvision`.
     """
     import torch
 
-    from frpc import pretrained
+    from frpc.integrations import torchvision as pretrained
 
     model = pretrained.build_model(name)
     unused = pretrained.TRAINING_HEADS.get(name, ())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from frpc.cli.methods import Asker
     from frpc.cli.record import Explained
     from frpc.explainer.explainer import Explainer
-    from frpc.images import Picture
+    from frpc.integrations.images import Picture
     from frpc.plots.outputs import OutputFolder
 
 __all__ = ["explain"]
@@ -127,8 +127,8 @@ def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[
 
 def _compare(asker: Asker, methods: list[str], question: Question, folder: OutputFolder, stem: str, cell: int) -> Path:
     """One sheet: a row for each explained class, a column for each method."""
+    from frpc.integrations.torchvision import class_names
     from frpc.plots.comparison import comparison
-    from frpc.pretrained import class_names
 
     said = {method: asker(method, question.x, question.classes) for method in methods}
     names = class_names(len(next(iter(said.values())).output))
@@ -143,7 +143,7 @@ def _read(request: Request, current: Session) -> tuple[Classifier, list[Question
     """Everything is read and checked first, so that bad input costs no compilation and leaves no file."""
     import torch
 
-    from frpc.images import prepare
+    from frpc.integrations.images import prepare
 
     if request.target != "auto" and request.top > 1:
         raise OptionError(
@@ -160,7 +160,7 @@ def _read(request: Request, current: Session) -> tuple[Classifier, list[Question
 
 
 def _choose(logits: Tensor, target: str, top: int) -> list[int]:
-    from frpc.pretrained import class_index, class_names
+    from frpc.integrations.torchvision import class_index, class_names
 
     if target != "auto":
         return [class_index(name.strip(), class_names(logits.shape[1])) for name in target.split(";")]

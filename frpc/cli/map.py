@@ -141,7 +141,7 @@ def _task(request: Request) -> Task:
 
 def _model(request: Request) -> dict[str, Any]:
     """What the manifest says of the model: its name, its preprocessing, and a digest of its weights."""
-    from frpc import pretrained
+    from frpc.integrations import torchvision as pretrained
 
     default = request.weights == "DEFAULT"
     try:

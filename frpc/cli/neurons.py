@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from frpc.explainer.explainer import Explainer
-    from frpc.images import Picture
+    from frpc.integrations.images import Picture
     from frpc.layers.maps import LayerMaps
     from frpc.plots.neurons import Portrait
     from frpc.plots.outputs import OutputFolder
@@ -164,7 +164,7 @@ def _read(request: Request, current: Session) -> Question:
     import torch
 
     import frpc
-    from frpc.images import prepare
+    from frpc.integrations.images import prepare
 
     classifier = load_classifier(request.model, request.weights, request.dtype, current)
     picture = prepare(request.image, classifier.recipe)

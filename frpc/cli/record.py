@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from frpc.images import Picture
+from frpc.integrations.images import Picture
+from frpc.integrations.torchvision import class_names
 from frpc.plots import heatmap
 from frpc.plots.outputs import OutputFolder
-from frpc.pretrained import class_names
 
 __all__ = ["Explained", "describe", "show", "stems", "write"]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from frpc.errors import ImageError, TargetError
 from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
-from frpc.images import Picture, Recipe, prepare
+from frpc.integrations.images import Picture, Recipe, prepare
+from frpc.integrations.torchvision import class_index, class_names
 from frpc.jobs.samples import Sample, Samples
 from frpc.jobs.store import Failure, Shard, Store, write_atomically
-from frpc.pretrained import class_index, class_names
 
 __all__ = ["Classifier", "Task", "Worker", "settings"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frpc.errors import ShapeError, TargetError
-from frpc.pretrained import class_index
+from frpc.integrations.torchvision import class_index
 from frpc.text.tokens import Reading
 
 __all__ = ["Question", "Wanted", "questions", "seed_of"]

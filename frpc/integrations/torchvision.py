@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from frpc.errors import ModelNameError, TargetError, WeightsError, nearest
-from frpc.images import Recipe
+from frpc.integrations.images import Recipe
 
 __all__ = [
     "build_model",

@@ -1,4 +1,5 @@
-"""Captum's calling convention: ``from frpc.captum import FRP`` in place of ``from captum.attr import IntegratedGradients``.
+"""Captum's calling convention: ``from frpc.integrations.captum import FRP`` in place of ``from captum.attr import
+IntegratedGradients``.
 
 ``FRP(model).attribute(inputs, baselines, target, ...)`` takes what Captum's methods take and returns what they return. Captum
 itself is not needed, and its ``NoiseTunnel`` and metrics take these objects as they take its own. The model is copied in
@@ -16,11 +17,23 @@ import torch
 from torch import Tensor
 
 from frpc import rules
-from frpc.arguments import Arranged, Baselines, Inputs, Question, Targets, joined, live, module_of, read, versions, wrapped
 from frpc.attribution.repeat import points
 from frpc.errors import BatchError, CaptureError, OptionError
 from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
+from frpc.integrations.arguments import (
+    Arranged,
+    Baselines,
+    Inputs,
+    Question,
+    Targets,
+    joined,
+    live,
+    module_of,
+    read,
+    versions,
+    wrapped,
+)
 from frpc.rules.sets.ruleset import RuleSet
 
 __all__ = [

@@ -1,6 +1,6 @@
 """An ``explain_func`` for Quantus: arrays in, arrays out.
 
-    from frpc import quantus as ours
+    from frpc.integrations import quantus as ours
     quantus.MaxSensitivity()(model, x_batch, y_batch, explain_func=ours.Explain("lid-ig"), device="cpu")
 
 :func:`explain` compiles at every call. Metrics that ask many times about one model want :class:`Explain`, which compiles once,
@@ -17,11 +17,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from frpc.arguments import versions
 from frpc.core.snapshot import snapshot
 from frpc.errors import OptionError, TargetError
 from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
+from frpc.integrations.arguments import versions
 
 __all__ = ["Explain", "explain"]
 

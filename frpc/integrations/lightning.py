@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise PackageError("frpc.lightning needs Lightning, which is not installed.\n  Fix: pip install 'frpc[lightning]'") from error
+    raise PackageError(
+        "frpc.integrations.lightning needs Lightning, which is not installed.\n  Fix: pip install 'frpc[lightning]'"
+    ) from error
 
 __all__ = ["LogRelevance"]
 

@@ -1,0 +1,1 @@
+"""frpc in other libraries, and models and photos from them."""
