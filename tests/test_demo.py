@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from frpc import demo
+from frpc.assets import digits as demo
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason=f"MNIST is not at {MNIST}")

@@ -27,7 +27,7 @@ prints, runs without autograd, takes K targets, and explains inner layers and si
 import torch
 
 import frpc
-from frpc.demo import load_digit_net, load_digits
+from frpc.assets.digits import load_digit_net, load_digits
 
 model = load_digit_net()
 digits, labels = load_digits()

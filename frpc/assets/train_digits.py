@@ -1,4 +1,4 @@
-"""Train `frpc.demo.DigitNet` on MNIST and write the assets of ``frpc demo``.
+"""Train `frpc.assets.digits.DigitNet` on MNIST and write the assets of ``frpc demo``.
 
     python -m frpc.assets.train_digits FOLDER      FOLDER holds the four MNIST ``*-ubyte.gz`` files
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from frpc.demo import DigitNet
+from frpc.assets.digits import DigitNet
 
 HERE = Path(__file__).parent
 SEED, EPOCHS, BATCH, PEAK_RATE, WEIGHT_DECAY = 0, 5, 128, 1e-2, 1e-2
@@ -98,7 +98,7 @@ def main() -> None:
     (HERE / "digits.safetensors").write_bytes(save(model.state_dict()))
     (HERE / "digits_images.safetensors").write_bytes(save({"images": images[chosen], "labels": labels[chosen]}))
     record = {
-        "model": "frpc.demo.DigitNet",
+        "model": "frpc.assets.digits.DigitNet",
         "parameters": sum(p.numel() for p in model.parameters()),
         "test_accuracy": accuracy,
         "test_correct": correct,

@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Explain ten handwritten digits with a bundled net. Needs no network."""
     with session(as_json, threads) as current:
-        from frpc.demo import run
+        from frpc.assets.digits import run
 
         result = run(out, current.console)
         _print(current.console, result)
