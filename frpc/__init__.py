@@ -16,15 +16,18 @@ from frpc.explainer.examine import examine
 from frpc.explainer.explainer import Explainer
 from frpc.files import LoadedExplainer, load
 from frpc.rules.references import data_mean
-from frpc.rules.registry import Method, methods
+from frpc.rules.sets.methods import Method, methods
 from frpc.rules.table import Affine, Call, rule
 
 if TYPE_CHECKING:
-    from frpc import export, text
+    from frpc import export, jobs, text
+    from frpc.assets import digits as demo
     from frpc.attribution import baselines, cam, perturb, repeat
     from frpc.attribution.maximise import feature
     from frpc.attribution.scales import multiscale
-    from frpc.integrations import captum
+    from frpc.canonicalize import recurrent
+    from frpc.integrations import captum, images, lightning, quantus
+    from frpc.integrations import torchvision as pretrained
     from frpc.plots import heatmap
 
 __version__ = "0.1.0"
@@ -46,15 +49,22 @@ __all__ = [
     "check",
     "compile",
     "data_mean",
+    "demo",
     "errors",
     "examine",
     "export",
     "feature",
     "heatmap",
+    "images",
+    "jobs",
+    "lightning",
     "load",
     "methods",
     "multiscale",
     "perturb",
+    "pretrained",
+    "quantus",
+    "recurrent",
     "repeat",
     "rule",
     "rules",
@@ -66,9 +76,15 @@ _MODULES = {
     "baselines": "frpc.attribution.baselines",
     "cam": "frpc.attribution.cam",
     "captum": "frpc.integrations.captum",
+    "demo": "frpc.assets.digits",
     "export": "frpc.export",
     "heatmap": "frpc.plots.heatmap",
+    "images": "frpc.integrations.images",
+    "jobs": "frpc.jobs",
+    "lightning": "frpc.integrations.lightning",
     "perturb": "frpc.attribution.perturb",
+    "pretrained": "frpc.integrations.torchvision",
+    "quantus": "frpc.integrations.quantus",
     "recurrent": "frpc.canonicalize.recurrent",
     "repeat": "frpc.attribution.repeat",
     "text": "frpc.text",

@@ -14,9 +14,9 @@ from frpc.canonicalize.attention import expand_attention
 from frpc.canonicalize.bags import expand_embedding_bags
 from frpc.canonicalize.batch_norm import fold_batch_norm
 from frpc.canonicalize.complex.complexes import split_complex
-from frpc.canonicalize.decompose import expand_composites, spell_out
 from frpc.canonicalize.precision import keep_float64, norms_in_one_type, promote_explicitly
 from frpc.canonicalize.recurrent import unroll_recurrent_layers
+from frpc.capture.decompose import expand_composites, spell_out
 from rewrites import Line, Rewrite
 
 aten = torch.ops.aten

@@ -1,4 +1,4 @@
-"""docs/layout.md lists every source file once, in an order in which each imports only from files above it."""
+"""docs/layout.md lists every folder and file once, in an order in which each imports only from those above it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,57 @@ def test_files_import_from_files_above() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_package_comes_after_its_parts() -> None:
-    """All but the outermost, on whose public names the command line is built."""
-    names = listed()
-    for name in names:
-        folder = name.removesuffix("__init__.py")
-        if name.endswith("/__init__.py") and folder != "frpc/":
-            below = [other for other in names[names.index(name) :] if other.startswith(folder) and other != name]
-            assert not below, f"{name} stands above its part {below[0]}"
+FOLDER = re.compile(r"^### `([^`]+)`.*?^Imports: ([^\n]*)\.$", re.MULTILINE | re.DOTALL)
+FACES = {"frpc/rules/__init__.py": "frpc/rules/sets/"}  # a package's face stands where all its parts are done
+
+
+def folders() -> dict[str, set[str]]:
+    """The folders of docs/layout.md, in order, and what each may import."""
+    text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    return {
+        name: set(re.findall(r"`([^`]+)`", allowed))
+        for section in re.split(r"(?=^### )", text, flags=re.MULTILINE)
+        for name, allowed in FOLDER.findall(section)
+    }
+
+
+def folder_of(path: str) -> str:
+    return path if path == "frpc/errors.py" else FACES.get(path, path.rsplit("/", 1)[0] + "/")
+
+
+def test_folders_import_what_they_say_and_nothing_from_below() -> None:
+    known = folders()
+    order = ["frpc/errors.py", *known]
+    for name, allowed in known.items():
+        below = [other for other in allowed if other != "frpc/" and order.index(other) >= order.index(name)]
+        assert not below, f"{name} says that it imports {below[0]}, which stands below it"
+    found: dict[str, set[str]] = {name: set() for name in known}
+    for path in sources() - {"frpc/errors.py", "frpc/__init__.py"}:
+        for line, target in imports(ROOT / path):
+            here, there = folder_of(path), folder_of(target)
+            if here != there:
+                assert there in known[here], f"{path}:{line} imports {target}, and {here} may not import {there}"
+                found[here].add(there)
+    assert {name: allowed - found[name] for name, allowed in known.items() if allowed - found[name]} == {}
+
+
+def test_folders_and_files_are_small() -> None:
+    assert len([p for p in (ROOT / "frpc").iterdir() if p.name != "__pycache__"]) <= 24
+    for folder in {(ROOT / path).parent for path in sources()}:
+        assert len([p for p in folder.iterdir() if p.is_file()]) <= 14, folder
+    long = {path: count for path in sources() if (count := len((ROOT / path).read_text(encoding="utf-8").splitlines())) > 350}
+    assert not long
+
+
+def test_few_stages_know_one_another() -> None:
+    """Which top folder imports which: 344 files knew one another when all of them lay side by side."""
+    arrows = {
+        (a, b)
+        for path in sources()
+        for _, target in imports(ROOT / path)
+        if (a := "/".join(path.split("/")[:2])) != (b := "/".join(target.split("/")[:2]))
+    }
+    assert len(arrows) <= 130
 
 
 def test_no_file_is_a_drawer() -> None:

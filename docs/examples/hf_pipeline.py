@@ -27,7 +27,7 @@ __all__ = ["ExplainedImageClassification", "tiny_pipeline"]
 class ExplainedImageClassification(ImageClassificationPipeline):
     """The library's pipeline with a map for each of the ``top_k`` labels.
 
-    The model is compiled at the first picture of a size; ``method=`` is a name of :func:`frpc.rules.registry`.
+    The model is compiled at the first picture of a size; ``method=`` is a name of :func:`frpc.rules.sets.methods`.
     """
 
     def __init__(self, *args: Any, method: str = "frp", **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md: every method by name, from the table in :mod:`frpc.rules.registry`.
+"""Writes docs/methods.md: every method by name, from the table in :mod:`frpc.rules.sets.methods`.
 
 Run it after changing a method: ``python docs/examples/make_methods.py``. A test compares the page with :func:`render`.
 """
@@ -27,10 +27,9 @@ prints, runs without autograd, takes K targets, and explains inner layers and si
 import torch
 
 import frpc
-from frpc.assets.digits import load_digit_net, load_digits
 
-model = load_digit_net()
-digits, labels = load_digits()
+model = frpc.demo.load_digit_net()
+digits, labels = frpc.demo.load_digits()
 x = digits.float() / 255
 
 explainer = frpc.compile(model, (x,), method="sig-lid-ig")  # by name, or by its parts:

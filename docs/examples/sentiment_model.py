@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from frpc.canonicalize.recurrent import masked
+import frpc
 
 PAD, UNKNOWN = 0, 1
 Kind = Literal["lstm", "rnn"]
@@ -73,7 +73,7 @@ class SentimentNet(nn.Module):
         present = words != PAD  # [B, T]
         lengths = present.sum(1)
         x = self.dropout(self.embedding(words))  # [B, T, E]
-        states = self._packed(x, lengths) if self.training else masked(self.recurrent, x, lengths)[0]
+        states = self._packed(x, lengths) if self.training else frpc.recurrent.masked(self.recurrent, x, lengths)[0]
         return self.head(self.dropout(states.sum(1) / lengths.unsqueeze(1)))  # states behind the end are 0
 
     def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:

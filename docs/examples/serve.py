@@ -17,8 +17,6 @@ from serving import Answer, Array, service
 
 import frpc
 from frpc.errors import ImageError
-from frpc.integrations.images import Recipe, prepare
-from frpc.integrations.torchvision import build_model, class_names, load_weights, recipe
 
 
 def answer_of(explainer: frpc.Explainer) -> Answer:
@@ -34,12 +32,12 @@ def answer_of(explainer: frpc.Explainer) -> Answer:
     return answer
 
 
-def reader_of(how: Recipe) -> Callable[[bytes], Array]:
+def reader_of(how: frpc.images.Recipe) -> Callable[[bytes], Array]:
     """Turns a picture's bytes into an input."""
 
     def read(content: bytes) -> Array:
         try:
-            return np.asarray(prepare("the picture", how, content).pixels[0])
+            return np.asarray(frpc.images.prepare("the picture", how, content).pixels[0])
         except ImageError as error:
             raise ValueError(str(error)) from error
 
@@ -54,10 +52,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    model, how = build_model(given.model), recipe(given.model)
-    load_weights(model, given.weights)
+    model, how = frpc.pretrained.build_model(given.model), frpc.pretrained.recipe(given.model)
+    frpc.pretrained.load_weights(model, given.weights)
     explainer = frpc.compile(model, (torch.zeros(1, 3, how.crop, how.crop),))
-    app = service(answer_of(explainer), reader_of(how), class_names(1000))
+    app = service(answer_of(explainer), reader_of(how), frpc.pretrained.class_names(1000))
     uvicorn.run(app, port=given.port, log_level="warning")
 
 

@@ -13,7 +13,6 @@ from torch import fx
 from frpc.canonicalize.attention import expand_attention
 from frpc.canonicalize.bags import expand_embedding_bags
 from frpc.canonicalize.complex.complexes import split_complex
-from frpc.canonicalize.decompose import expand_composites
 from frpc.canonicalize.fused import (
     expand_bounds,
     expand_distances,
@@ -35,6 +34,7 @@ from frpc.canonicalize.recovered import recover_shrinks, unify_shuffles
 from frpc.canonicalize.recurrent import unroll_recurrent_layers
 from frpc.canonicalize.sliding import expose_winners, unify_convolutions
 from frpc.canonicalize.trimming import fold_constants, refuse_random, remove_assertions, remove_copies
+from frpc.capture.decompose import expand_composites
 
 __all__ = ["PASSES", "Pass"]
 

@@ -1,6 +1,6 @@
 """Operators written out in terms of others, where PyTorch does not do so itself or not in a form that keeps samples apart.
 
-Each function computes what the operator computes, from the same arguments; :mod:`frpc.canonicalize.decompose` traces it in the
+Each function computes what the operator computes, from the same arguments; :mod:`frpc.capture.decompose` traces it in the
 call's place.
 """
 

@@ -119,7 +119,7 @@ def _task(request: Request) -> Task:
     import torch
 
     from frpc import jobs
-    from frpc.rules.registry import method_named
+    from frpc.rules.sets.methods import method_named
 
     if request.label is not None and request.target != "top":
         raise OptionError(f"--target {request.target} and --label {request.label}: give one of them")

@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from frpc.assign.assignment import Assignment, assign
 from frpc.canonicalize import passes as canonicalize
 from frpc.canonicalize.batch_norm import fold_batch_norm
-from frpc.canonicalize.decompose import spell_out, spell_out_at_one_point
 from frpc.canonicalize.precision import rounding
 from frpc.capture.batch import FIRST, Batch
+from frpc.capture.decompose import spell_out, spell_out_at_one_point
 from frpc.capture.export import Captured, capture, check_decisive, tensors_of, tree
 from frpc.capture.mixing import NODES, Trial, trial
 from frpc.core.editor import Editor

@@ -15,7 +15,7 @@ from frpc.emit.plan import Query, check_strategy
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
 from frpc.optimize.backends.backends import check_backend
-from frpc.rules.registry import method_named
+from frpc.rules.sets.methods import method_named
 from frpc.rules.sets.ruleset import FRP, RuleSet
 from frpc.rules.top import Top, as_top
 

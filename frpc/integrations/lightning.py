@@ -39,7 +39,7 @@ class LogRelevance(Callback):
         inputs: samples, ``[n, C, H, W]`` or ``[n, F]``.
         targets: which number of each sample's output: an int, ``[n]`` class indices, or None for the class it gives most to.
         every_n_epochs: how often.
-        method: a name of :func:`frpc.rules.registry`.
+        method: a name of :func:`frpc.rules.sets.methods`.
         module: path of the part of the Lightning module to explain, e.g. ``"net"``; the module itself by default.
         folder: where sheets go without a logger that takes them; ``relevance`` in the trainer's folder by default.
         name: what the picture is called in loggers.

@@ -30,7 +30,7 @@ class Explain:
     """Explains batches of arrays by one method; what it compiles is kept as long as the model lives.
 
     Args:
-        method: a name of :func:`frpc.rules.registry`.
+        method: a name of :func:`frpc.rules.sets.methods`.
         bias: where constants go, for methods that follow them; see :func:`frpc.compile`.
         internal_batch_size: how many samples run at one time; all by default.
     """

@@ -39,7 +39,7 @@ class Task:
         samples: the data.
         load: makes the classifier; called once in each process.
         store: the folder of the job.
-        method: a name of :func:`frpc.rules.registry`.
+        method: a name of :func:`frpc.rules.sets.methods`.
         bias: where constants go, for ``frp``.
         target: ``"top"`` for the class the model finds likeliest, ``"label"`` for the sample's, else a class's number or name.
         batch_size: pictures that run at one time.
@@ -151,7 +151,7 @@ class Worker:
 
     def _draw(self, ready: Sequence[_Ready], tensors: dict[str, Tensor]) -> None:
         """One picture a sample, before the shard says that it is done."""
-        from frpc import heatmap  # plotting takes longer to load than the rest
+        from frpc.plots import heatmap  # matplotlib takes longer to load than the rest
 
         names = class_names(tensors["output"].shape[1]) if ready else []
         cell = max(1, self.recipe.crop // CELLS)

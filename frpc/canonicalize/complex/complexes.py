@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from frpc.canonicalize.complex.pairs import Pair, Pairs, Part, is_complex, real_type
 from frpc.canonicalize.complex.spectrograms import inverse_spectrogram, spectrogram
-from frpc.canonicalize.decompose import inline_composite
+from frpc.capture.decompose import inline_composite
 from frpc.core.graph import bind, first_result, replace
 from frpc.core.torch_compat import schema_of
 from frpc.errors import InputError

@@ -9,29 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from frpc.errors import OptionError, nearest
-from frpc.rules import (
-    FRP,
-    LID,
+from frpc.rules.sets.gradients import LID, Deconvnet, DeepLift, Gradient, GuidedBackprop, LIDTaylor, LRPTaylor, RectifiedGradient
+from frpc.rules.sets.relevance import (
     LRP,
     AlphaBeta,
     AttnLRP,
-    Deconvnet,
-    DeepLift,
-    DeepLiftRevealCancel,
     DeepTaylor,
     EpsilonAlpha2Beta1,
     EpsilonAlpha2Beta1Flat,
     EpsilonPlus,
     EpsilonPlusFlat,
     Gamma,
-    Gradient,
-    GuidedBackprop,
-    LIDTaylor,
-    LRPTaylor,
-    RectifiedGradient,
-    RuleSet,
     ZPlus,
 )
+from frpc.rules.sets.reveal import DeepLiftRevealCancel
+from frpc.rules.sets.ruleset import FRP, RuleSet
 from frpc.rules.top import Contrastive, Logit, SoftmaxGradient, SoftmaxIntegrated, SoftmaxTaylor, Top
 
 __all__ = ["METHODS", "Method", "method_named", "methods"]
