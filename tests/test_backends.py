@@ -21,8 +21,8 @@ sys.path.append(str(ROOT))  # bench is run from a checkout and not installed
 
 import frpc  # noqa: E402
 from bench.machine import peak_memory  # noqa: E402
-from frpc import cudagraphs  # noqa: E402
 from frpc.errors import OptionError  # noqa: E402
+from frpc.optimize.backends import cudagraphs  # noqa: E402
 from frpc.optimize.backends.cudagraphs import Replayed  # noqa: E402
 
 X = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))

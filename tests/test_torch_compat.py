@@ -18,7 +18,7 @@ import torch
 from frpc.core import torch_compat
 
 ROOT = Path(__file__).resolve().parents[1]
-DOOR = ROOT / "frpc" / "torch_compat.py"
+DOOR = ROOT / "frpc" / "core" / "torch_compat.py"
 INTERNAL = ("torch.fx.experimental",)  # private without an underscore
 OBJECTS: dict[str, Any] = {  # of classes whose objects alone have an attribute
     "torch.nn.RNNBase": torch.nn.GRU(1, 1),

@@ -18,7 +18,10 @@ from frpc.rules.table import TABLE, Rule
 __all__ = ["render"]
 
 PAGE = Path(__file__).parents[1] / "rules.md"
-FAMILIES: tuple[ModuleType, ...] = tuple(getattr(rules, name) for name in rules.__all__ if inspect.ismodule(getattr(rules, name)))
+FOLDERS = (rules.forms, rules.functions, rules.increments, rules.lrp)
+FAMILIES: tuple[ModuleType, ...] = tuple(
+    sorted((getattr(folder, name) for folder in FOLDERS for name in folder.__all__), key=lambda m: m.__name__.rsplit(".", 1)[1])
+)
 HEAD = """\
 # Rules
 
@@ -44,6 +47,7 @@ section 2 of [mathematics](mathematics.md), which extends its recursion to these
 def render() -> str:
     """Returns the page: a table for each family, operators in alphabetical order, the same form once."""
     table = {op: rule for op, rule in TABLE.rules.items() if _family(rule) is not None}
+    assert table, "rules are not where they are looked for"
     sections = [HEAD, f"{len(table)} operators have a rule.\n"]
     for module in FAMILIES:
         members = [rule for rule in table.values() if _family(rule) == module.__name__]

@@ -25,7 +25,7 @@ from frpc.plots.panels import SMALL, TITLE, draw_bar, draw_map, draw_picture, pi
 
 __all__ = ["Digit", "DigitNet", "contact_sheet", "explain_digits", "load_digit_net", "load_digits", "run"]
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent
 CREDIT = "Digits: MNIST by Y. LeCun, C. Cortes and C. J. C. Burges, CC BY-SA 3.0"
 
 

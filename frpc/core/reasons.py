@@ -186,7 +186,7 @@ _HINTS: tuple[tuple[Callable[[_Symptoms], bool], str], ...] = (
 
 def _user_line(error: BaseException) -> str:
     """Names the innermost line outside PyTorch and the standard library, and quotes it."""
-    ours = str(PurePath(__file__).parent)
+    ours = str(PurePath(__file__).parents[1])
     frames: list[traceback.FrameSummary] = []
     seen: BaseException | None = error
     while seen is not None:
