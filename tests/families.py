@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
+import frpc
 from frpc import pipeline
 from frpc.affine import Affine
 from frpc.assign import Assignment
@@ -118,6 +120,26 @@ def _front(model: nn.Module, *shapes: tuple[int, ...]) -> Front:
 def front_of(model: nn.Module, inputs: Sequence[Tensor]) -> Front:
     """A model's graph, captured once."""
     return _front(model, *(tuple(x.shape) for x in inputs))
+
+
+_captured: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Front]]] = WeakKeyDictionary()
+
+
+def compiled(model: nn.Module, inputs: Tensor | Sequence[Tensor], **options: Any) -> frpc.Explainer:
+    """`frpc.compile(model, inputs, **options)`, the graph of a model captured once for all rules.
+
+    For models that are told apart by their tensors; captured anew where one of them is another or was written to.
+    """
+    explainer = frpc.compile(model, **options)
+    programs = explainer.programs
+    tensors = tuple((name, id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers()))
+    key = tensors, programs.choice.output, programs.choice.rules.account.gradients, programs.dtype, programs.verifying
+    fronts = _captured.setdefault(model, {}).setdefault(key, {})
+    programs.fronts.update(fronts)
+    try:
+        return explainer.compile_for(*([inputs] if isinstance(inputs, Tensor) else inputs))
+    finally:
+        fronts.update(programs.fronts)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from frpc.snapshot import snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own: it flattens weights anew
 
-B, T, E, H = 3, 4, 5, 3
+B, T, E, H = 4, 3, 5, 3
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -278,7 +278,7 @@ def test_cells_are_explained_as_layers_are(cell: Callable[..., nn.RNNCellBase]) 
 
 # Padded sequences -------------------------------------------------------------------------------------------------------
 
-LENGTHS = torch.tensor([2, T, 1])
+LENGTHS = torch.tensor([2, T, 1, T])
 
 
 class Masked(Whole):
@@ -314,7 +314,7 @@ def test_masked_is_packed(name: str) -> None:
 def test_padded_steps_have_no_relevance(kind: Callable[..., nn.RNNBase]) -> None:
     model, x = Masked(made(kind, batch_first=True, bidirectional=True)).eval(), randn(B, T, E)
     explainer = frpc.compile(model, (x, LENGTHS), bias="separate")
-    for lengths in (LENGTHS, torch.tensor([3, 1, 4])):
+    for lengths in (LENGTHS, torch.tensor([2, 1, 3, 1])):
         with torch.no_grad():
             output = model(x, lengths)
         seed = randn(*output.shape, seed=2)
@@ -327,7 +327,7 @@ def test_padded_steps_have_no_relevance(kind: Callable[..., nn.RNNBase]) -> None
 
 
 def test_masked_refuses() -> None:
-    with pytest.raises(frpc.errors.InputError, match=r"three dimensions; got \[4, 5\]"):
+    with pytest.raises(frpc.errors.InputError, match=r"three dimensions; got \[3, 5\]"):
         masked(made(nn.GRU), randn(T, E), LENGTHS)
     with pytest.raises(frpc.errors.TrainingModeError, match="no dropout between layers"):
         masked(made(nn.GRU, num_layers=2, dropout=0.5).train(), randn(T, B, E), LENGTHS)
