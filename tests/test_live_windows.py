@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -53,6 +54,11 @@ def chain() -> nn.Sequential:
     return nn.Sequential(*layers).double().eval()
 
 
+@functools.cache
+def explained_chain() -> frpc.Explainer:
+    return frpc.compile(chain(), (randn(2, 3, 24, 20),), bias="separate")
+
+
 def live_of(explainer: frpc.Explainer, layer: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[LayerMaps, list[Any]]:
     """The maps of a layer, and the producers that make them."""
     found: list[Any] = []
@@ -70,8 +76,7 @@ def live_of(explainer: frpc.Explainer, layer: str, x: Tensor, monkeypatch: pytes
 @pytest.mark.parametrize("layer", ["0", "2", "4", "5", "7", "8", "9", "10"])
 def test_layers_of_a_chain(layer: str) -> None:
     """Stride, dilation, padding, overlapping pools, activations with and without zeros, windows that outgrow the input."""
-    x = randn(2, 3, 24, 20)
-    explainer = frpc.compile(chain(), (x,), bias="separate")
+    x, explainer = randn(2, 3, 24, 20), explained_chain()
     windows, dense = (explainer.layer(layer, x, strategy=s) for s in ("windows", "forward"))
     assert relative(windows.dense(), dense.dense()) <= 1e-12
     assert float(windows.residual().max()) <= 1e-12
@@ -117,8 +122,7 @@ def test_residual_sums() -> None:
 @pytest.mark.usefixtures("always")
 def test_shut_neurons_and_losers_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a convolution before ReLU and pooling: the winners that are above 0, and nothing else."""
-    x = randn(2, 3, 24, 20)
-    explainer = frpc.compile(chain(), (x,), bias="separate")
+    x, explainer = randn(2, 3, 24, 20), explained_chain()
     with torch.no_grad():
         before = chain()[:3](x)
         pooled, places = nn.functional.max_pool2d(torch.relu(before), 3, 2, 1, return_indices=True)
