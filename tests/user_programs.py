@@ -139,9 +139,7 @@ class Program:
             return torch.randint(0, 7, (batch, length), generator=chance)
 
         return {
-            name: words(*shape)
-            if name == "ids"
-            else torch.randn((batch, *shape), generator=chance, dtype=torch.float64)
+            name: words(*shape) if name == "ids" else torch.randn((batch, *shape), generator=chance, dtype=torch.float64)
             for name, shape in self.inputs.items()
         }
 
