@@ -108,7 +108,10 @@ def test_unrolled_layers_compute_the_same(name: str) -> None:
     assert unroll_recurrent_layers(graph_module) is False
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if "two layers" in n or "," not in n])
+ALONE = [pytest.param(name, marks=pytest.mark.slow) for name in LAYERS if "," not in name]  # the recursion below has them
+
+
+@pytest.mark.parametrize("name", [*(name for name in LAYERS if "two layers" in name), *ALONE])
 def test_conservation(name: str) -> None:
     """Any functional of all results, of a batch of any size, is the sum of its map."""
     model, x = whole(name), randn(B, T, E)
