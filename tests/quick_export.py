@@ -20,8 +20,18 @@ from torch.export import exported_program
 Kernels = dict[Any, Callable[..., Any]]
 Choices = dict[Any, Callable[..., Any]]
 
-_override = exported_program._override_composite_implicit_decomp
-_collect, _materialize = exported_program._collect_all_valid_cia_ops, utils._materialize_cpp_cia_ops
+NAMES: tuple[tuple[Any, str], ...] = (
+    (exported_program, "_override_composite_implicit_decomp"),
+    (exported_program, "_collect_all_valid_cia_ops"),
+    (utils, "_materialize_cpp_cia_ops"),
+    (fake_impls, "op_implementations_dict"),
+    (fake_impls, "register_op_impl"),
+    (fake_impls, "_deregister_op_impl"),
+)
+missing = [name for module, name in NAMES if not hasattr(module, name)]
+"""Private names that this release of PyTorch does not have: where there are any, nothing is taken from it."""
+
+_override, _collect, _materialize = (getattr(module, name, None) for module, name in NAMES[:3])
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,9 @@ def overridden(choices: Choices) -> Iterator[None]:
         before = {op: dict(op.py_kernels) for op in choices}
         with _override(choices):
             for op, choice in choices.items():
-                if op not in registered:
-                    _seen[op] = choice, Table(before[op], dict(op.py_kernels), fake_impls.op_implementations_dict[op])
+                fake = fake_impls.op_implementations_dict.get(op)
+                if op not in registered and fake is not None:
+                    _seen[op] = choice, Table(before[op], dict(op.py_kernels), fake)
             yield
         return
     taken[0] += 1
@@ -88,5 +99,7 @@ def _collected() -> set[Any]:
 
 def install() -> None:
     """Has `torch.export` of this process work so."""
+    if missing:
+        return
     exported_program._override_composite_implicit_decomp = overridden
     exported_program._collect_all_valid_cia_ops = _collected

@@ -24,6 +24,10 @@ class Composed(nn.Module):
         return F.margin_ranking_loss(score, 2 * score, torch.ones_like(score), reduction="none") + F.gelu(score)
 
 
+def test_every_name_is_known() -> None:
+    assert quick_export.missing == []
+
+
 def test_graphs_are_those_of_pytorch_itself(monkeypatch):
     torch.manual_seed(0)
     model, x = Composed(), torch.randn(2, 3, 6, 6)
