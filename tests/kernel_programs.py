@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import frpc
+import quick_export
 from frpc import pipeline
 from frpc.kernel_lowering import count_launches, operators, use_kernels
 from frpc.plan import Query
@@ -284,6 +285,7 @@ def report(line: dict[str, Any], plain: fx.GraphModule, lowered: fx.GraphModule,
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    quick_export.install()
     for chosen in sys.argv[1:]:
         if chosen == "fused":
             report({"model": "fused"}, *fused_norm(), torch.randn(3, 7, 16), torch.randn(2, 3, 7, 16))

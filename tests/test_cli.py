@@ -166,6 +166,7 @@ def test_explain_in_float64_with_every_bias_policy(tmp_path: Path, photo, weight
         assert inside == pytest.approx(entry["logit"], abs=1e-10)
 
 
+@pytest.mark.slow  # by default in test_models, without the command
 @needs_data
 def test_explain_a_real_photo(tmp_path: Path):
     result = explain(

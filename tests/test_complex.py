@@ -280,7 +280,9 @@ MODELS: dict[type[nn.Module], tuple[int, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k is Mixing else k for k in MODELS], ids=lambda kind: kind.__name__
+)
 def test_models(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = kind().double().eval(), torch.randn(3, *MODELS[kind], dtype=torch.float64)

@@ -114,7 +114,7 @@ def test_random_networks(case: tuple[nn.Module, Tensor], data: st.DataObject) ->
 def test_residual_sums() -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), BasicBlock(6, 6, 1), BasicBlock(6, 8, stride=2)).double().eval()
-    x = randn(2, 2, 14, 14)
+    x = randn(2, 2, 10, 10)
     explainer = frpc.compile(module, (x,), bias="separate")
     for layer in explainer.layers():
         windows, dense = (explainer.layer(layer, x, strategy=s).dense() for s in ("windows", "forward"))

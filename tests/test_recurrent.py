@@ -229,7 +229,7 @@ class LastOutputs(nn.Module):
         return self.readout(torch.cat([output[:, -1, :H], output[:, 0, H:]], 1))
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", ["tanh", "lstm", "gru", pytest.param("relu", marks=pytest.mark.slow)])
 def test_relevance_is_the_recursion_through_time(name: str) -> None:
     """Both directions, and every time step's share."""
     twin, kind, options = TWINS[name]
@@ -313,7 +313,7 @@ def test_masked_is_packed(name: str) -> None:
         torch.testing.assert_close(Masked(layer, given)(x, LENGTHS), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, pytest.param(nn.RNN, marks=pytest.mark.slow)])
 def test_padded_steps_have_no_relevance(kind: Callable[..., nn.RNNBase]) -> None:
     model, x = Masked(made(kind, batch_first=True, bidirectional=True)).eval(), randn(B, T, E)
     explainer = frpc.compile(model, (x, LENGTHS), bias="separate")

@@ -90,7 +90,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+LIKE_OTHERS = {"relu6", "leaky relu", "selu", "celu", "gelu by tanh", "hardshrink"}  # but for their numbers
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in ACTIVATIONS])
 def test_the_rule_is_the_papers(name: str) -> None:
     """Behind a layer with weights every activation, with parameters of its own, has its positive and its negative part."""
     torch.manual_seed(1)

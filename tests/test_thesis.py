@@ -144,7 +144,8 @@ def family(name: str) -> tuple[tuple[int, ...], list[nn.Module]]:
     return shape, [*map(Expression, texts), *modules]
 
 
-FAMILIES = [f"{kind}-{dims}" for kind in ("views", "layers") for dims in (1, 2, 3)]
+FAMILIES: list[Any] = [f"{kind}-{dims}" for kind in ("views", "layers") for dims in (2, 3)]
+FAMILIES += [pytest.param(f"{kind}-1", marks=pytest.mark.slow) for kind in ("views", "layers")]
 
 
 @pytest.mark.parametrize("name", ["activations-0", "constants-0", "constants-1", "unions-1", "views-0", *FAMILIES])
