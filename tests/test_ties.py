@@ -200,8 +200,15 @@ def test_extremes_share_ties_evenly(name: str) -> None:
     assert torch.allclose(found.flatten(1).sum(1), gained, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rules", [LID(), LID(pooling="path"), LID(steps=4)], ids=["ends", "path", "steps"])
-@pytest.mark.parametrize("kind", ["2d", "3d"])
+WAYS = {"ends": LID(), "path": LID(pooling="path"), "steps": LID(steps=4)}
+CELLS = [
+    pytest.param(rules, kind, id=f"{kind}-{way}", marks=[pytest.mark.slow] if (way, kind) == ("path", "3d") else [])
+    for way, rules in WAYS.items()
+    for kind in ("2d", "3d")
+]
+
+
+@pytest.mark.parametrize(("rules", "kind"), CELLS)
 def test_rounding_does_not_choose_the_winner(rules: LID, kind: str) -> None:
     """At a blank reference a convolution sees the same everywhere: its elements are equal but for rounding.
 
