@@ -299,9 +299,20 @@ def test_models(kind: type[nn.Module], tmp_path: Path) -> None:
     assert (pushed - pulled).abs().sum() <= 1e-10 * pulled.abs().sum()
 
 
+class Weighted(nn.Module):
+    """Frequencies times complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(0.3 * drawn(4, 7)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.einsum("bi,oi->bo", torch.fft.rfft(x), self.weight).imag)
+
+
 def test_complex_weights_by_reference(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = NeuralOperator().eval().float(), torch.randn(2, 2, 6, 5)
+    model, x = Weighted().eval().float(), torch.randn(2, 12)
     model.weight.data = model.weight.data.to(torch.complex64)
     explainer = frpc.compile(model, (x,))
     read = frpc.load(explainer.save(tmp_path / "model.frpc", weights="reference"), model=model)

@@ -164,7 +164,12 @@ def small() -> tuple[nn.Sequential, Tensor]:
     return built(lambda: nn.Sequential(*layers)), randn(2, 2, 6, 6, seed=3)
 
 
-@pytest.mark.parametrize("method", frpc.methods(), ids=lambda m: m.name)
+# Pairs of a start and a rule, or of two rules: others of the list have each of them.
+BOTH = {"epsilon-plus-flat", "epsilon-alpha2-beta1-flat", "sg-lrp-zp", "st-lrp-0", "st-lid-taylor", "sig-lrp-0", "sig-lid-taylor"}
+METHODS = [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in BOTH else []) for m in frpc.methods()]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_compiles_and_prints(method: Any, small: tuple[nn.Sequential, Tensor]) -> None:
     """K targets are K single ones; the printed program is Python; every field says something."""
     model, x = small
