@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
+import frpc
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch
 from frpc.driver import pipeline
 from frpc.driver.pipeline import Choice, Front
+from frpc.driver.programs import Programs
 from frpc.emit.plan import Plan, Query, make_plan
 from frpc.emit.program import at_reference, reference_constants, run_eagerly
 from frpc.emit.propagate import affine_maps, evaluate, pull, push
@@ -110,14 +114,38 @@ def net(name: str, bias: bool = True) -> tuple[nn.Sequential, Tensor]:
     return built(lambda: make(bias)), randn(2, *shape, seed=3)
 
 
-@functools.cache
-def _front(model: nn.Module, *shapes: tuple[int, ...]) -> Front:
-    return pipeline.front(model, [torch.randn(shape, dtype=torch.float64) for shape in shapes], None)
+_captured: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Front]]] = WeakKeyDictionary()
+
+
+def compiled(model: nn.Module, inputs: Tensor | Sequence[Tensor], **options: Any) -> frpc.Explainer:
+    """`frpc.compile(model, inputs, **options)`, the graph of a model captured once for all rules.
+
+    For models that are told apart by their tensors; captured anew where one of them is another or was written to.
+    """
+    explainer, given = frpc.compile(model, **options), [inputs] if isinstance(inputs, Tensor) else inputs
+    with _sharing(model, explainer.programs, given):
+        return explainer.compile_for(*given)
 
 
 def front_of(model: nn.Module, inputs: Sequence[Tensor]) -> Front:
     """A model's graph, captured once."""
-    return _front(model, *(tuple(x.shape) for x in inputs))
+    programs = frpc.compile(model).programs
+    with _sharing(model, programs, inputs):
+        return programs.front(tuple(inputs))
+
+
+@contextmanager
+def _sharing(model: nn.Module, programs: Programs, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Gives programs what was captured of a model before, and keeps what they capture."""
+    tensors = tuple((name, id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers()))
+    asked = programs.choice.output, programs.choice.rules.account.gradients, programs.dtype, programs.verifying
+    key = tensors, asked, tuple(len(x) for x in inputs)
+    fronts = _captured.setdefault(model, {}).setdefault(key, {})
+    programs.fronts.update(fronts)
+    try:
+        yield
+    finally:
+        fronts.update(programs.fronts)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import frpc
+import quick_export
 from frpc.driver import pipeline
 from frpc.emit.plan import Query
 from frpc.optimize.triton.lowering import count_launches, operators, use_kernels
@@ -192,14 +194,19 @@ def with_weights(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@functools.cache
+def captured(name: str, device: str) -> pipeline.Front:
+    """A model's graph, captured once for all questions."""
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    return pipeline.front(with_weights(make()).to(device), (torch.randn(2, *shape, device=device),), None)
+
+
 def programs(
     name: str, columns: bool, rule: frpc.rules.RuleSet, device: str = "cpu"
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[str]]:
     """The optimized program, the same one on kernels, and what was refused."""
-    torch.manual_seed(0)
-    make, shape = MODELS[name]
-    front = pipeline.front(with_weights(make()).to(device), (torch.randn(2, *shape, device=device),), None)
-    compiled = pipeline.compile_query(front, pipeline.Choice(rules=rule), Query(columns=columns))
+    compiled = pipeline.compile_query(captured(name, device), pipeline.Choice(rules=rule), Query(columns=columns))
     plain = compiled.portable
     lowered = pipeline.copy_graph(plain)
     refused = use_kernels(lowered)
@@ -257,6 +264,7 @@ def main(name: str) -> None:
     for rule_name, rule in rules.items() if name == "convolutions" else [("frp", rules["frp"])]:
         for columns in (False, True):
             plain, lowered, refused = programs(name, columns, rule)
+            torch.manual_seed(1)
             x = torch.randn(3, *MODELS[name][1])
             seed = torch.randn(*([2] if columns else []), 3, OUTPUTS[name])
             report({"model": name, "rule": rule_name, "columns": columns, "refused": refused}, plain, lowered, x, seed)
@@ -277,6 +285,7 @@ def report(line: dict[str, Any], plain: fx.GraphModule, lowered: fx.GraphModule,
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    quick_export.install()
     for chosen in sys.argv[1:]:
         if chosen == "fused":
             report({"model": "fused"}, *fused_norm(), torch.randn(3, 7, 16), torch.randn(2, 3, 7, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import threading
@@ -21,6 +22,7 @@ sys.path.append(str(ROOT))  # bench is run from a checkout and not installed
 
 import frpc  # noqa: E402
 from bench.machine import peak_memory  # noqa: E402
+from families import compiled  # noqa: E402
 from frpc.errors import OptionError  # noqa: E402
 from frpc.optimize.backends import cudagraphs  # noqa: E402
 from frpc.optimize.backends.cudagraphs import Replayed  # noqa: E402
@@ -54,16 +56,17 @@ def test_what_cannot_be_had_is_refused(options: dict[str, str], message: str) ->
 
 
 def test_no_refusal_is_recorded_where_nothing_was_to_be_had() -> None:
-    explainer = frpc.compile(net(), (X,))
+    model = net()
+    explainer = compiled(model, X)
     assert not any("kernels" in refusal.what for refusal in explainer.refusals)
-    assert explainer.compiled(X).backend == frpc.compile(net(), (X,), backend="auto").compiled(X).backend
+    assert explainer.compiled(X).backend == compiled(model, X, backend="auto").compiled(X).backend
 
 
 def test_throughput_takes_less_memory_and_gives_the_same() -> None:
     x, layers = torch.randn(2, 3, 48, 48), [nn.Conv2d(3, 16, 3), *(nn.Conv2d(16, 16, 3) for _ in range(5))]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten(), nn.LazyLinear(7))
     model(x)
-    quick, lean = (frpc.compile(model, (x,), mode=mode) for mode in ("latency", "throughput"))
+    quick, lean = (compiled(model, x, mode=mode) for mode in ("latency", "throughput"))
     assert relative(lean(x, target=3).relevance, quick(x, target=3).relevance) <= 1e-6
     assert lean.plan.peak_bytes < 0.7 * quick.plan.peak_bytes
     assert "byte_gates" in lean.stages[-1].passes
@@ -141,14 +144,18 @@ def test_other_types_later() -> None:
     assert relative(exact.output, model.double()(X.double()).detach()) <= 1e-12
 
 
+POOLS = {"max": lambda: nn.MaxPool2d(2), "average": lambda: nn.AvgPool2d(2), "overlapping": lambda: nn.MaxPool2d(3, 2)}
+pooled = functools.cache(lambda pool: net(POOLS[pool]))
+large = functools.cache(lambda pool, mode, x: compiled(pooled(pool), x, mode=mode))
+LARGE = torch.randn(2, 3, 96, 96)
+
+
 @pytest.mark.parametrize("columns", [None, 2, 6])
-@pytest.mark.parametrize("batch", [2])
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
-@pytest.mark.parametrize("pool", [lambda: nn.MaxPool2d(2), lambda: nn.AvgPool2d(2), lambda: nn.MaxPool2d(3, 2)])
-def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], mode: str, batch: int, columns: int | None) -> None:
+@pytest.mark.parametrize("pool", POOLS)
+def test_peak_memory_is_foretold(pool: str, mode: str, columns: int | None) -> None:
     """Within a fifth of what the allocator counts; images large enough that small buffers do not matter."""
-    x = torch.randn(batch, 3, 96, 96)
-    explainer = frpc.compile(net(pool), (x,), mode=mode)
+    x, batch, explainer = LARGE, len(LARGE), large(pool, mode, LARGE)
     target = torch.zeros(batch, dtype=torch.long) if columns is None else torch.arange(columns).expand(batch, columns)
     explainer(x, target=target)
     plan = next(c.plan for (_, query), c in explainer.programs.compiled.items() if query.columns == (columns is not None))
@@ -158,10 +165,11 @@ def test_peak_memory_is_foretold(pool: Callable[[], nn.Module], mode: str, batch
 
 
 def test_the_plan_tells_its_memory() -> None:
-    plan = frpc.compile(net(), (X,)).plan
+    explainer = frpc.compile(net(), (X,))
+    plan = explainer.plan
     assert plan.peak_bytes == plan.peak_bytes_for(1, 1)
     assert "memory beside parameters and inputs" in str(plan)
-    stage = next(s.program for s in frpc.compile(net(), (X,)).stages if s.name == "plan")
+    stage = next(s.program for s in explainer.stages if s.name == "plan")
     with pytest.raises(OptionError, match="once the program is lowered"):
         _ = stage.peak_bytes
 

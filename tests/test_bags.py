@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from families import randn
+from families import compiled, randn
 from frpc.driver.pipeline import front
 from frpc.errors import OptionError, ShapeError
 from frpc.rules import LID, LRP, Gradient
@@ -62,7 +62,7 @@ def test_every_token_has_its_share(mode: str, padding: int | None) -> None:
     bag = Bag(mode=mode, padding_idx=padding).double().eval()
     tokens = TOKENS if padding is None else torch.cat([TOKENS, torch.zeros(1, 5, dtype=torch.int64)])
     rows, seed = bag.words.weight.detach()[tokens], randn(len(tokens), 2)
-    explainer = frpc.compile(bag, (tokens,))
+    explainer = compiled(bag, tokens)
     found = explainer(tokens, seed=seed)
     assert agrees(found.output, bag(tokens).detach(), 1e-13)
     assert found.relevance.shape == (*tokens.shape, 6)
@@ -72,12 +72,12 @@ def test_every_token_has_its_share(mode: str, padding: int | None) -> None:
     nothing = by_hand(bag, tokens)(torch.zeros_like(rows)).detach()
     gained = ((bag(tokens).detach() - nothing) * seed).sum(1)
     for rule in (LID(), LRP(0.0)):
-        shared = frpc.compile(bag, (tokens,), rule=rule)(tokens, seed=seed).relevance
+        shared = compiled(bag, tokens, rule=rule)(tokens, seed=seed).relevance
         assert bool(torch.isfinite(shared).all())
         if rule == LID():
             assert bool(((shared.flatten(1).sum(1) - gained).abs() <= 1e-12 * shared.flatten(1).abs().sum(1)).all())
     if padding is not None:
-        separate = frpc.compile(bag, (tokens,), bias="separate")(tokens, target=1).relevance
+        separate = compiled(bag, tokens, bias="separate")(tokens, target=1).relevance
         assert not separate[tokens == padding].any()
 
 

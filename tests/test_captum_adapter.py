@@ -249,7 +249,10 @@ class Switched(nn.Module):
         return self.inside(x)[:, self.column] * self.factors[0]
 
 
-@pytest.mark.parametrize("method", [FRP, InputXGradient, IntegratedGradients, LID])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in (InputXGradient, LID)]
+
+
+@pytest.mark.parametrize("method", [FRP, IntegratedGradients, *SLOW])
 def test_what_is_explained_is_the_function_as_it_is(method):
     """Variables, attributes and lists are no weights: nothing tells that they have changed but the function's value."""
     net, x = built(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))), randn(2, 6, seed=1)

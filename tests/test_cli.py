@@ -166,6 +166,7 @@ def test_explain_in_float64_with_every_bias_policy(tmp_path: Path, photo, weight
         assert inside == pytest.approx(entry["logit"], abs=1e-10)
 
 
+@pytest.mark.slow  # by default in test_models, without the command
 @needs_data
 def test_explain_a_real_photo(tmp_path: Path):
     result = explain(
@@ -248,11 +249,16 @@ BAD_INPUT = {
 }
 
 
+@pytest.fixture(scope="module")
+def untrained() -> dict[str, torch.Tensor]:
+    return pretrained.build_model("squeezenet1_1").state_dict()
+
+
 @pytest.fixture
-def squeezenet_files(tmp_path: Path, photo, monkeypatch) -> dict[str, str]:
+def squeezenet_files(tmp_path: Path, photo, untrained, monkeypatch) -> dict[str, str]:
     """A folder with good and bad files; the options that would work."""
     monkeypatch.chdir(tmp_path)
-    save_file(pretrained.build_model("squeezenet1_1").state_dict(), "good.safetensors")
+    save_file(untrained, "good.safetensors")
     save_file({"conv2.weight": torch.zeros(1)}, "other.safetensors")
     torch.save({}, "model.pth")
     Path("text.png").write_text("no picture")

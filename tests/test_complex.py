@@ -5,6 +5,7 @@ The right values: gradients are PyTorch's own, FRP sums to the output, increment
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frpc
+from families import compiled
 from frpc.errors import InputError, OptionError, UnsupportedOpError
 
 TIGHT = 1e-12
@@ -101,6 +103,10 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return Read(FUNCTIONS[name], FUNCTIONS[name](x).flatten(1).shape[1]).double().eval(), x
 
 
+kept = functools.cache(made)
+"""A net and an input that no test changes, with one capture for all rules."""
+
+
 def input_times_gradient(model: nn.Module, x: Tensor, which: int = 1) -> Tensor:
     x = x.clone().requires_grad_()
     return (x * torch.autograd.grad(model(x)[:, which].sum(), x)[0]).detach()
@@ -119,12 +125,12 @@ DAILY = {
 
 @pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS])
 def test_values_and_gradients(name: str) -> None:
-    model, x = made(name)
+    model, x = kept(name)
     want = input_times_gradient(model, x)
     assert want.abs().sum() > 0.01
-    found = frpc.compile(model, method="gradient-input")(x, target=1)
+    found = compiled(model, x, method="gradient-input")(x, target=1)
     assert (found.relevance - want).abs().sum() <= 1e-10 * want.abs().sum()
-    explainer = frpc.compile(model, (x,))
+    explainer = compiled(model, x)
     found = explainer(x, target=1)
     assert lost(found, model(x)[:, 1]) <= TIGHT
     assert "a free batch size" not in [r.what for r in explainer.refusals], "complex numbers must not fix the batch size"
@@ -135,10 +141,10 @@ def test_values_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["length", "spectrogram and back", "linear", "quotient", "product of two"])
 def test_increments_and_layer_rules_add_up(name: str) -> None:
-    model, x = made(name)
-    assert lost(frpc.compile(model, method="lid-ig")(x, target=1), (model(x) - model(torch.zeros_like(x)))[:, 1]) <= TIGHT
+    model, x = kept(name)
+    assert lost(compiled(model, x, method="lid-ig")(x, target=1), (model(x) - model(torch.zeros_like(x)))[:, 1]) <= TIGHT
     for rule in (frpc.rules.LRP(epsilon=1e-6), frpc.rules.LRP(epsilon=0)):
-        found = frpc.compile(model, rule=rule)(x, target=1)
+        found = compiled(model, x, rule=rule)(x, target=1)
         assert lost(found, model(x)[:, 1] - found.bias) <= TIGHT
 
 
@@ -181,7 +187,7 @@ def test_silence_has_a_gradient_of_zero() -> None:
     assert torch.isfinite(want).all()
     assert (got - want).abs().max() <= TIGHT
     for method in ("frp", "lid-ig"):
-        assert torch.isfinite(frpc.compile(model, method=method)(x, target=1).relevance).all()
+        assert torch.isfinite(compiled(model, x, method=method)(x, target=1).relevance).all()
 
 
 # Whole models ---------------------------------------------------------------------------------------------------------------
@@ -274,15 +280,17 @@ MODELS: dict[type[nn.Module], tuple[int, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k is Mixing else k for k in MODELS], ids=lambda kind: kind.__name__
+)
 def test_models(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = kind().double().eval(), torch.randn(3, *MODELS[kind], dtype=torch.float64)
     want = input_times_gradient(model, x)
     assert (frpc.compile(model, method="gradient-input")(x, target=1).relevance - want).abs().sum() <= 1e-10 * want.abs().sum()
-    increments = frpc.compile(model, method="lid-ig")(x, target=1)
+    increments = compiled(model, x, method="lid-ig")(x, target=1)
     assert lost(increments, (model(x) - model(torch.zeros_like(x)))[:, 1]) <= TIGHT
-    explainer = frpc.compile(model, (x,))
+    explainer = compiled(model, x)
     found = explainer(x, target=1)
     assert lost(found, model(x)[:, 1]) <= TIGHT
     read = frpc.load(explainer.save(tmp_path / "model.frpc"))
@@ -291,9 +299,20 @@ def test_models(kind: type[nn.Module], tmp_path: Path) -> None:
     assert (pushed - pulled).abs().sum() <= 1e-10 * pulled.abs().sum()
 
 
+class Weighted(nn.Module):
+    """Frequencies times complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(0.3 * drawn(4, 7)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.einsum("bi,oi->bo", torch.fft.rfft(x), self.weight).imag)
+
+
 def test_complex_weights_by_reference(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = NeuralOperator().eval().float(), torch.randn(2, 2, 6, 5)
+    model, x = Weighted().eval().float(), torch.randn(2, 12)
     model.weight.data = model.weight.data.to(torch.complex64)
     explainer = frpc.compile(model, (x,))
     read = frpc.load(explainer.save(tmp_path / "model.frpc", weights="reference"), model=model)
@@ -325,10 +344,10 @@ def test_a_complex_layer_is_known_by_its_pairs() -> None:
     z = torch.fft.rfft(x).requires_grad_()
     (slope,) = torch.autograd.grad(model.last(z.abs())[:, 1].sum(), z)
     want = torch.view_as_real(z * 1).mul(torch.view_as_real(slope)).detach()
-    explainer = frpc.compile(model, (x,))
+    explainer = compiled(model, x)
     assert "spectrum" in explainer.layers()
     torch.testing.assert_close(explainer.at("spectrum", x, target=1)["spectrum"], want)
-    from_there = frpc.compile(model, (x,), source="spectrum", bias="separate")(x, target=1)
+    from_there = compiled(model, x, source="spectrum", bias="separate")(x, target=1)
     torch.testing.assert_close(from_there.relevance, want)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import frpc
+from families import compiled
 from frpc.core.values import is_traced
 from frpc.errors import CompileError, InputError, NonFiniteError, PickleRefusedError, TargetError, WeightsError
 
@@ -279,7 +280,7 @@ def test_its_state_is_the_models() -> None:
     assert list(state) == list(net().state_dict())
     assert all(torch.equal(state[name], value) for name, value in net().state_dict().items())
     other = Net(seed=1).double().eval()
-    taken = frpc.compile(net(), (X,))
+    taken = compiled(net(), X)
     taken(X, target=PAIRS)
     assert str(taken.load_state_dict(other.state_dict())) == "<All keys matched successfully>"
     assert same(taken(X, target=PAIRS), frpc.compile(other, (X,))(X, target=PAIRS))
@@ -287,7 +288,7 @@ def test_its_state_is_the_models() -> None:
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
-    state, taken = net().state_dict(), frpc.compile(net(), (X,))
+    state, taken = net().state_dict(), compiled(net(), X)
     before = taken(X, target=1)
     with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
         taken.load_state_dict({k: v for k, v in state.items() if k != "head.bias"})
@@ -340,7 +341,7 @@ class Service(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tone = nn.Conv2d(3, 3, 1).double()
-        self.explainer = frpc.compile(net(), (X,))
+        self.explainer = compiled(net(), X)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.explainer(self.tone(x), target=1).relevance
@@ -423,7 +424,7 @@ def test_refresh_decides_anew_what_depends_on_values() -> None:
 
 
 def test_refresh_refuses_another_model() -> None:
-    taken = frpc.compile(net(), (X,))
+    taken = compiled(net(), X)
     before = taken(X, target=1)
     other = Net().double()
     other.head = nn.Linear(96, 7).double()

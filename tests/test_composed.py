@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 import frpc
 from cases import K4, One, Two, constant
-from families import front_of, prepared, randn
-from frpc.canonicalize import decompose
+from families import compiled, front_of, prepared, randn
+from frpc.capture import decompose
 from frpc.capture.composed import COMPOSED
 from frpc.errors import BatchError, UnsupportedOpError
 from frpc.rules import LID, Gradient
@@ -227,12 +228,17 @@ def test_every_composition_has_a_line() -> None:
     assert not missing, f"add a line for {', '.join(missing)}"
 
 
+@functools.cache
+def module_of(name: str) -> nn.Module:
+    return COMPOSITIONS[name].module()
+
+
 @WRITTEN
 def test_forward(name: str) -> None:
     """The output is PyTorch's, the map sums to it and is the twin's, and the operator itself is gone."""
     line = COMPOSITIONS[name]
-    module, inputs = line.module(), line.inputs()
-    explainer = frpc.compile(module, inputs)
+    module, inputs = module_of(name), line.inputs()
+    explainer = compiled(module, inputs)
     with torch.no_grad():
         output = module(*inputs)
     seed = randn(*output.shape, seed=7)
@@ -251,8 +257,7 @@ def test_forward(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in NO_GRADIENT])
 def test_gradient(name: str) -> None:
-    line = COMPOSITIONS[name]
-    module, inputs = line.module(), line.inputs()
+    module, inputs = module_of(name), COMPOSITIONS[name].inputs()
     output = module(*inputs)
     seed = randn(*output.shape, seed=7)
     _, expected = torch.autograd.functional.vjp(module, inputs, seed)
@@ -268,7 +273,7 @@ def test_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, line in COMPOSITIONS.items() if line.complete])
 def test_increments(name: str) -> None:
     line = COMPOSITIONS[name]
-    assert check_complete(line.module(), line.inputs(), line.inputs(1, seed=9), LID(), 1e-12) <= 1e-12
+    assert check_complete(module_of(name), line.inputs(), line.inputs(1, seed=9), LID(), 1e-12) <= 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")

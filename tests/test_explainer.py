@@ -758,14 +758,14 @@ class Chaos(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(40))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(16))
         for part in self.modules():
             if isinstance(part, nn.BatchNorm2d):
                 nn.init.uniform_(part.weight, 0.5, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = torch.sin(8.0 * layer(x))
+            x = torch.sin(64.0 * layer(x))
         return x.mean((2, 3))
 
 

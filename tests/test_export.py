@@ -5,6 +5,7 @@ Every net by every method is in `test_export_matrix.py`; here are one small net 
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections import Counter
@@ -467,6 +468,16 @@ class Blocks(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
+@functools.cache
+def blocks() -> tuple[Explainer, Explainer, Tensor]:
+    """Blocks explained in float32 and, with the same weights, in float64."""
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    x = torch.randn(2, 3, 12, 12)
+    explainer, exact = frpc.compile(model, (x,)), frpc.compile(Blocks().double().eval(), (x.double(),))
+    return explainer, exact.refresh(model.double()), x
+
+
 @pytest.mark.parametrize(
     ("rewrite", "gone"),
     [
@@ -478,11 +489,7 @@ class Blocks(nn.Module):
 )
 def test_rewrites_into_blocks_keep_the_function(rewrite: Any, gone: str) -> None:
     """In float32, which alone they are for: as far from float64 as the program that they are made of."""
-    torch.manual_seed(0)
-    model = Blocks().eval()
-    x = torch.randn(2, 3, 12, 12)
-    explainer, exact = frpc.compile(model, (x,)), frpc.compile(Blocks().double().eval(), (x.double(),))
-    exact.refresh(model.double())
+    explainer, exact, x = blocks()
     program = optimized(explainer)
     before = called(program)
     seed = explainer.seed_for(x, target=3)

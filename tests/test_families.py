@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import frpc
 import twins
-from families import NETS, built, by_sample, error, explained, net, randn
+from families import NETS, built, by_sample, compiled, error, explained, net, randn
 from frpc.errors import InputError, OptionError, ShapeError
 from frpc.rules import (
     FRP,
@@ -89,7 +89,7 @@ def test_gradient_of_softmax_saturates_and_its_integral_does_not() -> None:
     assert float(p[0, c]) > 1 - 1e-12
     sizes = {}
     for name in ("sg-lrp-0", "st-lrp-0", "st-lid-taylor", "sig-lrp-0", "sig-lid-taylor", "sig-lid-ig"):
-        sizes[name] = float(frpc.compile(model, x, method=name)(x, target=c).relevance.abs().sum())
+        sizes[name] = float(compiled(model, x, method=name)(x, target=c).relevance.abs().sum())
     assert all(sizes[name] < 1e-9 for name in ("sg-lrp-0", "st-lrp-0", "st-lid-taylor")), sizes
     assert all(sizes[name] > 0.05 for name in ("sig-lrp-0", "sig-lid-taylor", "sig-lid-ig")), sizes
 
@@ -149,7 +149,7 @@ def test_rank_of_a_percentile_is_exact() -> None:
 @pytest.mark.parametrize("rules", [GuidedBackprop(True), Deconvnet(True), RectifiedGradient()], ids=lambda r: r.name)
 def test_a_changed_pass_has_no_forward_direction(rules: RuleSet) -> None:
     model, x = net("max pool")
-    explainer = frpc.compile(model, x, rule=rules)
+    explainer = compiled(model, x, rule=rules)
     name = r"(guided_relu|deconvnet_relu|rectified_gradient)"
     with pytest.raises(OptionError, match=rf'strategy="forward": .*{name}.*no forward direction'):
         explainer.layer(explainer.layers()[3], x, strategy="forward")
@@ -164,11 +164,16 @@ def small() -> tuple[nn.Sequential, Tensor]:
     return built(lambda: nn.Sequential(*layers)), randn(2, 2, 6, 6, seed=3)
 
 
-@pytest.mark.parametrize("method", frpc.methods(), ids=lambda m: m.name)
+# Pairs of a start and a rule, or of two rules: others of the list have each of them.
+BOTH = {"epsilon-plus-flat", "epsilon-alpha2-beta1-flat", "sg-lrp-zp", "st-lrp-0", "st-lid-taylor", "sig-lrp-0", "sig-lid-taylor"}
+METHODS = [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in BOTH else []) for m in frpc.methods()]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_compiles_and_prints(method: Any, small: tuple[nn.Sequential, Tensor]) -> None:
     """K targets are K single ones; the printed program is Python; every field says something."""
     model, x = small
-    explainer = frpc.compile(model, x, method=method.name)
+    explainer = compiled(model, x, method=method.name)
     many = explainer(x, target=torch.tensor([[0, 3], [1, 2]]))
     for k, targets in enumerate(([0, 1], [3, 2])):
         single = explainer(x, target=torch.tensor(targets))  # another program, compiled above
@@ -185,16 +190,16 @@ def test_every_method_compiles_and_prints(method: Any, small: tuple[nn.Sequentia
 
 def test_methods_are_found_by_any_spelling() -> None:
     model, x = net("mlp")
-    expected = frpc.compile(model, x, method="sig-lid-ig")(x, target=1).relevance
-    assert torch.equal(frpc.compile(model, x, method="SIG_LID_IG")(x, target=1).relevance, expected)
-    assert error(frpc.compile(model, x, rule=LID(), seed="softmax_integrated")(x, target=1).relevance, expected) == 0
+    expected = compiled(model, x, method="sig-lid-ig")(x, target=1).relevance
+    assert torch.equal(compiled(model, x, method="SIG_LID_IG")(x, target=1).relevance, expected)
+    assert error(compiled(model, x, rule=LID(), seed="softmax_integrated")(x, target=1).relevance, expected) == 0
 
 
 def test_a_call_may_start_elsewhere() -> None:
     """`seed=` of a call overrides that of the program, and takes tops, names and tensors."""
     model, x = net("mlp")
-    explainer = frpc.compile(model, x, rule=LRP())
-    expected = frpc.compile(model, x, rule=LRP(), seed="softmax_taylor")(x, target=1).relevance
+    explainer = compiled(model, x, rule=LRP())
+    expected = compiled(model, x, rule=LRP(), seed="softmax_taylor")(x, target=1).relevance
     assert torch.equal(explainer(x, target=1, seed="softmax_taylor").relevance, expected)
     assert torch.equal(explainer(x, target=1, seed=TOPS["softmax_taylor"]).relevance, expected)
     tensor = torch.eye(4, dtype=torch.float64)[[1, 1]]
@@ -278,7 +283,7 @@ def test_options_of_compile(name: str) -> None:
     model, x = net("mlp")
     options, message = REFUSED[name]
     with pytest.raises(OptionError, match=message):
-        frpc.compile(model, x, **options)
+        compiled(model, x, **options)
 
 
 def test_options_of_rule_sets() -> None:
@@ -299,7 +304,7 @@ def test_options_of_rule_sets() -> None:
 def test_a_reference_of_another_shape() -> None:
     model, x = net("max pool")
     with pytest.raises(ShapeError, match=r"The reference is \[2, 5, 6\] a sample; input 'input_?1?' is \[2, 6, 6\]"):
-        frpc.compile(model, x, rule=LID(randn(1, 2, 5, 6)))
+        compiled(model, x, rule=LID(randn(1, 2, 5, 6)))
 
 
 def test_sets_that_do_not_go_together() -> None:

@@ -15,7 +15,22 @@ from torch import Tensor, nn
 import frpc
 import twins
 from cases import CASES, Case, aten
-from families import NETS, both_ways, built, by_sample, error, explained, front_of, mlp, net, pooled, prepared, randn, residual
+from families import (
+    NETS,
+    both_ways,
+    built,
+    by_sample,
+    compiled,
+    error,
+    explained,
+    front_of,
+    mlp,
+    net,
+    pooled,
+    prepared,
+    randn,
+    residual,
+)
 from frpc.errors import UnsupportedOpError
 from frpc.rules import LID, LRP, DeepLift, Gradient, LIDTaylor, LRPTaylor, RuleSet
 from frpc.rules.increments.increments import INCREMENTS
@@ -187,7 +202,7 @@ def test_every_layer_adds_up(of: str, dtype: torch.dtype, bound: float) -> None:
     """`sum R = f(x) - f(x_ref)` at the input and at each layer that everything passes through."""
     model, x, reference = smooth(of)
     model, x, reference = built(SMOOTH[of][0]).to(dtype), x.to(dtype), reference.to(dtype)
-    explainer = frpc.compile(model, x, rule=LID(reference))
+    explainer = compiled(model, x, rule=LID(reference))
     layers = [name for name in explainer.layers() if "body" not in name]  # a residual branch is passed by
     found = explainer.at(layers, x, target=1)
     explanation = explainer(x, target=1)
@@ -254,8 +269,8 @@ def test_with_bias_they_are_not() -> None:
 def test_several_references_give_the_mean_of_single_ones() -> None:
     model, x, _ = smooth("ReLU")
     references = randn(3, 2, 6, 6, seed=8)
-    explainer = frpc.compile(model, x, rule=LID(references))
-    single = [frpc.compile(model, x, rule=LID(r[None])) for r in references]
+    explainer = compiled(model, x, rule=LID(references))
+    single = [compiled(model, x, rule=LID(r[None])) for r in references]
     mean = sum(one(x, target=2).relevance for one in single) / 3
     assert error(explainer(x, target=2).relevance, mean) <= 1e-13
     inner = sum(one.at("2", x, target=2)["2"] for one in single) / 3
@@ -266,7 +281,7 @@ def test_several_references_give_the_mean_of_single_ones() -> None:
 def test_blur_is_the_blurred_input() -> None:
     """Another reference for every sample: what the blur takes away is explained."""
     model, x, _ = smooth("ReLU")
-    explanation = frpc.compile(model, x, rule=LID("blur"))(x, target=0)
+    explanation = compiled(model, x, rule=LID("blur"))(x, target=0)
     blurred = frpc.rules.references.Blur()(x)
     assert float(blurred.std()) < 0.5 * float(x.std())
     with torch.no_grad():
@@ -274,7 +289,7 @@ def test_blur_is_the_blurred_input() -> None:
     relevance = explanation.relevance.flatten(1)
     assert bool(((relevance.sum(1) - change).abs() <= 1e-12 * relevance.abs().sum(1)).all())
     for k in range(2):
-        one = frpc.compile(model, x, rule=LID(blurred[k : k + 1]))(x[k : k + 1], target=0)
+        one = compiled(model, x, rule=LID(blurred[k : k + 1]))(x[k : k + 1], target=0)
         assert error(explanation.relevance[k : k + 1], one.relevance) <= 1e-12
 
 
@@ -291,16 +306,16 @@ def convolutions(explainer: frpc.Explainer) -> int:
 def test_a_fixed_reference_costs_no_second_forward_pass() -> None:
     """It is propagated at compile time: as many convolutions as a gradient takes. A blur depends on the input."""
     model, x, reference = smooth("GELU")
-    plain = convolutions(frpc.compile(model, x, rule=Gradient()))
-    assert convolutions(frpc.compile(model, x, rule=LID(reference))) == plain == 4
-    assert convolutions(frpc.compile(model, x, rule=LID("zero"))) == plain
-    assert convolutions(frpc.compile(model, x, rule=LID("blur"))) == 6
+    plain = convolutions(compiled(model, x, rule=Gradient()))
+    assert convolutions(compiled(model, x, rule=LID(reference))) == plain == 4
+    assert convolutions(compiled(model, x, rule=LID("zero"))) == plain
+    assert convolutions(compiled(model, x, rule=LID("blur"))) == 6
 
 
 def test_any_batch_meets_one_reference() -> None:
     """The compiled program takes other batch sizes."""
     model, x, reference = smooth("SiLU")
-    explainer = frpc.compile(model, x, rule=LID(reference))
+    explainer = compiled(model, x, rule=LID(reference))
     more = randn(5, 2, 6, 6, seed=12)
     assert error(explainer(more, target=1).relevance[3:4], explainer(more[3:4], target=1).relevance) <= 1e-13
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import frpc
 import twins
-from families import NETS, both_ways, built, by_sample, error, explained, mlp, net, pooled, randn
+from families import NETS, both_ways, built, by_sample, compiled, error, explained, mlp, net, pooled, randn
 from frpc.errors import InputError, OptionError, UnsupportedOpError
 from frpc.rules import (
     LRP,
@@ -113,7 +113,7 @@ def test_without_bias_all_relevance_arrives(rules: RuleSet, of: str) -> None:
     with torch.no_grad():
         output = model(x)
     seed = (output > 0).double() if isinstance(rules, ZPlus) else torch.ones_like(output)
-    explanation = frpc.compile(model, x, rule=rules)(x, seed=seed)
+    explanation = compiled(model, x, rule=rules)(x, seed=seed)
     relevance = explanation.relevance
     assert isinstance(relevance, Tensor)
     size = relevance.abs().flatten(1).sum(1)
@@ -126,7 +126,7 @@ def test_without_bias_all_relevance_arrives(rules: RuleSet, of: str) -> None:
 def test_what_biases_absorb_is_reported() -> None:
     """The map and the share beside it sum to the explained output."""
     model, x = net("max pool")
-    explanation = frpc.compile(model, x, rule=LRP(EPS))(x, target=2)
+    explanation = compiled(model, x, rule=LRP(EPS))(x, target=2)
     relevance = explanation.relevance
     assert isinstance(relevance, Tensor)
     assert bool((explanation.bias.abs() > 1e-3).all())
@@ -154,7 +154,7 @@ def test_forward_is_the_transpose(name: str, of: str) -> None:
 def test_forward_maps_of_a_layer_are_the_transposed_ones(of: str) -> None:
     """Dense columns, the thesis's algorithm 1, under an LRP rule."""
     model, x = net(of)
-    explainer = frpc.compile(model, x, rule=ZPlus(TINY))
+    explainer = compiled(model, x, rule=ZPlus(TINY))
     name = explainer.layers()[2]
     forward, backward = (explainer.layer(name, x, strategy=s).dense() for s in ("forward", "transposed"))
     assert error(forward, backward) <= 1e-12
@@ -270,7 +270,7 @@ def test_box_that_the_input_leaves() -> None:
     with pytest.raises(InputError, match=r"this one goes 0\.5 below low"):
         explainer(x.clamp(0, 1) - 0.5, target=0)
     with pytest.raises(InputError, match=r"z-box"):
-        frpc.compile(model, x, rule=EpsilonGammaBox())(x, target=0)
+        compiled(model, x, rule=EpsilonGammaBox())(x, target=0)
 
 
 def test_alpha_and_beta_that_do_not_conserve() -> None:
@@ -284,7 +284,7 @@ def test_first_layer_rules_elsewhere_are_refused() -> None:
     """A rule that does not look at values cannot stand between layers: there is no multiplier for it to hand on."""
     model, x = net("mlp")
     with pytest.raises(UnsupportedOpError, match="only a layer that reads the input can take it"):
-        frpc.compile(model, x, rule=frpc.rules.compose({"2": _FlatEverywhere()}, default=LRP()))
+        compiled(model, x, rule=frpc.rules.compose({"2": _FlatEverywhere()}, default=LRP()))
 
 
 class _FlatEverywhere(Flat):
@@ -297,7 +297,7 @@ def test_first_layer_rules_have_no_forward_direction(name: str) -> None:
     """They give relevance itself where others give a multiplier; asked for columns, they say so."""
     model = built(lambda: pooled(True))
     x = randn(1, 2, 6, 6, seed=3).clamp(-3, 3)
-    explainer = frpc.compile(model, x, rule=FAMILY[name][0])
+    explainer = compiled(model, x, rule=FAMILY[name][0])
     layer = explainer.layers()[1]
     with pytest.raises(OptionError, match="|".join(("flat", "z_box", "w_square"))):
         explainer.layer(layer, x, strategy="forward")

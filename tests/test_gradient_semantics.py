@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import frpc
+from families import compiled
 from frpc.errors import CaptureError, NonFiniteError, UnsupportedOpError
 
 GRADIENTS = ("gradient", "gradient-input")
@@ -111,11 +112,11 @@ STOPS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_gradients_stop_where_autograd_stops(name: str) -> None:
     model, x = made(STOPS[name]), inputs()
     slope = autograd(model, x)
-    ahead, lazy = frpc.compile(model, (x,), method="gradient"), frpc.compile(model, method="gradient-input")
+    ahead, scaled = (compiled(model, x, method=method) for method in ("gradient", "gradient-input"))
     found = [refusal.why for refusal in ahead.refusals]
     assert len(found) == (name == "everything"), "looking for such places must not fix the batch size"
     assert all("its gradient is 0" in why for why in found)
-    for explainer, want in ((ahead, slope), (lazy, slope * x)):
+    for explainer, want in ((ahead, slope), (scaled, slope * x)):
         got = explainer(x, target=1)
         torch.testing.assert_close(got.output, model(x))
         torch.testing.assert_close(got.relevance, want, rtol=1e-10, atol=1e-12)

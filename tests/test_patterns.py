@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import frpc
-from families import error, randn
+from families import compiled, error, randn
 from frpc.errors import OptionError
 from frpc.maps import Scale
 from frpc.rules import FRP, LRP, Flat, Half, RuleSet, ZPlus, compose
@@ -35,11 +35,12 @@ def net() -> nn.Module:
     return nn.Sequential(*layers).double().eval()
 
 
+NET = net()
 X = randn(2, 2, 6, 6)
 
 
 def map_of(rule: RuleSet, **options: Any) -> Tensor:
-    return frpc.compile(net(), (X,), rule=rule, **options)(X, target=1).relevance
+    return compiled(NET, X, rule=rule, **options)(X, target=1).relevance
 
 
 def half_of_it(call: Call, a: Tensor, *rest: Any) -> Affine:
@@ -93,7 +94,7 @@ def test_what_matches_nothing_is_an_error(name: str) -> None:
     make, message = MISSES[name]
     rule = make()
     with pytest.raises(OptionError, match=message):
-        frpc.compile(net(), (X,), rule=rule)
+        compiled(NET, X, rule=rule)
 
 
 def test_it_is_an_error_at_the_first_call_too() -> None:
@@ -103,7 +104,7 @@ def test_it_is_an_error_at_the_first_call_too() -> None:
     with pytest.raises(OptionError, match=r"(?s)overrides: 'bluck'.*product: '7'.*A pattern names a module"):
         explainer(X, target=1)
     with pytest.raises(OptionError, match="constant: 'hed' matches no module"):
-        frpc.compile(net(), (X,), constant=["hed"])
+        compiled(NET, X, constant=["hed"])
 
 
 @pytest.mark.parametrize("key", [aten.conv2d, aten.conv2d.default, aten.convolution, aten.convolution.default], ids=str)
@@ -122,7 +123,7 @@ def test_a_packet_in_overrides_means_all_overloads() -> None:
 def test_what_relevance_does_not_reach_counts() -> None:
     """Of an inner layer's neurons the rest of the net is not looked at: patterns there are no mistakes."""
     rule = compose({"0": Flat(), "5": ZPlus()}, default=LRP())
-    explainer = frpc.compile(net(), (X,), rule=rule)
+    explainer = compiled(NET, X, rule=rule)
     assert explainer.neurons("2", [(0, 1, 1)], X).relevance.shape[-2:] == X.shape[-2:]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import frpc
 from cases import CASES, Case
+from families import compiled
 from families import net as family_net
 from frpc.errors import InputError, OptionError, OutputFolderError, ProgramFileError, ShapeError
 from frpc.files import container
@@ -133,7 +134,7 @@ RULES: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", RULES)
 def test_methods_and_policies(name: str, tmp_path: Path) -> None:
     model, x = family_net("max pool")
-    asked = frpc.compile(model, (x,), **RULES[name]())
+    asked = compiled(model, x, **RULES[name]())
     found = frpc.load(asked.save(tmp_path / "m.frpc"))
     for target in (1, torch.tensor([[0, 2]]).expand(len(x), 2)):
         assert same(found(x, target=target), asked(x, target=target))
@@ -142,7 +143,7 @@ def test_methods_and_policies(name: str, tmp_path: Path) -> None:
 def test_several_reference_inputs_are_part_of_the_file(tmp_path: Path) -> None:
     references = randn(3, 3, 8, 8, seed=4)
     rule = frpc.rules.LID(reference=references)
-    asked = frpc.compile(net(), (X,), rule=rule)
+    asked = compiled(net(), X, rule=rule)
     found = frpc.load(asked.save(tmp_path / "m.frpc"))
     assert same(found(X, target=K), asked(X, target=K))
     assert torch.equal(found.predict(X), asked(X, target=0).output)
@@ -151,7 +152,7 @@ def test_several_reference_inputs_are_part_of_the_file(tmp_path: Path) -> None:
 def test_bounds_of_inputs_are_part_of_the_file(tmp_path: Path) -> None:
     low, high = torch.tensor([-1.0, -2.0, -3.0]).reshape(3, 1, 1), 4.0
     x = X.clamp(-1, 1)
-    asked = frpc.compile(net(), (x,), rule=frpc.rules.ZBox(low=low, high=high))
+    asked = compiled(net(), x, rule=frpc.rules.ZBox(low=low, high=high))
     found = frpc.load(asked.save(tmp_path / "m.frpc"))
     assert same(found(x, target=1), asked(x, target=1))
     with pytest.raises(InputError, match="this one goes 1 above high"):
@@ -159,7 +160,7 @@ def test_bounds_of_inputs_are_part_of_the_file(tmp_path: Path) -> None:
 
 
 def test_layers_and_tops_that_were_asked_before(tmp_path: Path) -> None:
-    asked = frpc.compile(net(), (X,), rule=frpc.rules.LRP())
+    asked = compiled(net(), X, rule=frpc.rules.LRP())
     asked.at(["stem", "down"], X, target=K)
     asked(X, target=1, seed="contrastive")
     found = frpc.load(asked.save(tmp_path / "m.frpc", columns=False))
@@ -307,7 +308,7 @@ def test_weights_by_reference_are_checked(tmp_path: Path) -> None:
 def test_constants_follow_from_the_models_weights(name: str, rule: str, tmp_path: Path) -> None:
     """Nothing but numbers that come from nowhere else is stored: scales and parts of weights are computed from the model's."""
     model, x = family_net(name)
-    asked = frpc.compile(model, (x,), rule=getattr(frpc.rules, rule)())
+    asked = compiled(model, x, rule=getattr(frpc.rules, rule)())
     path = asked.save(tmp_path / "m.frpc", weights="reference")
     assert same(frpc.load(path, model=model)(x, target=1), asked(x, target=1))
     with safe_open(path, "pt") as file:

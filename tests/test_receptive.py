@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 import frpc
 from calls import Made, made
+from families import compiled
 from frpc.assign.receptive import Field, receptive_fields
 from frpc.core.graph import fetch, first_result
 from frpc.core.locality import cells
@@ -201,9 +203,10 @@ UNKNOWN = {  # an operator in them says nothing of its field, or moves axes: wha
 }
 
 
-def built(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
+@functools.cache
+def built(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    net, x = make().double(), randn(2, 2, 7, 7)
+    net, x = NETS[name]().double(), randn(2, 2, 7, 7)
     net(x)  # lazy modules
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -266,8 +269,8 @@ def nets(often: Collection[str], *names: str) -> list[Any]:
 @pytest.mark.parametrize("name", nets(OFTEN, *NETS))
 def test_fields_hold_what_is_read_and_no_more(name: str) -> None:
     """Every node of a net, every cell of its input."""
-    net, x = built(NETS[name])
-    assert check_fields(frpc.compile(net, (x,), bias="receptive_field"), x, exactly=name not in UNKNOWN)
+    net, x = built(name)
+    assert check_fields(compiled(net, x, bias="receptive_field"), x, exactly=name not in UNKNOWN)
 
 
 @settings(QUICK, max_examples=12)
@@ -297,8 +300,8 @@ def test_fields_of_many_random_nets_hold_what_is_read(case: Case) -> None:
 )
 def test_constants_land_on_cells_that_the_neuron_reads(name: str) -> None:
     """And relevance and constants together sum to the neuron; a field is an interval, so cells between count as read."""
-    net, x = built(NETS[name])
-    spread, apart = (frpc.compile(net, (x,), bias=bias) for bias in ("receptive_field", "separate"))  # type: ignore[arg-type]
+    net, x = built(name)
+    spread, apart = (compiled(net, x, bias=bias) for bias in ("receptive_field", "separate"))
     output = net(x).detach()
     for place in (0, output[0].numel() // 3, output[0].numel() - 1):
         seed = torch.zeros_like(output)
@@ -317,7 +320,7 @@ def test_constants_land_on_cells_that_the_neuron_reads(name: str) -> None:
 
 
 def field_of(net: nn.Module, x: Tensor, target: object) -> Field:
-    fields = receptive_fields(frpc.compile(net, (x,)).compiled(x).assignment)
+    fields = receptive_fields(compiled(net, x).compiled(x).assignment)
     (found,) = [field for node, field in fields.items() if node.target is target]
     return found
 
@@ -328,7 +331,7 @@ def field_of(net: nn.Module, x: Tensor, target: object) -> Field:
      ("group norm", aten.group_norm.default), ("transposed", aten.transpose.int), ("turned", aten.rot90.default)],
 )  # fmt: skip
 def test_what_no_trait_says_is_taken_to_see_everything(name: str, target: object) -> None:
-    net, x = built(NETS[name])
+    net, x = built(name)
     field = field_of(net, x, target)
     whole = not field.local or all(bool((low == 0).all() and (high == 7).all()) for low, high in field.axes or ())
     assert whole

@@ -49,7 +49,7 @@ DRAWN = [pytest.param(r, id=r.name) for r in ALL if r.drawn and r.fires]
 
 @pytest.mark.parametrize("rewrite", DRAWN)
 def test_random_graphs_keep_their_function(rewrite: Rewrite) -> None:
-    check_random_graphs(rewrite, 8)
+    check_random_graphs(rewrite, 5)
 
 
 @pytest.mark.slow

@@ -48,19 +48,27 @@ def test_five(): pass
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("module", "reason", "status"),
-    [("ray", "the others run with -m slow", 0), ("no_such_module", "the others run with -m slow", 1), ("ray", "not today", 1)],
+    ("module", "reason", "status", "workers"),
+    [
+        ("ray", "the others run with -m slow", 0, "0"),
+        pytest.param("ray", "the others run with -m slow", 0, "2", marks=pytest.mark.slow),
+        ("no_such_module", "the others run with -m slow", 1, "0"),
+        ("no_such_module", "the others run with -m slow", 1, "2"),
+        pytest.param("ray", "not today", 1, "0", marks=pytest.mark.slow),
+        ("ray", "not today", 1, "2"),
+    ],
 )
 def test_a_skip_that_is_not_allowed_fails_the_run(
     module: str, reason: str, status: int, workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a whole file, or of a test; in one process, or in workers."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of the run around this one
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "test_some.py").write_text(SOME.format(module=module))
     (tmp_path / "test_more.py").write_text(MORE.format(reason=reason))
-    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "-p", "no:cacheprovider", "-p", "skips", "-n", workers]
+    plugins = [part for name in ("no:cacheprovider", "xdist", "skips") for part in ("-p", name)]
+    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", *plugins, "-n", workers]
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {TESTS}\n")
     (tmp_path / "ray").mkdir()  # whether it is installed here or not
     (tmp_path / "ray" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'ray'\")")

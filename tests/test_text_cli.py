@@ -109,7 +109,7 @@ def test_a_classifier_with_texts_of_two_lengths(bert, tmp_path):
 
 def test_a_text_has_one_map_whatever_stands_beside_it(bert, tmp_path):
     """Padding takes no share of the constants: alone, and with longer texts, the numbers are the same."""
-    short, others = "the dull half", ([], [TEXT], [TEXT, "the first play " * 4])
+    short, others = "the dull half", ([], [TEXT, "the first play " * 4])
     maps = []
     for count, more in enumerate(others):
         texts = [part for text in [short, *more] for part in ("--text", text)]
@@ -120,7 +120,6 @@ def test_a_text_has_one_map_whatever_stands_beside_it(bert, tmp_path):
         assert entry["padding"] == pytest.approx(0, abs=1e-12)
         maps.append([word["relevance"] for word in entry["words"]])
     assert maps[0] == pytest.approx(maps[1], abs=1e-12)
-    assert maps[0] == pytest.approx(maps[2], abs=1e-12)
 
 
 def test_most_words_unknown_is_said(bert, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,10 +89,15 @@ def _found(graph_module: fx.GraphModule, pattern: Callable[..., Any]) -> Iterato
 
     What is computed in between is read by nobody else. The graph is searched again after each, which may have changed it.
     """
-    matcher, seen = SubgraphMatcher(fx.symbolic_trace(pattern).graph), set[fx.Node]()
+    matcher, seen = SubgraphMatcher(_graph_of(pattern)), set[fx.Node]()
     while fresh := [m for m in matcher.match(graph_module.graph) if m.returning_nodes[0] not in seen]:
         seen.add(fresh[0].returning_nodes[0])
         yield fresh[0].returning_nodes[0], *fresh[0].placeholder_nodes
+
+
+@functools.cache
+def _graph_of(pattern: Callable[..., Any]) -> fx.Graph:
+    return fx.symbolic_trace(pattern).graph
 
 
 def _is_floating(node: fx.Node) -> bool:
