@@ -17,9 +17,9 @@ from calls import Made, made
 from families import compiled
 from frpc.assign.receptive import Field, receptive_fields
 from frpc.core.graph import fetch, first_result
-from frpc.core.locality import cells
 from frpc.core.traits import Axes, Operand
 from frpc.emit.propagate import evaluate
+from frpc.rules.locality import cells
 from frpc.rules.table import traits_of
 from strategies import Case, cases
 

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import bind, first_result
-from frpc.core.locality import cells
 from frpc.core.torch_compat import OpOverload
 from frpc.core.traits import Axes, Operand
 from frpc.rules.carriers import operands_of
+from frpc.rules.locality import cells
 from frpc.rules.table import traits_of
 
 __all__ = ["Field", "receptive_fields"]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.core.locality import cells, windows_of_convolution
 from frpc.maps import Conv, Scale
+from frpc.rules.locality import cells
+from frpc.rules.locality_windows import windows_of_convolution
 from frpc.rules.table import Affine, Call, rule
 
 aten = torch.ops.aten

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.locality import along, trailing
 from frpc.core.torch_compat import schema_of
 from frpc.core.traits import always, if_all
 from frpc.errors import RuleDeclinedError
@@ -23,6 +22,7 @@ from frpc.rules.forms.linear import batch_norm_affine, per_channel
 from frpc.rules.forms.selection import gathered
 from frpc.rules.functions.arithmetic import Number, back, from_end, refuse_batch
 from frpc.rules.functions.elementwise import expm1_over, over
+from frpc.rules.locality import along, trailing
 from frpc.rules.table import TABLE, Affine, Call, rule
 
 aten = torch.ops.aten

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.locality import pixels_shuffled, pixels_unshuffled, resized
 from frpc.core.traits import Operand, if_all
 from frpc.errors import RuleDeclinedError
 from frpc.maps import LinearOp
+from frpc.rules.locality_windows import pixels_shuffled, pixels_unshuffled, resized
 from frpc.rules.table import Affine, Call, linear_op, rule
 
 aten = torch.ops.aten

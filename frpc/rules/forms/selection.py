@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.locality import along
 from frpc.core.traits import if_all
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Broadcast, Compose, Identity, LinearMap, LinearOp, Scale, Transpose
 from frpc.rules.functions.arithmetic import back, refuse_batch, unmasked
+from frpc.rules.locality import along
 from frpc.rules.table import Affine, Call, Operand, linear_op, rule
 
 aten = torch.ops.aten

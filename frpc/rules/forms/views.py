@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.locality import (
+from frpc.core.torch_compat import schema_of
+from frpc.core.traits import if_all
+from frpc.errors import RuleDeclinedError
+from frpc.maps import Broadcast, Identity, LinearMap, LinearOp, Pad, Scale, Shuffle, Slice, Transpose
+from frpc.rules.locality import (
     cells,
     expanded,
     flipped,
@@ -26,10 +30,6 @@ from frpc.core.locality import (
     sliced,
     written,
 )
-from frpc.core.torch_compat import schema_of
-from frpc.core.traits import if_all
-from frpc.errors import RuleDeclinedError
-from frpc.maps import Broadcast, Identity, LinearMap, LinearOp, Pad, Scale, Shuffle, Slice, Transpose
 from frpc.rules.table import Affine, Call, Operand, linear_op, rule
 
 aten = torch.ops.aten

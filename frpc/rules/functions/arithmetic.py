@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.locality import along, concatenated, running
 from frpc.core.traits import if_all
 from frpc.errors import SamplesUnknownError
 from frpc.maps import LinearMap, Place, scaled
+from frpc.rules.locality import along, concatenated, running
 from frpc.rules.table import Affine, Call, Operand, linear_op, rule
 
 aten = torch.ops.aten
