@@ -168,20 +168,17 @@ def builtin_of(op: OpOverload) -> Callable[..., Any]:
 
 def is_composite(op: OpOverload) -> bool:
     """Says whether PyTorch defines an operator as a composition of others, in C++ or in Python."""
-    found: bool = op.has_kernel_for_dispatch_key(_COMPOSITE)
-    return found
+    return bool(op.has_kernel_for_dispatch_key(_COMPOSITE))
 
 
 def has_composite_kernel(op: OpOverload) -> bool:
     """Says whether PyTorch defines an operator as a composition of others in C++."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-    return found
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"))
 
 
 def has_autocast_kernel(op: OpOverload, device: str) -> bool:
     """Says whether autocast knows what to cast for an operator on a kind of device."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), f"Autocast{device.upper()}")
-    return found
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), f"Autocast{device.upper()}"))
 
 
 def called_apart(op: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -277,14 +274,12 @@ def assert_async(condition: Tensor, message: str) -> None:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Says whether a transform of ``torch.func`` shows something through this tensor."""
-    found: bool = _functorch.is_functorch_wrapped_tensor(tensor)
-    return found
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Says whether ``torch.func.vmap`` shows one of several samples through this tensor."""
-    found: bool = _functorch.is_batchedtensor(tensor)
-    return found
+    return bool(_functorch.is_batchedtensor(tensor))
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
