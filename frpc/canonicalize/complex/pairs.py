@@ -6,6 +6,7 @@ imaginary part of a real value is 0), it stays a number, and nothing is computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from frpc.core.editor import Editor
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, fake_mode_of, is_fake
 
-__all__ = ["Pair", "Pairs", "Part", "is_complex", "real_type"]
+__all__ = ["Lowering", "Pair", "Pairs", "Part", "is_complex", "real_type"]
 
 aten = torch.ops.aten
 Part = fx.Node | float
@@ -189,3 +190,7 @@ class Pairs:
 
 def _same(node: fx.Node, value: Tensor) -> bool:
     return [str(n) for n in node.meta["val"].shape] == [str(n) for n in value.shape]
+
+
+Lowering = Callable[[Pairs, fx.Node, dict[str, Any]], Pair | fx.Node | None]
+"""``lowering(pairs, node, arguments)``: what an operator does to pairs; None where it is not known."""
