@@ -22,17 +22,19 @@ from torch import Tensor
 
 from frpc.core.torch_compat import schema_of
 from frpc.errors import RuleDeclinedError
-from frpc.maps import BatchedMatMul, Compose, Gate, LinearMap, LinearOp, MatMul, Scale, scaled
+from frpc.maps import Gate, LinearMap, Scale, scaled
 from frpc.rules.forms.norms import weighed_sum
 from frpc.rules.forms.spectral import turn
 from frpc.rules.functions.arithmetic import from_end, refuse_batch
-from frpc.rules.functions.elementwise import expm1_over, over
+from frpc.rules.functions.elementwise import over
 from frpc.rules.increments.changes import cumulative_product, of_two, product, reduced
-from frpc.rules.increments.paths import Increment, Path, averaged, derivative, part_above, secant
+from frpc.rules.increments.paths import Increment, Path, derivative, part_above, secant
+from frpc.rules.increments.products import div, linear, matrix_product, mul
+from frpc.rules.increments.softmax import log_softmax, logsumexp, softmax
 from frpc.rules.increments.winners import extreme, larger, max_pool, ordered, running
 from frpc.rules.table import TABLE, Affine, Call, Operand, Rule
 
-__all__ = ["INCREMENTS", "SoftmaxMap", "increment_rule"]
+__all__ = ["INCREMENTS", "increment_rule"]
 
 aten = torch.ops.aten
 
@@ -91,67 +93,7 @@ def _copied(call: Call, path: Path) -> Affine:
     return Affine({"src": scaled(1, call.args["src"].shape, call.value.shape)} if call.carries("src") else {})
 
 
-# Products and quotients ---------------------------------------------------------------------------------------------------
-
-
-def _mul(call: Call, path: Path) -> Affine:
-    terms: dict[Operand, LinearMap] = {}
-    for name, other in (("self", "other"), ("other", "self")):
-        if call.carries(name):
-            terms[name] = scaled(path.middle(call, other), call.args[name].shape, call.value.shape)
-    return Affine(terms)
-
-
-def _div(call: Call, path: Path) -> Affine:
-    """``1/b`` on a, ``-a/b^2`` on b; exactly ``(1/b + 1/b_r)/2`` and ``-(a + a_r)/2 / (b b_r)``."""
-    terms: dict[Operand, LinearMap] = {}
-    b, there = call.args["other"], call.reference
-    if call.carries("self"):
-        ends = [end.args["other"] for end in (call, there) if end is not None]  # of whole numbers 1/b would be float32
-        parts = [1.0 / (end.to(call.value.dtype) if isinstance(end, Tensor) else end) for end in ends]
-        inverse = parts[0] if len(parts) == 1 else 0.5 * (parts[0] + parts[1])
-        terms["self"] = scaled(inverse, call.args["self"].shape, call.value.shape)
-    if call.carries("other"):
-        square = b * b if there is None else b * there.args["other"]
-        middle = call.args["self"] if there is None else Path().middle(call, "self")
-        terms["other"] = scaled(-middle / square, b.shape, call.value.shape)
-    return Affine(terms)
-
-
-def _matrix_product(first: str, second: str, added: str = "") -> Increment:
-    """Products of matrices, ``alpha A B (+ beta C)``."""
-
-    def rule(call: Call, path: Path) -> Affine:
-        alpha, result = call.args.get("alpha", 1), call.value.shape
-        terms: dict[Operand, LinearMap] = {}
-        a, b = path.middle(call, first), path.middle(call, second)
-        shape = call.args[first].shape
-        if call.carries(first):
-            factor = b if alpha == 1 else b * alpha
-            flat = factor.dim() == 2 and len(shape) > 1
-            terms[first] = MatMul(factor.t(), shape) if flat else BatchedMatMul(factor, shape, result)
-        if call.carries(second):
-            factor = a if alpha == 1 else a * alpha
-            terms[second] = BatchedMatMul(factor, call.args[second].shape, result, left=True)
-        if added and call.carries(added):
-            terms[added] = scaled(call.args.get("beta", 1), call.args[added].shape, result)
-        return Affine(terms)
-
-    return rule
-
-
-def _linear(call: Call, path: Path) -> Affine:
-    terms: dict[Operand, LinearMap] = {}
-    weight, result = path.middle(call, "weight"), call.value.shape
-    if call.carries("input"):
-        terms["input"] = MatMul(weight, call.args["input"].shape)
-    if call.carries("weight"):
-        shape = call.args["weight"].shape
-        turned = LinearOp(lambda u: u.transpose(-1, -2), shape, [shape[1], shape[0]])
-        terms["weight"] = Compose(turned, BatchedMatMul(path.middle(call, "input"), turned.result, result, left=True))
-    if call.carries("bias"):
-        terms["bias"] = scaled(1, call.args["bias"].shape, result)
-    return Affine(terms)
+# Functions of several numbers ----------------------------------------------------------------------------------------------
 
 
 def _variance(call: Call, path: Path) -> Affine:
@@ -218,83 +160,24 @@ def _norm(call: Call, path: Path) -> Affine:
     return Affine(standard(call).terms)
 
 
-# Softmax ------------------------------------------------------------------------------------------------------------------
-
-
-class SoftmaxMap(LinearMap):
-    """``u -> k (u - <k, u> / sum k)`` along one dimension, its own transpose; with k a softmax, the Jacobian of that softmax."""
-
-    def __init__(self, weights: Tensor, dim: int) -> None:
-        self.operand = self.result = weights.shape
-        self.weights, self.dim = weights, dim
-        self.total = weights.sum(dim, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # 0 where all is masked
-
-    def push(self, u: Tensor) -> Tensor:
-        return self.weights * (u - (self.weights * u).sum(self.dim, keepdim=True) / self.total)
-
-    def pull(self, v: Tensor) -> Tensor:
-        return self.push(v)
-
-
-def _weights(call: Call, path: Path, name: str, dims: list[int]) -> list[Tensor]:
-    """The softmax at each point of a path; exactly, the logarithmic means ``k = (s - t) / (log s - log t)`` of its two ends.
-
-    ``ds_i = k_i (da_i - dL)``, L the logarithm of the sum. As the s sum to 1, ``dL = sum k_j da_j / sum k_j``: complete, bounded,
-    and s itself where both ends are one.
-    """
-
-    def softmax(a: Tensor) -> Tensor:
-        e = torch.exp(a - a.amax(dims, keepdim=True).clamp(min=torch.finfo(a.dtype).min))
-        return e / e.sum(dims, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
-
-    if call.reference is None or path.steps is not None:
-        return [softmax(point) for point in path.points(call, name)]
-    a, r = call.args[name], call.reference.args[name]
-    change = (a - a.logsumexp(dims, keepdim=True)) - (r - r.logsumexp(dims, keepdim=True))
-    size = torch.where(torch.isfinite(change), change.abs(), 0.0)  # what is left out has no softmax at either end
-    return [torch.maximum(softmax(a), softmax(r)) * expm1_over(-size)]
-
-
-def _softmax(call: Call, path: Path) -> Affine:
-    name, dim = str(schema_of(call.op).arguments[0].name), from_end(call.args["dim"], call.value.dim())
-    refuse_batch(call.args[name], dim)
-    weights = [call.value] if call.reference is None else _weights(call, path, name, dim)
-    return Affine({name: averaged([SoftmaxMap(k, dim[0]) for k in weights])})
-
-
-def _log_softmax(call: Call, path: Path) -> Affine:
-    a, dim = call.args["self"], from_end(call.args["dim"], call.value.dim())
-    refuse_batch(a, dim)
-    parts = [k / k.sum(dim, keepdim=True) for k in _weights(call, path, "self", dim)]
-    weights = sum(parts[1:], parts[0]) / len(parts)
-    return Affine({"self": LinearOp(lambda u: u - (weights * u).sum(dim, keepdim=True), a.shape, a.shape)})
-
-
-def _logsumexp(call: Call, path: Path) -> Affine:
-    a, dims = call.args["self"], from_end(call.args["dim"], call.args["self"].dim())
-    refuse_batch(a, dims)
-    parts = [k / k.sum(dims, keepdim=True) for k in _weights(call, path, "self", dims)]
-    return Affine({"self": weighed_sum(call, sum(parts[1:], parts[0]) / len(parts), dims, call.args["keepdim"])})
-
-
 # The table ----------------------------------------------------------------------------------------------------------------
 
 
 INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.relu.default: (_relu, ("self",), "(a+ + r+) / (|a| + |r|)"),
-    aten.mul.Tensor: (_mul, ("self", "other"), "(b + b_r)/2 on a, (a + a_r)/2 on b"),
-    aten.div.Tensor: (_div, ("self", "other"), "(1/b + 1/b_r)/2 on a, -(a + a_r)/2 / (b b_r) on b"),
-    aten.mm.default: (_matrix_product("self", "mat2"), ("self", "mat2"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
-    aten.bmm.default: (_matrix_product("self", "mat2"), ("self", "mat2"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
-    aten.matmul.default: (_matrix_product("self", "other"), ("self", "other"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
-    aten.mv.default: (_matrix_product("self", "vec"), ("self", "vec"), "(b + b_r)/2 on A, (A + A_r)/2 on b"),
-    aten.addmm.default: (_matrix_product("mat1", "mat2", "self"), ("self", "mat1", "mat2"), "beta C + the product as in mm"),
+    aten.mul.Tensor: (mul, ("self", "other"), "(b + b_r)/2 on a, (a + a_r)/2 on b"),
+    aten.div.Tensor: (div, ("self", "other"), "(1/b + 1/b_r)/2 on a, -(a + a_r)/2 / (b b_r) on b"),
+    aten.mm.default: (matrix_product("self", "mat2"), ("self", "mat2"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
+    aten.bmm.default: (matrix_product("self", "mat2"), ("self", "mat2"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
+    aten.matmul.default: (matrix_product("self", "other"), ("self", "other"), "(B + B_r)/2 on A, (A + A_r)/2 on B"),
+    aten.mv.default: (matrix_product("self", "vec"), ("self", "vec"), "(b + b_r)/2 on A, (A + A_r)/2 on b"),
+    aten.addmm.default: (matrix_product("mat1", "mat2", "self"), ("self", "mat1", "mat2"), "beta C + the product as in mm"),
     aten.baddbmm.default: (
-        _matrix_product("batch1", "batch2", "self"),
+        matrix_product("batch1", "batch2", "self"),
         ("self", "batch1", "batch2"),
         "beta C + the product as in bmm",
     ),
-    aten.linear.default: (_linear, ("input", "weight", "bias"), "W on a; both carried: as mm"),
+    aten.linear.default: (linear, ("input", "weight", "bias"), "W on a; both carried: as mm"),
     aten.hypot.default: (_hypot, ("self", "other"), "(a + a_r) / (|z| + |z_r|) on a, (b + b_r) / (|z| + |z_r|) on b"),
     aten.atan2.default: (_atan2, ("self", "other"), "secants, the other operand at either end"),
     aten.var.correction: (_variance, ("self",), "(dev(a) + dev(r)) / (n - correction), summed"),
@@ -332,10 +215,10 @@ INCREMENTS: dict[Any, tuple[Increment, tuple[str, ...], str]] = {
     aten.scatter_reduce.two: (reduced, ("self", "src"), "weights; the winners at both ends; the product of the others, averaged"),
     aten.sgn.default: (_sign, ("self",), "(f(a) - f(r)) / (a - r)"),
     aten.copy.default: (_copied, ("self", "src"), "the source"),
-    aten._softmax.default: (_softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
-    aten._safe_softmax.default: (_softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
-    aten._log_softmax.default: (_log_softmax, ("self",), "v - k <1, v> / sum k, k as for softmax"),
-    aten.logsumexp.default: (_logsumexp, ("self",), "k / sum k, k as for softmax"),
+    aten._softmax.default: (softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
+    aten._safe_softmax.default: (softmax, ("self",), "k (v - <k, v> / sum k), k = (s - s_r) / log(s / s_r)"),
+    aten._log_softmax.default: (log_softmax, ("self",), "v - k <1, v> / sum k, k as for softmax"),
+    aten.logsumexp.default: (logsumexp, ("self",), "k / sum k, k as for softmax"),
     **dict.fromkeys(
         (aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim),
         (extreme, ("self",), "the elements taken at the ends of the path"),
