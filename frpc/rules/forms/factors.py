@@ -16,7 +16,7 @@ from frpc.errors import RuleDeclinedError
 from frpc.maps import LinearMap, LinearOp
 from frpc.rules.forms.norms import weighed_sum
 from frpc.rules.functions.arithmetic import back, refuse_batch
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.table import Affine, Call, rule
 
 __all__ = ["others", "others_so_far", "so_far"]

@@ -21,7 +21,7 @@ from frpc.maps.base import Shape
 from frpc.rules.forms.linear import batch_norm_affine, per_channel
 from frpc.rules.forms.selection import gathered
 from frpc.rules.functions.arithmetic import Number, back, from_end, refuse_batch
-from frpc.rules.functions.elementwise import expm1_over, over
+from frpc.rules.functions.quotients import expm1_over, over
 from frpc.rules.locality import along, trailing
 from frpc.rules.table import TABLE, Affine, Call, rule
 

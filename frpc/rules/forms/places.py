@@ -10,7 +10,7 @@ from torch import Tensor
 from frpc.maps import Compose, LinearMap, LinearOp, Scale, Transpose
 from frpc.rules.forms.selection import corner, gathered
 from frpc.rules.functions.arithmetic import back, refuse_batch, unmasked
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.table import Affine, Call, Operand, rule
 
 __all__ = ["placed", "shares"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from frpc.core.traits import if_all
 from frpc.maps import BatchedMatMul, Compose, LinearMap, LinearOp, MatMul, scaled
 from frpc.rules.functions.arithmetic import Number, Term, refuse_batch, unmasked
-from frpc.rules.functions.elementwise import expm1_over
+from frpc.rules.functions.quotients import expm1_over
 from frpc.rules.locality import products
 from frpc.rules.table import Affine, Call, Operand, rule
 

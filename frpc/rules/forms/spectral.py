@@ -17,7 +17,7 @@ from frpc.core.traits import always
 from frpc.maps import LinearMap, scaled
 from frpc.maps.spectral import AsReal, Fourier, FromPart, HalfFourier, RealFourier
 from frpc.rules.functions.arithmetic import from_end, refuse_batch
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.table import Affine, Call, Operand, rule
 
 aten = torch.ops.aten

@@ -1,7 +1,6 @@
 """Elementwise operators: secants through 0 in closed form (method §2).
 
-``M = (f(a) - f(0)) / a`` and ``c = f(0)``. Where the quotient would divide by something near 0, a series takes over below
-``sqrt(eps)``: its first neglected term is then below the rounding of the dtype. A comment gives each function's f.
+``M = (f(a) - f(0)) / a`` and ``c = f(0)``. A comment gives each function's f.
 """
 
 from __future__ import annotations
@@ -13,6 +12,20 @@ from torch import Tensor
 
 from frpc.core.traits import if_all
 from frpc.maps import Gate, Scale
+from frpc.rules.functions.quotients import (
+    asin_over,
+    atan_over,
+    erf_over,
+    exp_over,
+    expm1_over,
+    log1p_over,
+    over,
+    quotient,
+    sin_over,
+    sinh_over,
+    softplus_over,
+    tanh_over,
+)
 from frpc.rules.functions.ranges import (
     BOUNDS,
     KEEPS_SIGN,
@@ -31,32 +44,6 @@ aten = torch.ops.aten
 LOG2 = math.log(2.0)
 
 
-def quotient(a: Tensor, numerator: Tensor, series: Tensor | float) -> Tensor:
-    """Returns ``numerator / a``, and ``series`` where |a| is below sqrt(eps)."""
-    near = a.abs() < math.sqrt(torch.finfo(a.dtype).eps)
-    return torch.where(near, series, numerator / torch.where(near, 1.0, a))
-
-
-def expm1_over(a: Tensor) -> Tensor:
-    """``(e^a - 1) / a``."""
-    return quotient(a, torch.expm1(a), 1.0 + 0.5 * a)
-
-
-def _tanh_over(a: Tensor) -> Tensor:
-    """``tanh(a) / a``."""
-    return quotient(a, torch.tanh(a), 1.0 - a * a / 3.0)
-
-
-def _sin_over(a: Tensor) -> Tensor:
-    """``sin(a) / a``; torch.sinc, which multiplies by pi again, loses the phase of a large a."""
-    return quotient(a, torch.sin(a), 1.0 - a * a / 6.0)
-
-
-def _softplus_over(a: Tensor) -> Tensor:
-    """``(log(1 + e^a) - log 2) / a``, as ``(max(a, 0) + log1p(expm1(-|a|)/2)) / a``: no digits are lost near 0 or far out."""
-    return quotient(a, a.clamp(min=0.0) + torch.log1p(torch.expm1(-a.abs()) * 0.5), 0.5 + 0.125 * a)
-
-
 def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     # The operator switches to the identity above its threshold, where softplus differs from it by e^-threshold.
     h = a * beta
@@ -64,7 +51,7 @@ def _softplus(a: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     if threshold < 0:  # then 0 lies above it, f(0) = 0
         below = torch.where(above, -1.0, h)
         return torch.where(above, 1.0, torch.nn.functional.softplus(below) / below)
-    return torch.where(above, (h - LOG2) / torch.where(above, h, 1.0), _softplus_over(h))
+    return torch.where(above, (h - LOG2) / torch.where(above, h, 1.0), softplus_over(h))
 
 
 def _softplus_at_zero(beta: float = 1.0, threshold: float = 20.0) -> float:
@@ -127,43 +114,6 @@ def _power(a: Tensor, exponent: float) -> Tensor:
     return torch.where(a == 0, 1.0 if exponent == 1 else 0.0, torch.pow(torch.where(a == 0, 1.0, a), exponent - 1))
 
 
-def _exp_over(a: Tensor, value: Tensor, rate: float) -> Tensor:
-    """``(b^a - 1) / a``, ``rate = log b``: expm1 near 0, where b^a - 1 cancels; b^a far out, where rounding a log b shows."""
-    near = (a * rate).abs() < 1.0
-    far = (value - 1.0) / torch.where(near, 1.0, a)
-    return torch.where(near, rate * expm1_over(torch.where(near, a * rate, 0.0)), far)
-
-
-def _sinh_over(a: Tensor) -> Tensor:
-    """``sinh(a) / a``."""
-    return quotient(a, torch.sinh(a), 1.0 + a * a / 6.0)
-
-
-def _asin_over(a: Tensor) -> Tensor:
-    """``asin(a) / a``."""
-    return quotient(a, torch.asin(a), 1.0 + a * a / 6.0)
-
-
-def atan_over(a: Tensor) -> Tensor:
-    """``atan(a) / a``."""
-    return quotient(a, torch.atan(a), 1.0 - a * a / 3.0)
-
-
-def log1p_over(a: Tensor) -> Tensor:
-    """``log(1 + a) / a``."""
-    return quotient(a, torch.log1p(a), 1.0 - 0.5 * a)
-
-
-def erf_over(a: Tensor) -> Tensor:
-    """``erf(a) / a``."""
-    return quotient(a, torch.erf(a), 2.0 / math.sqrt(math.pi) * (1.0 - a * a / 3.0))
-
-
-def over(value: Tensor, a: Tensor) -> Tensor:
-    """``f(a) / a``, and 0 at a = 0: all of the result is carried, and nothing where there is nothing to carry."""
-    return torch.where(a == 0, 0.0, value / torch.where(a == 0, 1.0, a))
-
-
 # The rules --------------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +151,7 @@ def prelu(call: Call, a: Tensor, weight: Tensor) -> Affine:
     **PLAIN,
 )
 def log_sigmoid(call: Call, a: Tensor) -> Affine:
-    return Affine({"self": Scale(_softplus_over(-a), a.shape)}, -LOG2)
+    return Affine({"self": Scale(softplus_over(-a), a.shape)}, -LOG2)
 
 
 elementwise(aten.relu6.default, lambda a: _clamp(a, 0.0, 6.0), formula="min(max(a, 0), 6) / a", **RELU)
@@ -270,7 +220,7 @@ elementwise(
 elementwise(aten.hardswish.default, torch.nn.functional.hardsigmoid, formula="relu6(a + 3) / 6", activation=True, **KEEPS_SIGN)
 elementwise(
     aten.sigmoid.default,
-    lambda a: 0.25 * _tanh_over(0.5 * a),
+    lambda a: 0.25 * tanh_over(0.5 * a),
     0.5,
     formula="tanh(a/2) / (2a), c = 1/2",
     activation=True,
@@ -286,7 +236,7 @@ elementwise(
     gate=True,
     **POSITIVE,
 )
-elementwise(aten.tanh.default, _tanh_over, formula="tanh(a) / a", activation=True, **KEEPS_SIGN)
+elementwise(aten.tanh.default, tanh_over, formula="tanh(a) / a", activation=True, **KEEPS_SIGN)
 elementwise(
     aten.softplus.default,
     _softplus,
@@ -319,21 +269,21 @@ elementwise(
 elementwise(aten.exp.default, expm1_over, 1.0, formula="(e^a - 1) / a, c = 1", gate=True, **POSITIVE)
 elementwise(aten.expm1.default, expm1_over, formula="(e^a - 1) / a", **KEEPS_SIGN)
 elementwise(aten.log1p.default, log1p_over, formula="log(1 + a) / a", **KEEPS_SIGN)
-elementwise(aten.sin.default, _sin_over, formula="sin(a) / a", **PLAIN)
-elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * _sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1", **PLAIN)
+elementwise(aten.sin.default, sin_over, formula="sin(a) / a", **PLAIN)
+elementwise(aten.cos.default, lambda a: -torch.sin(0.5 * a) * sin_over(0.5 * a), 1.0, formula="(cos(a) - 1) / a, c = 1", **PLAIN)
 elementwise(aten.tan.default, lambda a: quotient(a, torch.tan(a), 1.0 + a * a / 3.0), formula="tan(a) / a", **PLAIN)
 elementwise(aten.atan.default, atan_over, formula="atan(a) / a", **KEEPS_SIGN)
 elementwise(aten.erf.default, erf_over, formula="erf(a) / a", **KEEPS_SIGN)
 elementwise(aten.erfc.default, lambda a: -erf_over(a), 1.0, formula="-erf(a) / a, c = 1", **POSITIVE)
-elementwise(aten.exp2.default, lambda a: _exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1", **POSITIVE)
-elementwise(aten.sinh.default, _sinh_over, formula="sinh(a) / a", **KEEPS_SIGN)
+elementwise(aten.exp2.default, lambda a: exp_over(a, torch.exp2(a), LOG2), 1.0, formula="(2^a - 1) / a, c = 1", **POSITIVE)
+elementwise(aten.sinh.default, sinh_over, formula="sinh(a) / a", **KEEPS_SIGN)
 elementwise(
-    aten.cosh.default, lambda a: torch.sinh(0.5 * a) * _sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1", **POSITIVE
+    aten.cosh.default, lambda a: torch.sinh(0.5 * a) * sinh_over(0.5 * a), 1.0, formula="(cosh(a) - 1) / a, c = 1", **POSITIVE
 )
 elementwise(aten.asinh.default, lambda a: quotient(a, torch.asinh(a), 1.0 - a * a / 6.0), formula="asinh(a) / a", **KEEPS_SIGN)
 elementwise(aten.atanh.default, lambda a: quotient(a, torch.atanh(a), 1.0 + a * a / 3.0), formula="atanh(a) / a", **KEEPS_SIGN)
-elementwise(aten.asin.default, _asin_over, formula="asin(a) / a", **KEEPS_SIGN)
-elementwise(aten.acos.default, lambda a: -_asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2", **POSITIVE)
+elementwise(aten.asin.default, asin_over, formula="asin(a) / a", **KEEPS_SIGN)
+elementwise(aten.acos.default, lambda a: -asin_over(a), 0.5 * math.pi, formula="-asin(a) / a, c = pi/2", **POSITIVE)
 elementwise(aten.rad2deg.default, lambda a: 180.0 / math.pi, formula="180 / pi", **KEEPS_SIGN)
 elementwise(aten.deg2rad.default, lambda a: math.pi / 180.0, formula="pi / 180", **KEEPS_SIGN)
 elementwise(aten.abs.default, torch.sign, formula="sgn(a)", **POSITIVE)

@@ -15,7 +15,7 @@ from torch import Tensor
 from frpc.core.traits import always
 from frpc.maps import LinearMap, scaled
 from frpc.rules.functions.arithmetic import Term
-from frpc.rules.functions.elementwise import log1p_over, over
+from frpc.rules.functions.quotients import log1p_over, over
 from frpc.rules.table import Affine, Call, Operand, rule
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frpc.core.traits import Operand, if_all
 from frpc.maps import Cast, Identity, Scale
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.functions.ranges import KEEPS_SIGN, PLAIN
 from frpc.rules.table import Affine, Call, elementwise, rule
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frpc.core.traits import always
 from frpc.maps import Scale
-from frpc.rules.functions.elementwise import erf_over, expm1_over, over, quotient
+from frpc.rules.functions.quotients import erf_over, expm1_over, over, quotient
 from frpc.rules.table import Affine, Call, elementwise, rule
 
 aten = torch.ops.aten

@@ -26,7 +26,7 @@ from frpc.maps import Gate, LinearMap, Scale, scaled
 from frpc.rules.forms.norms import weighed_sum
 from frpc.rules.forms.spectral import turn
 from frpc.rules.functions.arithmetic import from_end, refuse_batch
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.increments.changes import cumulative_product, of_two, product, reduced
 from frpc.rules.increments.paths import Increment, Path, derivative, part_above, secant
 from frpc.rules.increments.products import div, linear, matrix_product, mul

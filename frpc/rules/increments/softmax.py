@@ -9,7 +9,7 @@ from frpc.core.torch_compat import schema_of
 from frpc.maps import LinearMap, LinearOp
 from frpc.rules.forms.norms import weighed_sum
 from frpc.rules.functions.arithmetic import from_end, refuse_batch
-from frpc.rules.functions.elementwise import expm1_over
+from frpc.rules.functions.quotients import expm1_over
 from frpc.rules.increments.paths import Path, averaged
 from frpc.rules.table import Affine, Call
 

@@ -13,7 +13,7 @@ from frpc.errors import OptionError, RuleDeclinedError
 from frpc.maps import Scale
 from frpc.rules.carriers import Product
 from frpc.rules.functions.arithmetic import back
-from frpc.rules.functions.elementwise import over
+from frpc.rules.functions.quotients import over
 from frpc.rules.increments.softmax import SoftmaxMap
 from frpc.rules.lrp import lrp
 from frpc.rules.lrp.lrp import Bound, LayerRule
