@@ -1,37 +1,31 @@
 """Capture: a module and example inputs become one functional graph of ATen operators that remembers where each node came from.
 
-``torch.export`` does the tracing. The graph is then put into the form the rest of the compiler works on: placeholders are
-the inputs, ``get_attr`` nodes the parameters and buffers (a snapshot: the user's module is neither kept nor changed), and
-there is one output tensor, the one to be explained.
+``torch.export`` does the tracing; :mod:`frpc.capture.plain` puts its graph into the form that the rest of the compiler works on.
+The parameters and buffers are a snapshot: the user's module is neither kept nor changed.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind
 
-from frpc.capture import tracing
 from frpc.capture.composed import AT_CAPTURE
+from frpc.capture.plain import plain_graph
 from frpc.capture.regions import enter_regions
 from frpc.capture.tracing import Traced, tensors_by_name
-from frpc.core import stopped
-from frpc.core.graph import Origin, describe, name_layers, origin_of
-from frpc.core.reasons import StoppedError, failure, first_line, quiet_logs
-from frpc.core.stopped import settle, watching
-from frpc.core.torch_compat import FakeTensorMode, HigherOrderOperator, fake_mode_of, fixed_size
+from frpc.core.reasons import StoppedError, failure, first_line, quiet_logs, without_warnings
+from frpc.core.stopped import watching
+from frpc.core.torch_compat import FakeTensorMode, fake_mode_of, fixed_size
 from frpc.core.values import all_hold, is_traced, whole
-from frpc.errors import EmptyBatchError, FrpcError, Gap, InputError, NonFiniteError, UnsupportedOpError, WeightsError, nearest
+from frpc.errors import EmptyBatchError, FrpcError, InputError, NonFiniteError, WeightsError, nearest
 
 __all__ = ["Captured", "InputSpec", "argument_order", "capture", "check_decisive", "check_finite", "tensors_of", "tree"]
 
@@ -120,7 +114,8 @@ def capture(
         except Exception as error:
             reason = first_line(error)
             program = _export_static(traced, inputs, gradients, error)
-    graph_module = _plain_graph(program, traced)
+    graph, constants = plain_graph(program, traced)
+    graph_module = fx.GraphModule(tree(constants), graph, class_name="Captured")
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     specs = tuple(_spec(node, reason is None) for node in placeholders)
     modes = [fake_mode_of(n.meta["val"]) for n in placeholders if isinstance(n.meta.get("val"), Tensor)]
@@ -168,7 +163,7 @@ def _pair(x: Tensor) -> Tensor:
 def _export(traced: Traced, inputs: tuple[Tensor, ...], gradients: bool, dynamic: bool) -> ExportedProgram:
     batch = Dim("batch", min=1)
     shapes: Any = (tuple({0: batch} for _ in inputs),) if dynamic else None
-    with torch.no_grad(), _quiet("The tensor attribute"):  # recurrent layers note their weights again at every call
+    with torch.no_grad(), without_warnings("The tensor attribute"):  # recurrent layers note their weights again at every call
         with watching(traced.model, gradients):
             program = torch.export.export(traced, inputs, dynamic_shapes=shapes, strict=False)
         enter_regions(program.graph_module)
@@ -197,94 +192,6 @@ def _export_static(traced: Traced, inputs: tuple[Tensor, ...], gradients: bool, 
         return _export(traced, inputs, gradients, dynamic=False)
     except Exception as error:
         raise failure(traced.model, lambda: traced.called(inputs), error) from first
-
-
-def _plain_graph(program: ExportedProgram, traced: Traced) -> fx.GraphModule:
-    """Rebuilds the exported graph with parameters as ``get_attr`` nodes and the explained tensor as its only output."""
-    graph = fx.Graph()
-    constants: dict[str, Any] = {}
-    kinds = {s.arg.name: s for s in program.graph_signature.input_specs}
-    copies: dict[fx.Node, fx.Node] = {}
-    explained, *returned = _results(program)
-    names, noted = _input_names(traced, program), set(returned)
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
-            target = kinds[node.name].target
-            assert target is not None
-            name = target.removeprefix(_MODEL)
-            constants[name] = _constant(program, target)
-            with _quiet("Attempted to insert a get_attr Node"):
-                copies[node] = graph.get_attr(name)
-            copies[node].meta = dict(node.meta)
-        elif node.op == "placeholder":
-            copies[node] = graph.placeholder(names.pop(0))
-            copies[node].meta = dict(node.meta)
-        elif node.op == "output":
-            graph.output(copies[explained])
-        elif node not in noted:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].meta["origin"] = _origin(node)
-    _refuse_control_flow(graph)
-    settle(graph)
-    name_layers([(copies[_noted(note)], _origin(note).module) for note in returned], traced.returned)
-    graph.eliminate_dead_code()  # what only the copies used, and other outputs
-    return fx.GraphModule(tree(constants), graph, class_name="Captured")
-
-
-def _noted(copied: fx.Node) -> fx.Node:
-    """The node that a copy was taken of; where autograd does not follow, the copy is marked."""
-    copied = copied.args[0] if copied.target is torch.ops.frpc.stop.default else copied  # type: ignore[assignment]
-    assert copied.target is torch.ops.aten.clone.default and isinstance(copied.args[0], fx.Node)
-    return copied.args[0]
-
-
-_MODEL = "model."  # what torch.export puts before the names of a model inside Traced
-
-
-def _results(program: ExportedProgram) -> list[Any]:
-    """The nodes of the explained tensor and of the copies of what modules returned."""
-    specs, node = program.graph_signature.output_specs, program.graph.output_node()
-    return [a for a, s in zip(node.args[0], specs, strict=True) if s.kind is OutputKind.USER_OUTPUT]
-
-
-def _input_names(traced: Traced, program: ExportedProgram) -> list[str]:
-    """Names the inputs as the model's ``forward`` does."""
-    if traced.names:
-        return list(traced.names)
-    count = sum(s.kind is InputKind.USER_INPUT for s in program.graph_signature.input_specs)
-    names: list[str] = []
-    for parameter in inspect.signature(traced.model.forward).parameters.values():
-        several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        names += [f"{parameter.name}_{i}" for i in range(count - len(names))] if several else [parameter.name]
-    return names[:count]
-
-
-def _refuse_control_flow(graph: fx.Graph) -> None:
-    """Refuses operators that take functions (``torch.cond``, ``while_loop``): what they run is not in the graph.
-
-    Raises:
-        UnsupportedOpError: naming all whose results are used.
-    """
-    calls = [n for n in graph.nodes if n.op == "call_function"]
-    found = [n for n in calls if isinstance(n.target, HigherOrderOperator) and n.users]
-    if found:
-        reason = "it runs functions that it is given, which frpc does not look into"
-        places = [(n, origin_of(n)) for n in found]
-        gaps = [Gap(n.name, str(n.target), reason, o.module, o.where, o.source, describe(n.meta.get("val"))) for n, o in places]
-        raise UnsupportedOpError(gaps, len(calls))
-
-
-@contextmanager
-def _quiet(message: str) -> Iterator[None]:
-    """Leaves out warnings that begin so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message)
-        yield
-
-
-def _constant(program: ExportedProgram, target: str) -> Any:
-    value = program.state_dict[target] if target in program.state_dict else program.constants[target]
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
@@ -345,16 +252,6 @@ def tree(constants: dict[str, Any]) -> nn.Module:
             module = getattr(module, part)
         module.register_buffer(leaf, value)
     return root
-
-
-def _origin(node: fx.Node) -> Origin:
-    paths = [entry[0].removeprefix(_MODEL) for entry in node.meta.get("nn_module_stack", {}).values()]
-    modules = tuple(path for path in paths if path not in ("", _MODEL.removesuffix(".")))
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if not f[0].startswith((tracing.__file__, stopped.__file__, "<eval_with_key>"))]
-    user = [f for f in frames if not f[0].startswith(f"{torch.__path__[0]}/nn/")] or frames
-    file, line, source = user[-1] if user else ("", "0", "")
-    return Origin(modules[-1] if modules else "", modules, file, int(line), source.strip(), node.target)
 
 
 def _spec(node: fx.Node, dynamic: bool) -> InputSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
@@ -17,7 +18,7 @@ from torch import fx, nn
 from frpc.core.graph import origin_of
 from frpc.errors import CaptureError, CompileError, FrpcError
 
-__all__ = ["StoppedError", "failure", "first_line", "itself", "pass_failure", "quiet_logs"]
+__all__ = ["StoppedError", "failure", "first_line", "itself", "pass_failure", "quiet_logs", "without_warnings"]
 
 
 class StoppedError(Exception):
@@ -53,6 +54,14 @@ def quiet_logs() -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(others)
+
+
+@contextmanager
+def without_warnings(message: str) -> Iterator[None]:
+    """Leaves out warnings that begin so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message)
+        yield
 
 
 def first_line(error: BaseException) -> str:
