@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from frpc.cli.classifier import ModelOption, load_classifier
+from frpc.cli.neurons_record import RankedChannel, channel_portrait, layer_record, show_layer, size_in_words
 from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, Order, Session, ThreadsOption, session
 from frpc.errors import OptionError, TargetError
 
@@ -33,7 +32,7 @@ Index = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Request:
+class NeuronsRequest:
     """The command line of `frpc neurons`; see :func:`neurons`."""
 
     model: str
@@ -50,33 +49,12 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """An explainer and the picture it is asked about: ``x`` is ``[1, 3, H, W]``."""
+class AskedPhoto:
+    """A picture as the model takes it, ``x`` ``[1, 3, H, W]``, and the explainer that is asked about it."""
 
     explainer: Explainer
     picture: Picture
     x: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """A channel and what it is sorted by.
-
-    Attributes:
-        number: the channel.
-        value: the sum of its neurons' values, which its map adds up to.
-        peak: the largest value of a neuron.
-        relevance: its map ``[H0, W0]``.
-        magnitude: ``sum |V|`` of the map.
-        error: ``|sum V - value| / sum |V|``.
-    """
-
-    number: int
-    value: float
-    peak: float
-    relevance: Tensor
-    magnitude: float
-    error: float
 
 
 def neurons(
@@ -111,12 +89,12 @@ def neurons(
         if bias is Bias.receptive_field:
             raise OptionError("frpc neurons knows --bias uniform and separate")
         chosen = [_index(text) for text in neuron or []]
-        request = Request(model, weights, image, list(dict.fromkeys(layer)), top, by, chosen, cell, save, bias, dtype)
+        request = NeuronsRequest(model, weights, image, list(dict.fromkeys(layer)), top, by, chosen, cell, save, bias, dtype)
         folder = OutputFolder(out)
         result = _run(request, folder, current)
         folder.json("neurons.json", result)
         for entry in result["layers"]:
-            _show(current.console, entry)
+            show_layer(current.console, entry)
         for file in folder.files:
             current.console.print(f"  {file}", markup=False)
         current.finish(result)
@@ -128,18 +106,18 @@ def _index(text: str) -> Index:
     return tuple(int(number) for number in text.split(","))
 
 
-def _run(request: Request, folder: OutputFolder, current: Session) -> dict[str, Any]:
+def _run(request: NeuronsRequest, folder: OutputFolder, current: Session) -> dict[str, Any]:
     import torch
 
     from frpc.plots.neurons import depth_sheet
 
     with torch.no_grad(), current.progress() as progress:
         task = progress.add_task("reading", total=1 + len(request.layers))
-        question = _read(request, current)
+        photo = _read(request, current)
         progress.update(task, advance=1, description="capturing")
         layers = []
         for name in request.layers:  # all are checked before the first is answered
-            maps = question.explainer.layer(name, question.x)
+            maps = photo.explainer.layer(name, photo.x)
             _check(maps, request, folder.path)
             layers.append(maps)
             progress.update(task, advance=1)
@@ -147,20 +125,20 @@ def _run(request: Request, folder: OutputFolder, current: Session) -> dict[str, 
         entries: list[dict[str, Any]] = []
         widest: dict[str, Portrait] = {}
         for maps in layers:
-            entry, portraits = _layer(request, question, maps, folder, progress)
+            entry, portraits = _layer(request, photo, maps, folder, progress)
             entries.append(entry)
             if portraits:
                 widest[maps.name] = max(portraits, key=lambda portrait: portrait.box.area if portrait.box else 0)
         if len(widest) > 1:
             title = f"{request.model}: one neuron of each layer, with the window it sees"
             folder.figure(
-                "neurons_depth.png", depth_sheet(question.picture.crop, widest, title=title, unit="value", cell=request.cell)
+                "neurons_depth.png", depth_sheet(photo.picture.crop, widest, title=title, unit="value", cell=request.cell)
             )
     settings = {"image": str(request.image), "model": request.model, "weights": request.weights}
     return settings | {"by": request.by.value, "bias": request.bias.value, "dtype": request.dtype.value, "layers": entries}
 
 
-def _read(request: Request, current: Session) -> Question:
+def _read(request: NeuronsRequest, current: Session) -> AskedPhoto:
     import torch
 
     import frpc
@@ -169,22 +147,22 @@ def _read(request: Request, current: Session) -> Question:
     classifier = load_classifier(request.model, request.weights, request.dtype, current)
     picture = prepare(request.image, classifier.recipe)
     x = picture.pixels.to(getattr(torch, request.dtype))
-    return Question(frpc.compile(classifier.model, bias=request.bias.value), picture, x)
+    return AskedPhoto(frpc.compile(classifier.model, bias=request.bias.value), picture, x)
 
 
-def _check(maps: LayerMaps, request: Request, folder: Path) -> None:
+def _check(maps: LayerMaps, request: NeuronsRequest, folder: Path) -> None:
     from frpc.layers.files import check_disk
 
     sizes = list(maps.values.shape[1:])
     for index in request.chosen:
         if len(index) != len(sizes) or any(at >= size for at, size in zip(index, sizes, strict=True)):
-            raise TargetError(f"--neuron {','.join(map(str, index))}: {maps.name} holds neurons {sizes}, counted from 0")
+            raise TargetError(f"--neuron {','.join(map(str, index))}: {maps.name} holds neurons {sizes}, size_in_words from 0")
     if request.keep:
         check_disk(maps, folder)
 
 
 def _layer(
-    request: Request, question: Question, maps: LayerMaps, folder: OutputFolder, progress: Progress
+    request: NeuronsRequest, photo: AskedPhoto, maps: LayerMaps, folder: OutputFolder, progress: Progress
 ) -> tuple[dict[str, Any], list[Portrait]]:
     """Answers for one layer; returns its record, and its neurons' maps."""
     from frpc.plots.neurons import neuron_sheet
@@ -193,18 +171,18 @@ def _layer(
     task = progress.add_task(f"{maps.name}: channels", total=None)
     channels = _channels(request, maps, progress)
     progress.update(task, description=f"{maps.name}: neurons")
-    window = _window(question, maps)
-    portraits = _neurons(request, question, maps, channels, window)
+    window = _window(photo, maps)
+    portraits = _neurons(request, photo, maps, channels, window)
     explained = time.perf_counter()
     progress.update(task, description=f"{maps.name}: pictures")
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", maps.name)
     linear = maps.values.dim() == 2
     what = "sum |V| of their map" if request.by is Order.relevance else "their largest value"
     figure = neuron_sheet(
-        question.picture.crop,
-        [_channel_portrait(channel, linear) for channel in channels],
+        photo.picture.crop,
+        [channel_portrait(channel, linear) for channel in channels],
         portraits,
-        title=f"{maps.name} of {request.model}: {_size(maps, window)}",
+        title=f"{maps.name} of {request.model}: {size_in_words(maps, window)}",
         channel_heading=f"{'Neurons' if linear else 'Channels, all their neurons added up'}: "
         f"the first {len(channels)} of {maps.values.shape[1]} by {what}",
         unit="value",
@@ -216,10 +194,10 @@ def _layer(
     if request.keep:
         files.append(str(_save(maps, f"neurons_{slug}.safetensors", folder, progress)))
     seconds = {"explain": explained - start, "pictures": drawn - explained, "save": time.perf_counter() - drawn}
-    return _describe(maps, channels, portraits, window) | {"seconds": seconds, "files": files}, portraits
+    return layer_record(maps, channels, portraits, window) | {"seconds": seconds, "files": files}, portraits
 
 
-def _channels(request: Request, maps: LayerMaps, progress: Progress) -> list[Ranked]:
+def _channels(request: NeuronsRequest, maps: LayerMaps, progress: Progress) -> list[RankedChannel]:
     """The first channels in the order asked for; by activation no other channel is computed."""
     values = maps.values[0].double().flatten(1) if maps.values.dim() > 2 else maps.values[0].double()[:, None]  # [C, positions]
     bias = maps.bias[0].double().reshape(values.shape)
@@ -233,20 +211,22 @@ def _channels(request: Request, maps: LayerMaps, progress: Progress) -> list[Ran
         outside = float(bias[number].sum()) if request.bias is Bias.separate else 0.0
         value, magnitude = float(values[number].sum()), float(relevance.abs().sum())
         error = abs(float(relevance.sum()) + outside - value) / max(magnitude + abs(outside), 1e-300)
-        ranked.append(Ranked(number, value, float(peaks[number]), relevance, magnitude, error))
+        ranked.append(RankedChannel(number, value, float(peaks[number]), relevance, magnitude, error))
     if request.by is Order.relevance:
         ranked.sort(key=lambda channel: -channel.magnitude)
     return ranked[: request.top]
 
 
-def _neurons(request: Request, question: Question, maps: LayerMaps, channels: list[Ranked], window: Grids) -> list[Portrait]:
+def _neurons(
+    request: NeuronsRequest, photo: AskedPhoto, maps: LayerMaps, channels: list[RankedChannel], window: Grids
+) -> list[Portrait]:
     """The neurons asked for, or else the strongest of each channel; none where channels are neurons."""
     from frpc.plots.neurons import Portrait, window_box
 
     indices = request.chosen or _strongest(request, maps, channels)
     if not indices:
         return []
-    found = question.explainer.neurons(maps.name, indices, question.x)
+    found = photo.explainer.neurons(maps.name, indices, photo.x)
     assert not isinstance(found.relevance, tuple), "the command hands over one picture"
     pixels = found.relevance[0].double().sum(1)  # [K, H0, W0]
     return [
@@ -255,7 +235,7 @@ def _neurons(request: Request, question: Question, maps: LayerMaps, channels: li
     ]
 
 
-def _strongest(request: Request, maps: LayerMaps, channels: list[Ranked]) -> list[Index]:
+def _strongest(request: NeuronsRequest, maps: LayerMaps, channels: list[RankedChannel]) -> list[Index]:
     import torch
 
     if maps.values.dim() == 2:
@@ -273,17 +253,11 @@ def _position(index: Index) -> tuple[int, int]:
     return (0, 0) if len(index) == 1 else (0, index[1]) if len(index) == 2 else (index[1], index[2])
 
 
-def _window(question: Question, maps: LayerMaps) -> Grids:
+def _window(photo: AskedPhoto, maps: LayerMaps) -> Grids:
     """The windows' geometry, also where another strategy than windows is cheaper."""
     if maps.plan.strategy == "windows" or maps.plan.ended:
         return maps.window
-    return question.explainer.layer(maps.name, question.x, strategy="windows").window
-
-
-def _channel_portrait(channel: Ranked, linear: bool) -> Portrait:
-    from frpc.plots.neurons import Portrait
-
-    return Portrait(f"{'neuron' if linear else 'channel'} {channel.number}", channel.value, channel.relevance)
+    return photo.explainer.layer(maps.name, photo.x, strategy="windows").window
 
 
 def _save(maps: LayerMaps, name: str, folder: OutputFolder, progress: Progress) -> Path:
@@ -293,65 +267,3 @@ def _save(maps: LayerMaps, name: str, folder: OutputFolder, progress: Progress) 
     path = folder.file(name, lambda path: write_blocks(maps, path, lambda count: progress.update(task, advance=count)))
     progress.remove_task(task)
     return path
-
-
-def _size(maps: LayerMaps, window: Grids) -> str:
-    shape = "×".join(str(size) for size in maps.values.shape[1:])
-    return f"{shape} neurons, windows of {window[0].side}×{window[1].side} in {maps.cells[0]}×{maps.cells[1]} pixels"
-
-
-def _describe(maps: LayerMaps, channels: list[Ranked], portraits: list[Portrait], window: Grids) -> dict[str, Any]:
-    """The record of one layer, ready for JSON."""
-    rows, columns = window
-    return {
-        "layer": maps.name,
-        "shape": list(maps.values.shape[1:]),
-        "plan": str(maps.plan),
-        "strategy": maps.plan.strategy,
-        "window": {"rows": asdict(rows), "columns": asdict(columns), "cells": list(maps.cells)},
-        "bytes": maps.nbytes(),
-        "channels": [
-            {
-                "channel": channel.number,
-                "value": channel.value,
-                "peak": channel.peak,
-                "sum": float(channel.relevance.sum()),
-                "magnitude": channel.magnitude,
-                "conservation_error": channel.error,
-            }
-            for channel in channels
-        ],
-        "neurons": [
-            {
-                "index": [int(number) for number in portrait.name.strip("()").split(",")],
-                "value": portrait.value,
-                "sum": float(portrait.relevance.sum()),
-                "window": None if portrait.box is None else asdict(portrait.box),
-            }
-            for portrait in portraits
-        ],
-    }
-
-
-def _show(console: Console, entry: dict[str, Any]) -> None:
-    """Prints one layer's plan, its channels and its neurons."""
-    console.print(entry["plan"], markup=False)
-    table = Table("channel", "value", "map sum", "sum |V|", "peak", "error", box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
-    for row in entry["channels"]:
-        numbers = [f"{row[key]:+.4f}" for key in ("value", "sum")]
-        table.add_row(
-            str(row["channel"]), *numbers, f"{row['magnitude']:.2f}", f"{row['peak']:+.4f}", f"{row['conservation_error']:.1e}"
-        )
-    console.print(table)
-    if entry["neurons"]:
-        table = Table("neuron", "value", "map sum", "rows", "columns", box=None, pad_edge=False)
-        for column in table.columns:
-            column.justify = "right"
-        for row in entry["neurons"]:
-            box = row["window"]
-            sides = (f"{box['top']}–{box['bottom'] - 1}", f"{box['left']}–{box['right'] - 1}")
-            table.add_row(",".join(map(str, row["index"])), f"{row['value']:+.5f}", f"{row['sum']:+.5f}", *sides)
-        console.print(table)
-    console.print(f"explained in {entry['seconds']['explain']:.1f} s\n")
