@@ -162,7 +162,7 @@ def _runnable(values: fx.GraphModule, explainer: frpc.Explainer) -> Callable[...
         except ImportError:
             return None
         return bound.bound(pipeline.lower_program(values)[0])
-    backend = explainer.programs.choice.backend
+    backend = explainer.programs.options.backend
     return executable(lower_program(values, backend).program, backend)
 
 

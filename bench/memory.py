@@ -46,9 +46,9 @@ def measure(case: Case) -> dict[str, Any]:
 def predicted(case: Case, batch: int, columns: int) -> int | None:
     """The plan's prediction for this many samples and targets, or None with revisions whose plans make none."""
     compiled = case.explainer.programs.program(
-        case.explainer.programs.front((case.x,)),
+        case.explainer.programs.prepared((case.x,)),
         (case.x,),
-        case.explainer.programs.asked(columns=case.target.dim() == 2),
+        case.explainer.programs.query_with(columns=case.target.dim() == 2),
     )
     ask = getattr(compiled.plan, "peak_bytes_for", None)
     return None if ask is None else int(ask(batch, columns))

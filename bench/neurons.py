@@ -135,9 +135,9 @@ def one_cell_each(x: Tensor, cells: Tensor) -> Tensor:
 
 def context_of(explainer: frpc.Explainer, layer: str, x: Tensor) -> LayerContext:
     """What frpc itself starts from, to run its dense columns on some cells only."""
-    front = explainer.programs.front((x,))
-    query = explainer.programs.asked(columns=True, of=layer, bias="separate")
-    assignment = explainer.programs.assignment(front, (x,), query)
+    prepared = explainer.programs.prepared((x,))
+    query = explainer.programs.query_with(columns=True, of=layer, bias="separate")
+    assignment = explainer.programs.assignment(prepared, (x,), query)
     node = layer_node(assignment, layer)
     assert node is not None
     return layer_context(assignment, node, (x,))

@@ -16,7 +16,8 @@ import frpc
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import fetch
 from frpc.driver import pipeline
-from frpc.driver.pipeline import Choice, Front
+from frpc.driver.pipeline import CompileOptions
+from frpc.driver.prepare import PreparedModel
 from frpc.driver.programs import Programs
 from frpc.emit.plan import Plan, Query, make_plan
 from frpc.emit.program import at_reference, reference_constants, run_eagerly
@@ -114,7 +115,7 @@ def net(name: str, bias: bool = True) -> tuple[nn.Sequential, Tensor]:
     return built(lambda: make(bias)), randn(2, *shape, seed=3)
 
 
-_captured: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, Front]]] = WeakKeyDictionary()
+_captured: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, PreparedModel]]] = WeakKeyDictionary()
 
 
 def compiled(model: nn.Module, inputs: Tensor | Sequence[Tensor], **options: Any) -> frpc.Explainer:
@@ -127,25 +128,25 @@ def compiled(model: nn.Module, inputs: Tensor | Sequence[Tensor], **options: Any
         return explainer.compile_for(*given)
 
 
-def front_of(model: nn.Module, inputs: Sequence[Tensor]) -> Front:
+def front_of(model: nn.Module, inputs: Sequence[Tensor]) -> PreparedModel:
     """A model's graph, captured once."""
     programs = frpc.compile(model).programs
     with _sharing(model, programs, inputs):
-        return programs.front(tuple(inputs))
+        return programs.prepared(tuple(inputs))
 
 
 @contextmanager
 def _sharing(model: nn.Module, programs: Programs, inputs: Sequence[Tensor]) -> Iterator[None]:
     """Gives programs what was captured of a model before, and keeps what they capture."""
     tensors = tuple((name, id(t), t._version) for name, t in (*model.named_parameters(), *model.named_buffers()))
-    asked = programs.choice.output, programs.choice.rules.account.gradients, programs.dtype, programs.verifying
+    asked = programs.options.output, programs.options.rules.account.gradients, programs.dtype, programs.verifying
     key = tensors, asked, tuple(len(x) for x in inputs)
-    fronts = _captured.setdefault(model, {}).setdefault(key, {})
-    programs.fronts.update(fronts)
+    prepared_models = _captured.setdefault(model, {}).setdefault(key, {})
+    programs.prepared_models.update(prepared_models)
     try:
         yield
     finally:
-        fronts.update(programs.fronts)
+        prepared_models.update(programs.prepared_models)
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ class Prepared:
 
 def prepared(model: nn.Module, inputs: Sequence[Tensor], rule: RuleSet, top: Top | None = None, **asked: Any) -> Prepared:
     """Gives a model its rules; the graph of a model is captured once."""
-    front = front_of(model, inputs)
+    prepared = front_of(model, inputs)
     query = Query(bias="separate", top=top or Logit(), **asked)
-    assignment = pipeline.assign_rules(front, Choice(rule), query)
+    assignment = pipeline.assign_rules(prepared, CompileOptions(rule), query)
     module = assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
     return Prepared(assignment, make_plan(assignment, query), constants | reference_constants(assignment))

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 import frpc
 import quick_export
 from frpc.driver import pipeline
+from frpc.driver.prepare import PreparedModel, prepare
 from frpc.emit.plan import Query
 from frpc.optimize.triton.lowering import count_launches, operators, use_kernels
 from graphs import program, with_examples
@@ -195,18 +196,18 @@ def with_weights(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def captured(name: str, device: str) -> pipeline.Front:
+def captured(name: str, device: str) -> PreparedModel:
     """A model's graph, captured once for all questions."""
     torch.manual_seed(0)
     make, shape = MODELS[name]
-    return pipeline.front(with_weights(make()).to(device), (torch.randn(2, *shape, device=device),), None)
+    return prepare(with_weights(make()).to(device), (torch.randn(2, *shape, device=device),), None)
 
 
 def programs(
     name: str, columns: bool, rule: frpc.rules.RuleSet, device: str = "cpu"
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[str]]:
     """The optimized program, the same one on kernels, and what was refused."""
-    compiled = pipeline.compile_query(captured(name, device), pipeline.Choice(rules=rule), Query(columns=columns))
+    compiled = pipeline.compile_query(captured(name, device), pipeline.CompileOptions(rules=rule), Query(columns=columns))
     plain = compiled.portable
     lowered = pipeline.copy_graph(plain)
     refused = use_kernels(lowered)

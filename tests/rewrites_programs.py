@@ -253,7 +253,7 @@ LOWER: tuple[Rewrite, ...] = (
              lambda c, x, v: gate(aten._to_copy.default(v, dtype=torch.int8), aten._to_copy.default(x, dtype=torch.int8)),
              ((4096,), (4096,))),
     )),
-    Rewrite(gates.middling_byte_gates, (
+    Rewrite(gates.byte_gates_of_middle_size, (
         Line("a large gate", lambda c, x, v: gate(v, x), ((65536,), (65536,))),
     ), (
         Line("one of some thousands", lambda c, x, v: gate(v, x), ((65535,), (65535,))),
@@ -371,7 +371,7 @@ LOWER: tuple[Rewrite, ...] = (
              lambda c, x, s: [r := aten.relu.default(x), aten.add_.Scalar(aten.view.default(r, [-1]), 1),
                  aten.exp.default(r)], (V, V)),
     )),
-    Rewrite(convolutions.paint_blocks, (
+    Rewrite(convolutions.transposed_to_pixel_shuffle, (
         Line("stride 1", lambda c, x: up(c, x, 4, 2, 3, 3, padding=1), (I,)),
         Line("stride 2", lambda c, x: up(c, x, 4, 3, 3, 2, stride=2, output_padding=1), (I,)),
         Line("one weight, two paddings",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import frpc
 from families import compiled, randn
-from frpc.driver.pipeline import front
+from frpc.driver.prepare import prepare
 from frpc.errors import OptionError, ShapeError
 from frpc.rules import LID, LRP, Gradient
 from graphs import calls
@@ -123,4 +123,4 @@ def test_bags_of_several_lengths_are_left_alone(offsets: Callable[[int], Tensor]
             found: Tensor = self.out(self.words(tokens.reshape(-1), offsets(3)))
             return found
 
-    assert "embedding" not in calls(front(Uneven(mode="sum").eval(), [TOKENS], None).canonical)
+    assert "embedding" not in calls(prepare(Uneven(mode="sum").eval(), [TOKENS], None).canonical)

@@ -253,7 +253,7 @@ def test_becomes_what_the_model_in_another_type_compiles_to() -> None:
     turned = frpc.compile(single, (X.float(),))
     turned(X.float(), target=PAIRS)
     assert turned.double() is turned
-    assert not turned.programs.compiled and not turned.programs.fronts
+    assert not turned.programs.compiled and not turned.programs.prepared_models
     expected = frpc.compile(copy.deepcopy(single).double(), (X,))(X, target=PAIRS)
     assert same(turned(X, target=PAIRS), expected)
     with pytest.raises(InputError, match=r"torch\.float32; the program takes torch\.float64"):

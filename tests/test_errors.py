@@ -433,7 +433,7 @@ def test_example_inputs_are_checked_before_anything_is_captured(
     lazy = frpc.compile(nn.Linear(4, 2))
     with pytest.raises(kind, match=text):
         lazy(*inputs, target=0)
-    assert not lazy.programs.fronts
+    assert not lazy.programs.prepared_models
     assert not lazy.programs.compiled
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import frpc
 from frpc.errors import OptionError
 from frpc.layers.maps import LayerMaps
-from frpc.windows import Rows, lighten
+from frpc.windows import Rows, skip_shut_windows
 from frpc.windows.live import LiveConv, LiveRows, LiveWinner
 from frpc.windows.run import producers
 from nets import BasicBlock
@@ -64,10 +64,10 @@ def live_of(explainer: frpc.Explainer, layer: str, x: Tensor, monkeypatch: pytes
     found: list[Any] = []
 
     def watched(rows: Rows) -> Rows:
-        found.append(lighten(rows))
+        found.append(skip_shut_windows(rows))
         return found[-1]
 
-    monkeypatch.setattr("frpc.layers.strategies.lighten", watched)
+    monkeypatch.setattr("frpc.layers.strategies.skip_shut_windows", watched)
     maps = explainer.layer(layer, x, strategy="windows")
     return maps, producers(found[-1])
 

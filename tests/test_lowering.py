@@ -278,7 +278,7 @@ def test_middling_gates_alone_become_bytes() -> None:
 
     for elements, expected in ((2**16 - 1, False), (2**16, True), (2**20 - 1, True), (2**20, False)):
         x, v = randn(2, elements), randn(2, elements, seed=1)
-        after, refusals = lowered(gates.middling_byte_gates, with_examples(program(build), x, v), x, v)
+        after, refusals = lowered(gates.byte_gates_of_middle_size, with_examples(program(build), x, v), x, v)
         assert refusals == []
         assert ("view.dtype" in calls(after)) is expected
 
@@ -309,7 +309,7 @@ def test_few_channels_are_painted_in_blocks(
 ) -> None:
     """A transposed convolution into an image: pixels of a block are channels of a plain convolution."""
     before = exampled(randn(4, channels, *kernel), (2, 4, *size), **options)
-    after, refusals = lowered(convolutions.paint_blocks, before, randn(2, 4, *size))
+    after, refusals = lowered(convolutions.transposed_to_pixel_shuffle, before, randn(2, 4, *size))
     assert refusals == []
     (node,) = after.graph.find_nodes(op="call_function", target=aten.convolution.default)
     assert node.args[6] is False
@@ -330,7 +330,7 @@ def test_few_channels_are_painted_in_blocks(
 def test_blocks_that_are_not_painted(weight: Tensor, options: dict[str, Any], why: str) -> None:
     size = (2, 4, 6, 5)[: weight.dim()]
     before = exampled(weight, size, **options)
-    after, (refusal,) = lowered(convolutions.paint_blocks, before, randn(*size))
+    after, (refusal,) = lowered(convolutions.transposed_to_pixel_shuffle, before, randn(*size))
     assert str(refusal) == f"blocks of pixels as channels not used at convolution_default: {why}"
     assert calls(after) == calls(before)
 
@@ -338,7 +338,7 @@ def test_blocks_that_are_not_painted(weight: Tensor, options: dict[str, Any], wh
 def test_many_channels_are_not_painted() -> None:
     """They fill a vector, so nothing is refused."""
     before = exampled(randn(4, 5, 3, 3), (2, 4, 6, 5))
-    after, refusals = lowered(convolutions.paint_blocks, before, randn(2, 4, 6, 5))
+    after, refusals = lowered(convolutions.transposed_to_pixel_shuffle, before, randn(2, 4, 6, 5))
     assert refusals == [] and calls(after) == calls(before)
 
 
@@ -567,8 +567,8 @@ def test_views_of_constants_are_held() -> None:
 
 def test_every_lowering_has_a_test() -> None:
     tested = {
-        convolutions.flip_transposed, convolutions.channels_last, convolutions.paint_blocks,
-        gates.byte_gates, gates.byte_masks, gates.middling_byte_gates,
+        convolutions.flip_transposed, convolutions.channels_last, convolutions.transposed_to_pixel_shuffle,
+        gates.byte_gates, gates.byte_masks, gates.byte_gates_of_middle_size,
         memory.early_coefficients, memory.free_views, memory.hold_views, memory.reuse_memory,
         onednn.prepack, onednn.fuse_into_convolutions, onednn.sum_samples, pooling.gates_before_pools, pooling.scatter_columns,
         pooling.pools_without_input, shares.add_shares, shares.dot_shares, shares.join_shares,

@@ -24,7 +24,7 @@ from frpc.capture.export import capture
 from frpc.core.graph import NOWHERE, origin_of
 from frpc.core.snapshot import snapshot
 from frpc.core.stages import copy_graph
-from frpc.driver.pipeline import front
+from frpc.driver.prepare import prepare
 from graphs import calls, randn
 
 pytestmark = [
@@ -352,7 +352,7 @@ def test_functions_that_are_random_in_training_alone() -> None:
 
 
 def canonical(model: nn.Module, *shapes: tuple[int, ...]) -> fx.GraphModule:
-    return front(snapshot(trained(model)), [randn(*shape) for shape in shapes], None).canonical
+    return prepare(snapshot(trained(model)), [randn(*shape) for shape in shapes], None).canonical
 
 
 def fold(keep: frozenset[str] = frozenset()) -> Callable[[fx.GraphModule], bool]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from frpc.attribution.passes import MEMORY_LIMIT, Asked, Score, ask, recompiled
+from frpc.attribution.passes import MEMORY_LIMIT, Asked, Score, ask
 from frpc.attribution.scales import check_spatial, picture_size, resized
 from frpc.driver.targets import Target
 from frpc.errors import OptionError
@@ -250,7 +250,7 @@ def guided_grad_cam(
         raise OptionError(f'guided= has the rules {guided.rules.name}; compile it with method="guided-backprop".')
     asked, seen = _look(explainer, x, layer, target, seed)
     found = seen.weighted(seen.g.mean((-2, -1)))
-    backprop = (guided or recompiled(asked.explainer, GuidedBackprop()))(asked.x, seed=asked.functional)
+    backprop = (guided or asked.explainer.with_rules(GuidedBackprop()))(asked.x, seed=asked.functional)
     return Guided(seen.output, backprop.relevance * found.on().unsqueeze(-3), found)
 
 

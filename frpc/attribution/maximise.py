@@ -122,7 +122,7 @@ def _asked(layer: str | None, channel: int | None, neuron: Sequence[int] | None,
 
 
 def _start(model: nn.Module, size: Sequence[int], start: Tensor | None, generator: torch.Generator) -> Tensor:
-    net = model.programs.model if isinstance(model, Explainer) else model
+    net = model.model if isinstance(model, Explainer) else model
     like: Any = next(net.parameters(), torch.zeros([]))
     if start is None:
         start = 0.01 * torch.randn([1, *size], generator=generator, dtype=torch.float64)
@@ -135,7 +135,7 @@ def _start(model: nn.Module, size: Sequence[int], start: Tensor | None, generato
 
 def _up_to(model: nn.Module, x: Tensor, layer: str | None) -> fx.GraphModule:
     """The model's graph from the input to a layer's output, its parameters frozen."""
-    net = model.programs.model if isinstance(model, Explainer) else snapshot(model)
+    net = model.model if isinstance(model, Explainer) else snapshot(model)
     whole = capture(net, (x.detach(),)).graph_module
     if layer is None:
         return whole

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.driver.programs import Programs
 from frpc.driver.targets import Target
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer.compile import compile
@@ -23,11 +22,11 @@ from frpc.explainer.explainer import Explainer
 from frpc.layers.maps import human_bytes
 from frpc.maps.base import size_hint
 from frpc.optimize.lower.footprint import footprint
-from frpc.rules import Gradient, RuleSet
+from frpc.rules import Gradient
 from frpc.rules.references import Reference, ReferenceLike, as_reference
 from frpc.rules.top import Logit, SoftmaxTaylor, Top
 
-__all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "peak_bytes", "recompiled", "start_of"]
+__all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "peak_bytes", "start_of"]
 
 Score = Literal["logit", "probability"]
 Make = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +105,7 @@ class Asked:
         if given is not None and given < 1:
             raise OptionError(f"internal_batch_size={given}: at least one point runs at a time.")
         explainer, total = self.explainer, count * len(self.x)
-        program = explainer.compiled(self.x).program if pulls else explainer.programs.front((self.x,)).canonical
+        program = explainer.compiled(self.x).program if pulls else explainer.forward_graph(self.x)
         if not isinstance(_first_batch(program), torch.SymInt):
             return len(self.x)  # captured with its batch fixed, which samples alone have
         if given is not None:
@@ -142,7 +141,7 @@ def ask(
         explainer = compile(explainer, rule=Gradient(times_input=False), seed=_TOPS[of or "logit"])
     if gradients:
         explainer, of = _gradients(explainer, of)
-    functional, columns = explainer.programs.seed(explainer.programs.front((x,)), (x,), target, seed)
+    functional, columns = explainer.functional_for(x, target=target, seed=seed)
     sizes = functional.shape[2 if columns else 1 :]
     if of == "probability" and (not sizes or sizes[_classes(len(sizes))] < 2):
         raise OptionError('of="probability": the model returns one number, whose softmax is 1 whatever it is. Say of="logit".')
@@ -156,7 +155,7 @@ def _classes(dimensions: int) -> int:
 
 def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score]:
     """An explainer that returns gradients alone, of the score or of the probability, whichever its top stands for."""
-    rules, top = explainer.rules, explainer.programs.query.top
+    rules, top = explainer.rules, explainer.top
     if not isinstance(rules, Gradient) and rules.account.gives != "multiplier":
         raise OptionError(
             f"{rules.name} gives relevance, and gradients are averaged here. Give the model itself, or compile it with "
@@ -169,14 +168,7 @@ def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score
     if rules.account.gives == "multiplier" and chosen == meant:
         return explainer, chosen
     plain = dataclasses.replace(rules, times_input=False) if isinstance(rules, Gradient) else rules
-    return recompiled(explainer, plain, _TOPS[chosen]), chosen
-
-
-def recompiled(explainer: Explainer, rules: RuleSet, top: Top | None = None) -> Explainer:
-    """The same model and choices with another rule set, compiled when it is first asked."""
-    choice = dataclasses.replace(explainer.programs.choice, rules=rules)
-    query = dataclasses.replace(explainer.programs.query, bias="separate", top=top or explainer.programs.query.top)
-    return Explainer(Programs(explainer.programs.model, choice, query, explainer.programs.dtype))
+    return explainer.with_rules(plain, _TOPS[chosen]), chosen
 
 
 def peak_bytes(program: fx.GraphModule) -> int:

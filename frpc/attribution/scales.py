@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frpc.core.graph import first_result
 from frpc.driver.targets import Target
 from frpc.errors import OptionError, ShapeError
 from frpc.explainer.explainer import Explainer
@@ -87,7 +86,7 @@ def vgg_stages(model: nn.Module) -> dict[str, str]:
 
     Source: LID paper, section 4.1.
     """
-    net = model.programs.model if isinstance(model, Explainer) else model
+    net = model.model if isinstance(model, Explainer) else model
     pools = [name for name, part in net.named_modules() if isinstance(part, nn.MaxPool2d)]
     if len(pools) != 5:
         raise OptionError(
@@ -116,15 +115,7 @@ def picture_size(x: Tensor) -> tuple[int, int]:
 
 def spatial_layers(explainer: Explainer, x: Tensor) -> list[str]:
     """Names the layers that are maps ``[B, C, h, w]`` of more than one place, in the order they are computed."""
-    return [name for name, sizes in _shapes(explainer, x).items() if _is_spatial(sizes)]
-
-
-def _shapes(explainer: Explainer, x: Tensor) -> dict[str, list[int]]:
-    return {
-        name: [int(size) for size in first_result(node.meta["val"]).shape[1:]]
-        for node in explainer.programs.front((x,)).canonical.graph.nodes
-        for name in node.meta.get("layers", ())
-    }
+    return [name for name, sizes in explainer.layer_shapes(x).items() if _is_spatial(sizes)]
 
 
 def _is_spatial(sizes: Sequence[int]) -> bool:
@@ -138,8 +129,8 @@ def check_spatial(explainer: Explainer, x: Tensor, layers: Sequence[str]) -> Non
         LayerNameError: if a path names no layer.
         OptionError: names the layers that have a spatial map.
     """
-    explainer.programs.check_layers(explainer.programs.front((x,)), layers)
-    shapes, spatial = _shapes(explainer, x), spatial_layers(explainer, x)
+    explainer.check_layers(layers, x)
+    shapes, spatial = explainer.layer_shapes(x), spatial_layers(explainer, x)
     for layer in layers:
         if layer not in spatial:
             sizes = ", ".join(map(str, ["B", *shapes[layer]]))

@@ -7,9 +7,41 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["wrapper"]
+from frpc.core.values import is_traced
+from frpc.errors import InputError
+
+__all__ = ["InputKinds", "NamedInputs", "kinds_of", "refuse_inside_torch_compile", "wrapper"]
+
+InputKinds = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+"""The sizes of one sample, type and device of each input: what a captured graph depends on."""
+
+
+def kinds_of(inputs: Sequence[Tensor]) -> InputKinds:
+    """Returns the kind of each input."""
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in inputs)
+
+
+def refuse_inside_torch_compile() -> None:
+    """Raises where ``torch.compile`` traces the caller: nothing can be compiled in the midst of it.
+
+    Raises:
+        InputError: says what to do first.
+    """
+    if is_traced():
+        raise InputError("This question is not compiled yet: call the explainer once before torch.compile traces it.")
+
+
+class NamedInputs(tuple[Tensor, ...]):
+    """Inputs that were given by keyword, in the order of the model's ``forward``.
+
+    Attributes:
+        names: the name of each.
+    """
+
+    names: tuple[str, ...] = ()
 
 
 def wrapper(arguments: Sequence[Any], names: Sequence[str] = ()) -> str:

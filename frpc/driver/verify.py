@@ -1,13 +1,4 @@
-"""What is compiled is held against the model: its output, whether samples are treated apart, and whether its account balances.
-
-The account is ``sum V + constants = <G, y>``, y being what the same program computes. In exact arithmetic it holds whatever the
-values are, because every rule reproduces its operator's result. What rounding leaves of it is at most a few units in the last
-place of ``sum |V|`` in nets that are trained; how many, no formula says for a deep net with random weights, whose inner
-relevances cancel. So a loss above 64 units is not judged by its size: the same rules are run operator by operator, in float64
-and in the model's own type. If the account does not balance in float64, a rule is wrong, and it is named. If it does, rounding
-explains what the model's own type loses there, and up to a hundred times that: a program sums the same numbers in another order.
-Methods that follow no constants have no such account: of them the output and the samples are checked.
-"""
+"""A compiled program is compared with the model: its output, and whether samples are treated apart."""
 
 from __future__ import annotations
 
@@ -20,37 +11,28 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from frpc.capture.batch import one_per_sample, place_of, spread_out
 from frpc.capture.export import InputSpec
 from frpc.capture.tracing import explained_output, returned_by
-from frpc.driver.pipeline import Compiled, Front
-from frpc.emit.audit import Audit, audit, widened
-from frpc.errors import BatchError, CompileError, ConservationError, OptionError
+from frpc.driver.balance import balance_of, check_balance
+from frpc.driver.pipeline import Compiled
+from frpc.driver.prepare import PreparedModel
+from frpc.errors import BatchError, CompileError, OptionError
 
 __all__ = [
     "VERIFY",
-    "Balance",
     "Model",
     "Verify",
-    "account_of",
     "agrees",
+    "check_output",
     "check_verify",
+    "compare_with_parts",
     "confirm",
-    "constants_share",
-    "demand_balance",
-    "demand_output",
-    "held_apart",
-    "limit_of",
     "verify",
     "weights",
 ]
 
 Verify = Literal["first", "always", "never"]
 VERIFY: tuple[Verify, ...] = ("first", "always", "never")
-
-_UNITS = 64  # roundings of sum|V| that need no further explanation
-_EXACT = 1e-6  # of sum|V|, what rounding in float64 leaves at most
-_OPERATOR = 4  # roundings of its operands that an operator's result is off: GELU at -8 is 1 + erf, and keeps no digit of it
 
 
 def check_verify(name: str) -> Verify:
@@ -87,24 +69,9 @@ class Model:
         return [explained_output(found, self.output)]
 
 
-@dataclass(frozen=True, eq=False)
-class Balance:
-    """The account of one run of a program, for each sample and column, ``[*K, B]``.
-
-    Attributes:
-        explained: ``<G, y>``.
-        lost: ``sum V + constants - <G, y>``.
-        errors: ``|lost|`` over ``sum |V|``, and ``|constants|`` where they are beside the map.
-    """
-
-    explained: Tensor
-    lost: Tensor
-    errors: Tensor
-
-
 def verify(
     compiled: Compiled,
-    shared: Front,
+    prepared: PreparedModel,
     model: Model,
     inputs: Sequence[Tensor],
     functional: Tensor,
@@ -136,28 +103,28 @@ def verify(
     with watched as layers:
         given = model.tensors(inputs)
     if not query.of:
-        _demand_same(shared, model, inputs, results[0], given, "")
+        _demand_same(prepared, model, inputs, results[0], given, "")
     values = [results[0]] if query.of else results[len(results) - len(query.layers) :] if query.layers else []
     for name, value in zip(asked, values, strict=True):
         if name in layers and layers[name].shape == value.shape:
-            _demand_same(shared, model, inputs, value, [layers[name]], name)
-    reason = None if apart else held_apart(shared, model, inputs)
-    balance = account_of(compiled, functional, results)
+            _demand_same(prepared, model, inputs, value, [layers[name]], name)
+    reason = None if apart else compare_with_parts(prepared, model, inputs)
+    balance = balance_of(compiled, functional, results)
     if balance is not None:
-        demand_balance(balance, compiled, shared, inputs, functional, results[0])
+        check_balance(balance, compiled, prepared, inputs, functional, results[0])
     return reason
 
 
-def demand_output(shared: Front, model: Model, inputs: Sequence[Tensor], output: Tensor) -> None:
+def check_output(prepared: PreparedModel, model: Model, inputs: Sequence[Tensor], output: Tensor) -> None:
     """Compares an output with the model's.
 
     Raises:
         CompileError: if they differ by more than rounding can explain; says how.
     """
-    _demand_same(shared, model, inputs, output, model.tensors(inputs), "")
+    _demand_same(prepared, model, inputs, output, model.tensors(inputs), "")
 
 
-def held_apart(shared: Front, model: Model, inputs: Sequence[Tensor]) -> str | None:
+def compare_with_parts(prepared: PreparedModel, model: Model, inputs: Sequence[Tensor]) -> str | None:
     """Runs a model on parts of a batch, twice, so that any two samples are once in different parts, and compares with the whole.
 
     Returns:
@@ -167,8 +134,8 @@ def held_apart(shared: Front, model: Model, inputs: Sequence[Tensor]) -> str | N
         BatchError: if a sample's result depends on the others of its batch.
     """
     count = int(inputs[0].shape[0])
-    tried = count <= min(3, shared.trial.samples)  # what the trial was given, it has told apart
-    if count < 2 or tried or shared.captured.inputs[0].batch is not None:
+    tried = count <= min(3, prepared.trial.samples)  # what the trial was given, it has told apart
+    if count < 2 or tried or prepared.captured.inputs[0].batch is not None:
         return None
     whole, side = model.tensors(inputs), math.ceil(math.sqrt(count))
     parts = [list(range(first, min(first + side, count))) for first in range(0, count, side)]
@@ -180,13 +147,13 @@ def held_apart(shared: Front, model: Model, inputs: Sequence[Tensor]) -> str | N
             return f"the model fails on samples {part[:5]} alone ({type(error).__name__}: {error})"
         for one, other in zip(alone, whole, strict=False):
             if other.dim() and other.shape[0] == count and one.shape == (len(part), *other.shape[1:]):
-                _demand_alike(shared, inputs, part, one, other[torch.tensor(part, device=other.device)])
+                _demand_alike(prepared, inputs, part, one, other[torch.tensor(part, device=other.device)])
     return None
 
 
-def _demand_alike(shared: Front, inputs: Sequence[Tensor], part: Sequence[int], alone: Tensor, among: Tensor) -> None:
+def _demand_alike(prepared: PreparedModel, inputs: Sequence[Tensor], part: Sequence[int], alone: Tensor, among: Tensor) -> None:
     apart = _difference(alone, among)
-    if apart <= _allowed(shared, inputs, apart) or not bool(torch.isfinite(among).all()):
+    if apart <= _allowed(prepared, inputs, apart) or not bool(torch.isfinite(among).all()):
         return
     raise BatchError(
         f"One sample's result depends on the other samples of the batch: those of samples {list(part[:5])} differ by {apart:.1e} "
@@ -198,7 +165,9 @@ def _demand_alike(shared: Front, inputs: Sequence[Tensor], part: Sequence[int], 
 # ---- outputs -------------------------------------------------------------------------------------------------------------
 
 
-def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Tensor, given: Sequence[Tensor], layer: str) -> None:
+def _demand_same(
+    prepared: PreparedModel, model: Model, inputs: Sequence[Tensor], got: Tensor, given: Sequence[Tensor], layer: str
+) -> None:
     """Compares a result of a program with what the model gives: one of these tensors it has to be.
 
     Raises:
@@ -212,7 +181,7 @@ def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Ten
     errors = [_difference(got, x) for x in like]
     error = min(errors, key=lambda e: (e != e, e))
     expected = like[errors.index(error)] if error == error else like[0]
-    bound = _allowed(shared, inputs, error)
+    bound = _allowed(prepared, inputs, error)
     if error <= bound or not bool(torch.isfinite(expected).all()):
         return
     differs = f"{what} differs from the model's by {error:.1e} of its largest value (bound {bound:.1e})"
@@ -223,16 +192,16 @@ def _demand_same(shared: Front, model: Model, inputs: Sequence[Tensor], got: Ten
             "the same output for the same input, or hold what it draws as a buffer."
         )
     with torch.no_grad():
-        captured = shared.captured.graph_module(*inputs)
+        captured = prepared.captured.graph_module(*inputs)
     if not layer and captured.numel() == got.numel() and not _difference(captured.reshape(got.shape), expected) <= bound:
         raise CompileError(
-            f"{differs}: what torch.export captured from {shared.captured.model_name} computes something else than the model "
+            f"{differs}: what torch.export captured from {prepared.captured.model_name} computes something else than the model "
             "itself. Its code depends on more than its inputs and tensors, e.g. on torch.compiler.is_compiling()."
         )
     raise CompileError(differs)
 
 
-def agrees(shared: Front, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], got: Tensor) -> bool:
+def agrees(prepared: PreparedModel, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], got: Tensor) -> bool:
     """Says whether a module gives, up to rounding, the output that a program gave for these inputs.
 
     Args:
@@ -243,7 +212,7 @@ def agrees(shared: Front, module: nn.Module, names: Sequence[str], inputs: Seque
         got: its output.
     """
     errors = [_difference(got, x) for x in Model(module, names).tensors(inputs) if x.shape == got.shape]
-    return any(error <= _allowed(shared, inputs, error) for error in errors)
+    return any(error <= _allowed(prepared, inputs, error) for error in errors)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:
@@ -257,18 +226,18 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return float(apart.amax()) / (scale + torch.finfo(expected.dtype).tiny)
 
 
-def _allowed(shared: Front, inputs: Sequence[Tensor], error: float) -> float:
+def _allowed(prepared: PreparedModel, inputs: Sequence[Tensor], error: float) -> float:
     """How far outputs may be apart: folding and another memory order re-associate sums, no more.
 
     What a deep net makes of that is measured where it has to be known: by how much its output moves with its input's last place.
     """
-    bound = min(1e4 * shared.rounding, 0.1)
+    bound = min(1e4 * prepared.rounding, 0.1)
     if error <= bound or error != error:
         return bound
-    return max(bound, (10 if shared.rounding > 1e-4 else 100) * _sensitivity(shared, inputs))
+    return max(bound, (10 if prepared.rounding > 1e-4 else 100) * _sensitivity(prepared, inputs))
 
 
-def _sensitivity(shared: Front, inputs: Sequence[Tensor]) -> float:
+def _sensitivity(prepared: PreparedModel, inputs: Sequence[Tensor]) -> float:
     """How much the model's own output moves, relative to its largest value, where its input moves by about one rounding.
 
     A deep net with weights that nobody trained can blow such a change up a millionfold; its output is then known no better.
@@ -277,133 +246,27 @@ def _sensitivity(shared: Front, inputs: Sequence[Tensor]) -> float:
 
     def moved(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=chance, device=x.device) if x.is_floating_point() else None
-        return x if noise is None else x * (1 + shared.rounding * noise.to(x.dtype))
+        return x if noise is None else x * (1 + prepared.rounding * noise.to(x.dtype))
 
     with torch.no_grad():
-        expected = shared.captured.graph_module(*inputs)
-        return max(_difference(shared.captured.graph_module(*(moved(x) for x in inputs)), expected) for _ in range(3))
-
-
-# ---- accounts ------------------------------------------------------------------------------------------------------------
-
-
-def account_of(compiled: Compiled, functional: Tensor, results: Sequence[Tensor]) -> Balance | None:
-    """Returns the account of one run; None where a method makes none, or the program speaks of inner layers.
-
-    Shapes: functional and results as the program takes and gives them, columns first.
-    """
-    query, account = compiled.plan.query, compiled.assignment.account
-    if not account.constants or account.reference is not None or query.layers:
-        return None
-    output, *maps, bias = results
-    explained = query.top(functional, output, None) * output.double()
-    if explained.dim() > bias.dim():
-        explained = explained.sum(list(range(bias.dim(), explained.dim())))
-    sums = [bias.double()] if query.bias == "separate" else []
-    sizes = [s.abs() for s in sums]
-    for m, batch in zip(maps, compiled.places, strict=True):
-        rank = m.dim() - bias.dim() + 1
-        sums.append(one_per_sample(m, rank, batch, torch.float64))
-        sizes.append(one_per_sample(m.abs(), rank, batch, torch.float64))
-    lost = sum(sums[1:], sums[0]) - explained
-    # Where nothing is lost of nothing, nothing is wrong.
-    size = sum(sizes[1:], sizes[0]).clamp_min(torch.finfo(torch.float64).tiny)
-    return Balance(explained, lost, lost.abs() / size)
-
-
-def constants_share(compiled: Compiled, results: Sequence[Tensor]) -> float | None:
-    """Returns which part of all that maps assign is the constants', from 0 to 1; None where a method makes no such account.
-
-    1 means that the maps say nothing of the input. With ``bias="receptive_field"`` the two overlap on the map, and constants are
-    compared with the whole of it.
-    """
-    query, account = compiled.plan.query, compiled.assignment.account
-    if not account.constants or query.layers:
-        return None
-    _, *maps, bias = results
-    cells, owed = sum(m.numel() for m in maps) / max(1, bias.numel()), float(bias.double().abs().sum())
-    rest = 0.0
-    for m, batch in zip(maps, compiled.places, strict=True):
-        evenly = spread_out(bias / cells, m.dim() - bias.dim() + 1, batch)
-        rest += float((m - evenly if query.bias == "uniform" else m).double().abs().sum())
-    if query.bias == "receptive_field":
-        rest = max(0.0, rest - owed)
-    return owed / (owed + rest) if owed else 0.0
-
-
-def limit_of(shared: Front) -> float:
-    """What rounding may leave of an account without being asked, relative to ``sum |V|``; see the top of this file."""
-    return min(_UNITS * shared.rounding, 0.02)
-
-
-def demand_balance(
-    balance: Balance, compiled: Compiled, shared: Front, inputs: Sequence[Tensor], functional: Tensor, output: Tensor
-) -> None:
-    """Refuses an account that does not balance, unless rounding explains it.
-
-    Raises:
-        ConservationError: names the rule that is wrong, or the sample whose shares do not add up.
-    """
-    limit = limit_of(shared)
-    if float(balance.errors.max()) <= limit or not bool(torch.isfinite(output).all()):
-        return
-    place = int(torch.where(balance.errors.isnan(), torch.inf, balance.errors).argmax())
-    explained, lost = float(balance.explained.flatten()[place]), float(balance.lost.flatten()[place])
-    said = (
-        f"The account does not balance: maps sum to {explained + lost:.6g} where {explained:.6g} is explained (sample "
-        f"{place % balance.explained.shape[-1]}). That is {float(balance.errors.flatten()[place]):.1e} of sum|V|"
-    )
-    exact = audit(*widened(compiled.assignment, compiled.plan), [_wide(x) for x in inputs], functional.double())
-    unit = _OPERATOR * torch.finfo(torch.float64).eps
-    if not bool((exact.lost.abs() <= _EXACT * exact.size + unit * exact.resolution).all()):
-        raise ConservationError(f"{said}, and no matter of rounding.\n{_cause(exact)}")
-    own = audit(compiled.assignment, compiled.plan, inputs, functional)
-    limit = max(limit, 100 * own.error)
-    unit = _OPERATOR * shared.rounding
-    if not bool(((balance.errors <= limit) | (balance.lost.abs() <= unit * own.resolution)).all()):
-        raise ConservationError(
-            f"{said}; rounding explains {limit:.1e}. Its rules balance operator by operator, so the compiled program is wrong: a "
-            "defect of frpc."
-        )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().double() if x.is_floating_point() else x
-
-
-def _cause(exact: Audit) -> str:
-    """Names the rule that loses most, or says that samples are taken for one another."""
-    wrong = [node for node in exact.nodes if not node.error <= _EXACT]
-    if not wrong:
-        return (
-            "  Every operator passes on what it receives, but not sample by sample: constants are counted for other samples than "
-            "they belong to. Keep samples in the first dimension."
-        )
-    worst = max(wrong, key=lambda node: math.inf if math.isnan(node.lost) else abs(node.lost))
-    rule, node = worst.assigned.rule, worst.assigned.node
-    own = rule.function.__module__.partition(".")[0] == "frpc"
-    remedy = "This rule is frpc's own: a defect." if own else "Mend it, or leave it out of overrides=; see docs/adding_a_rule.md."
-    return (
-        f"  The rule {rule.name!r} of {node.target} accounts for {worst.received - worst.lost:.6g} of {worst.received:.6g}:\n"
-        f"    {place_of(node)}\n"
-        f"  A rule has to give its operator's result again, z = sum M_k a_k + c. {remedy}"
-    )
+        expected = prepared.captured.graph_module(*inputs)
+        return max(_difference(prepared.captured.graph_module(*(moved(x) for x in inputs)), expected) for _ in range(3))
 
 
 # ---- other weights ---------------------------------------------------------------------------------------------------------
 
 
-def confirm(shared: Front, model: Model) -> None:
+def confirm(prepared: PreparedModel, model: Model) -> None:
     """Runs a model and its captured graph on one made-up input and compares: code may depend on more than weights.
 
     Raises:
         CompileError: if they differ.
     """
-    inputs = [_made_up(spec) for spec in shared.captured.inputs]
+    inputs = [_made_up(spec) for spec in prepared.captured.inputs]
     with torch.no_grad():
-        got = shared.captured.graph_module(*inputs)
+        got = prepared.captured.graph_module(*inputs)
     given = [x for x in model.tensors(inputs) if x.numel() == got.numel()]
-    bound = 1e4 * shared.rounding
+    bound = 1e4 * prepared.rounding
     if bool(torch.isfinite(got).all()) and not any(_difference(got, x.reshape(got.shape)) <= bound for x in given):
         raise CompileError(
             f"{type(model.module).__name__} computes something else than what was captured from it, with the same weights: its "

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from frpc.capture.batch import FIRST, batches_of, place_of
-from frpc.core.graph import describe, first_result
+from frpc.core.graph import describe, empty_like, first_result
 from frpc.core.values import is_plain
+from frpc.driver.balance import rounding_limit
 from frpc.driver.explanation import Explanation
-from frpc.driver.pipeline import Front
-from frpc.driver.programs import Programs, empty_like, layer_example
+from frpc.driver.prepare import PreparedModel
+from frpc.driver.programs import Programs
 from frpc.driver.targets import make_seed
-from frpc.driver.verify import limit_of
 from frpc.emit.plan import layer_node
 from frpc.errors import BatchError, ConservationError, InputError, OptionError
 from frpc.layers.context import layer_context
@@ -31,18 +31,18 @@ def ask_neurons(
 ) -> Explanation:
     """Explains K neurons of a layer; see :meth:`frpc.Explainer.neurons`."""
     places = [_place(index) for index in indices]
-    front = programs.front(inputs)
-    programs.check_layers(front, (layer,))
+    prepared = programs.prepared(inputs)
+    programs.check_layers(prepared, (layer,))
     with programs.reading_graphs():
-        _demand_samples_first(front, layer)
-        example = empty_like(layer_example(front, layer))
+        _demand_samples_first(prepared, layer)
+        example = empty_like(prepared.layer_example(layer))
     sizes = [int(n) for n in example.shape[1:]]
     seeds = [make_seed(index, None, example, int(inputs[0].shape[0]))[0] for index in places]
     if not seeds:
         raise InputError(f"Name at least one neuron of {layer} {sizes}.")
-    if (found := _cones(programs, front, layer, places, inputs, strategy)) is not None:
+    if (found := _cones(programs, prepared, layer, places, inputs, strategy)) is not None:
         return found
-    compiled = programs.program(front, inputs, programs.asked(columns=True, of=layer))
+    compiled = programs.program(prepared, inputs, programs.query_with(columns=True, of=layer))
     functional = torch.stack(seeds)
     values, *relevances, bias = results = programs.run(compiled, inputs, functional)
     balance = programs.balance(compiled, inputs, functional, results)
@@ -58,14 +58,14 @@ def _place(index: Any) -> tuple[Any, ...]:
     return tuple(index) if isinstance(index, Sequence) or getattr(index, "ndim", False) else (index,)
 
 
-def _demand_samples_first(front: Front, layer: str) -> None:
+def _demand_samples_first(prepared: PreparedModel, layer: str) -> None:
     """Refuses layers whose neurons are not one number for each sample.
 
     Raises:
         BatchError: gives the layer's shape.
     """
-    node = next(n for n in front.canonical.graph.nodes if layer in n.meta.get("layers", ()))
-    places = batches_of(front.canonical.graph, front.captured.inputs[0].batch)
+    node = next(n for n in prepared.canonical.graph.nodes if layer in n.meta.get("layers", ()))
+    places = batches_of(prepared.canonical.graph, prepared.captured.inputs[0].batch)
     if places.get(node) != FIRST or isinstance(node.meta.get("samples"), str):
         raise BatchError(
             f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, "
@@ -75,19 +75,24 @@ def _demand_samples_first(front: Front, layer: str) -> None:
 
 
 def _cones(
-    programs: Programs, front: Front, layer: str, indices: Sequence[tuple[int, ...]], inputs: tuple[Tensor, ...], strategy: str
+    programs: Programs,
+    prepared: PreparedModel,
+    layer: str,
+    indices: Sequence[tuple[int, ...]],
+    inputs: tuple[Tensor, ...],
+    strategy: str,
 ) -> Explanation | None:
     """Answers by transposed windows, or returns None where a program is to answer."""
     if strategy not in ("auto", "transposed", "windows"):
         raise OptionError(f"strategy={strategy!r} is unknown for neurons; choose auto, transposed or windows.")
-    account, policy = programs.choice.rules.account, programs.query.bias
+    account, policy = programs.options.rules.account, programs.query.bias
     single = account.reference is None or account.reference.count == 1
     possible = len(inputs) == 1 and inputs[0].dim() in (3, 4) and policy != "receptive_field"
     possible = possible and account.gives == "relevance" and single
     if strategy == "transposed" or (strategy == "auto" and not possible):
         return None
-    query = programs.asked(columns=True, of=layer, bias="separate")
-    assignment = programs.assignment(front, inputs, query)
+    query = programs.query_with(columns=True, of=layer, bias="separate")
+    assignment = programs.assignment(prepared, inputs, query)
     with programs.reading_graphs():
         if strategy == "auto" and any(source.op != "placeholder" for source in assignment.sources):
             return None
@@ -105,7 +110,7 @@ def _cones(
     if programs.verifying == "never" or not account.constants:
         return Explanation(values, local, bias, tuple(inputs))
     errors = _lost(values, local, bias if policy == "separate" else torch.zeros_like(bias))
-    if is_plain(inputs) and not float(errors.max()) <= limit_of(front):
+    if is_plain(inputs) and not float(errors.max()) <= rounding_limit(prepared):
         if strategy == "auto":
             return None  # the program that answers instead is held against the model
         raise ConservationError(
@@ -124,16 +129,16 @@ def _lost(values: Tensor, local: Tensor, beside: Tensor) -> Tensor:
 
 def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strategy: str, memory_limit: int) -> LayerMaps:
     """The maps of every neuron of a layer; see :meth:`frpc.Explainer.layer`."""
-    front = programs.front(inputs)
-    programs.check_layers(front, (name,))
+    prepared = programs.prepared(inputs)
+    programs.check_layers(prepared, (name,))
     with programs.reading_graphs():
-        _demand_samples_first(front, name)
-    query = programs.asked(columns=True, of=name, bias="separate")
-    assignment = programs.assignment(front, inputs, query)
+        _demand_samples_first(prepared, name)
+    query = programs.query_with(columns=True, of=name, bias="separate")
+    assignment = programs.assignment(prepared, inputs, query)
 
     def pulled(seeds: Tensor) -> Tensor:
         """Local pixel maps ``[K, B, H0, W0]`` of seeds at the layer."""
-        _, relevance, _ = programs.run(programs.program(front, inputs, query), inputs, seeds)
+        _, relevance, _ = programs.run(programs.program(prepared, inputs, query), inputs, seeds)
         pixels = relevance.sum(2) if relevance.dim() > 3 else relevance.unsqueeze(-2)
         return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
 

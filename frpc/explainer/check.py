@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from frpc.core.graph import origin_of
+from frpc.driver.balance import balance_of
 from frpc.driver.printing import columns as table
 from frpc.driver.targets import Target
-from frpc.driver.verify import account_of
 from frpc.emit.audit import NodeAccount, audit
 from frpc.errors import OptionError, TargetError
 from frpc.explainer.explainer import Explainer
@@ -86,14 +86,14 @@ def check(
             f"{explainer.rules.account.conserves}); what its map leaves out is explanation.bias."
         )
     programs = explainer.programs
-    inputs = programs.given(inputs, named)
-    front = programs.front(inputs)
-    functional, columns = programs.seed(front, inputs, target, seed)
+    inputs = programs.in_order(inputs, named)
+    prepared = programs.prepared(inputs)
+    functional, columns = programs.seed(prepared, inputs, target, seed)
     if columns:
         raise TargetError("check takes one target a sample; call it for each of the K targets.")
-    compiled = programs.program(front, inputs, programs.asked())
+    compiled = programs.program(prepared, inputs, programs.query_with())
     results = programs.run(compiled, inputs, functional)
-    balance = account_of(compiled, functional, results)
+    balance = balance_of(compiled, functional, results)
     assert balance is not None, "rules that follow constants make an account"
     with programs.reading_graphs():
         found = audit(compiled.assignment, compiled.plan, inputs, functional)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from frpc.driver.pipeline import Choice
+from frpc.driver.pipeline import CompileOptions
 from frpc.driver.programs import Programs
 from frpc.driver.verify import check_verify
 from frpc.emit.bias import check_policy
@@ -88,8 +88,10 @@ def compile(
     if policy == "receptive_field" and not rules.account.constants:
         raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
     query = Query(bias=policy, top=top)
-    choice = Choice(rules, _names(constant) or (), _names(source), output, check_backend(backend, mode), check_strategy(strategy))
-    explainer = Explainer(Programs(model, choice, query, dtype, check_verify(verify)))
+    options = CompileOptions(
+        rules, _names(constant) or (), _names(source), output, check_backend(backend, mode), check_strategy(strategy)
+    )
+    explainer = Explainer(Programs(model, options, query, dtype, check_verify(verify)))
     if inputs is None:
         return explainer
     if isinstance(inputs, Mapping):

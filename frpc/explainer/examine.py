@@ -11,7 +11,7 @@ from frpc.assign.assignment import assign
 from frpc.capture.export import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot
-from frpc.driver import pipeline
+from frpc.driver.prepare import prepare
 from frpc.driver.printing import columns
 from frpc.rules.sets.ruleset import FRP, RuleSet
 
@@ -77,12 +77,12 @@ def examine(
     names = argument_order(model, list(inputs)) if isinstance(inputs, Mapping) else ()
     examples = [inputs[n] for n in names] if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs
     rules = rule or FRP()
-    front = pipeline.front(snapshot(model), examples, output, names, rules.account.gradients, apart=False)
+    prepared = prepare(snapshot(model), examples, output, names, rules.account.gradients, apart=False)
     asked = (source,) if isinstance(source, str) else source
-    found = assign(front.canonical, rules, constant, front.captured.inputs[0].batch, asked)
+    found = assign(prepared.canonical, rules, constant, prepared.captured.inputs[0].batch, asked)
     gaps = {gap.node: gap for gap in found.gaps}
     rows = []
-    for node in front.canonical.graph.nodes:
+    for node in prepared.canonical.graph.nodes:
         origin = origin_of(node)
         place = (origin.module, origin.source, origin.where)
         if node in found.rules:

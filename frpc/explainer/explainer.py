@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
@@ -13,12 +10,10 @@ from frpc.core.graph import describe
 from frpc.driver import printing
 from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.driver.pipeline import Compiled, Stage
-from frpc.driver.programs import Programs, layer_names
 from frpc.driver.targets import Target
 from frpc.emit.plan import Plan
-from frpc.errors import PickleRefusedError
 from frpc.explainer.asking import ask_layer, ask_neurons
-from frpc.files import save
+from frpc.explainer.module import ExplainerModule
 from frpc.layers.maps import LayerMaps
 from frpc.optimize.lower import Refusal
 from frpc.rules.sets.ruleset import RuleSet
@@ -27,22 +22,12 @@ from frpc.rules.top import Top, as_top
 __all__ = ["Explainer"]
 
 
-class Explainer(nn.Module):
+class Explainer(ExplainerModule):
     """A model compiled together with its account; made by :func:`frpc.compile`.
 
     ``explainer(x, target=3)`` returns an :class:`~frpc.driver.explanation.Explanation`. The forward pass is a fixed program of
-    ATen
-    operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
+    ATen operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
     """
-
-    def __init__(self, programs: Programs) -> None:
-        super().__init__()
-        self.programs = programs
-
-    @property
-    def model_name(self) -> str:
-        """Class name of the model."""
-        return self.programs.model_name
 
     # ---- asking -------------------------------------------------------------------------------------------------
 
@@ -67,11 +52,11 @@ class Explainer(nn.Module):
 
         Source: thesis eqs. 3.5, 3.8, 4.1, 4.2, in transposed form.
         """
-        inputs = self.programs.given(inputs, named)
-        front = self.programs.front(inputs)
+        inputs = self.programs.in_order(inputs, named)
+        prepared = self.programs.prepared(inputs)
         top, tensor = self._top(seed)
-        functional, columns = self.programs.seed(front, inputs, target, tensor)
-        compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, top=top))
+        functional, columns = self.programs.seed(prepared, inputs, target, tensor)
+        compiled = self.programs.program(prepared, inputs, self.programs.query_with(columns=columns, top=top))
         results = self.programs.run(compiled, inputs, functional)
         balance = self.programs.balance(compiled, inputs, functional, results)
         return explanation_of(results, columns, inputs, None if balance is None else balance.errors, compiled.places)
@@ -96,12 +81,12 @@ class Explainer(nn.Module):
         Source: LID paper, relevance of several layers (eqs. 15-18 with values in place of increments).
         """
         names = (layers,) if isinstance(layers, str) else tuple(layers)
-        inputs = self.programs.given(inputs, named)
-        front = self.programs.front(inputs)
-        self.programs.check_layers(front, names)
+        inputs = self.programs.in_order(inputs, named)
+        prepared = self.programs.prepared(inputs)
+        self.programs.check_layers(prepared, names)
         top, tensor = self._top(seed)
-        functional, columns = self.programs.seed(front, inputs, target, tensor)
-        compiled = self.programs.program(front, inputs, self.programs.asked(columns=columns, layers=names, top=top))
+        functional, columns = self.programs.seed(prepared, inputs, target, tensor)
+        compiled = self.programs.program(prepared, inputs, self.programs.query_with(columns=columns, layers=names, top=top))
         return layer_relevance_of(self.programs.run(compiled, inputs, functional), columns, names)
 
     def neurons(
@@ -123,8 +108,8 @@ class Explainer(nn.Module):
             OptionError: if a forced strategy cannot answer.
             TargetError: if an index is out of range.
         """
-        strategy = strategy or self.programs.choice.strategy
-        return ask_neurons(self.programs, layer, indices, self.programs.given(inputs, named), strategy)
+        strategy = strategy or self.programs.options.strategy
+        return ask_neurons(self.programs, layer, indices, self.programs.in_order(inputs, named), strategy)
 
     def neuron(self, layer: str, index: int | tuple[int, ...], *inputs: Tensor, **named: Tensor) -> Explanation:
         """Explains one neuron of a layer: ``output [B]``, ``relevance`` like the input; see :meth:`neurons`."""
@@ -152,8 +137,8 @@ class Explainer(nn.Module):
 
         Source: thesis ch. 3; windows beyond it.
         """
-        strategy = strategy or self.programs.choice.strategy
-        return ask_layer(self.programs, name, self.programs.given(inputs, named), strategy, memory_limit)
+        strategy = strategy or self.programs.options.strategy
+        return ask_layer(self.programs, name, self.programs.in_order(inputs, named), strategy, memory_limit)
 
     def _top(self, seed: Tensor | Top | str | None) -> tuple[Top, Tensor | None]:
         """Tells how relevance starts from where: a top or its name says how, a tensor says where."""
@@ -163,13 +148,13 @@ class Explainer(nn.Module):
 
     def predict(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
-        inputs = self.programs.given(inputs, named)
-        front = self.programs.front(inputs)
-        return self.programs.predicted(front, inputs)
+        inputs = self.programs.in_order(inputs, named)
+        prepared = self.programs.prepared(inputs)
+        return self.programs.predicted(prepared, inputs)
 
     def layers(self) -> list[str]:
         """Returns the module paths that :meth:`at` knows, in the order they are computed."""
-        return layer_names(self.programs.first_front())
+        return self.programs.first_prepared().layer_names()
 
     # ---- looking ------------------------------------------------------------------------------------------------
 
@@ -218,8 +203,8 @@ class Explainer(nn.Module):
 
     def compiled(self, *inputs: Tensor, **named: Tensor) -> Compiled:
         """Returns everything known about the program for inputs like these."""
-        inputs = self.programs.given(inputs, named)
-        return self.programs.program(self.programs.front(inputs), inputs, self.programs.asked())
+        inputs = self.programs.in_order(inputs, named)
+        return self.programs.program(self.programs.prepared(inputs), inputs, self.programs.query_with())
 
     @property
     def bias_policy(self) -> str:
@@ -227,28 +212,70 @@ class Explainer(nn.Module):
         return self.programs.query.bias
 
     @property
+    def top(self) -> Top:
+        """Where relevance starts unless a call says otherwise."""
+        return self.programs.query.top
+
+    @property
     def rules(self) -> RuleSet:
         """The rule set it was compiled with."""
-        return self.programs.choice.rules
+        return self.programs.options.rules
+
+    def functional_for(
+        self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Returns the linear functional that a target stands for, ``[B, ...]`` or ``[K, B, ...]``, and whether there are K."""
+        inputs = self.programs.in_order(inputs, named)
+        return self.programs.seed(self.programs.prepared(inputs), inputs, target, seed)
 
     def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor) -> Tensor:
         """Returns the linear functional of the output that a target stands for, ``[B, ...]`` or ``[K, B, ...]``."""
-        inputs = self.programs.given(inputs, named)
-        return self.programs.seed(self.programs.front(inputs), inputs, target, seed)[0]
+        return self.functional_for(*inputs, target=target, seed=seed, **named)[0]
+
+    def forward_graph(self, *inputs: Tensor, **named: Tensor) -> fx.GraphModule:
+        """Returns the graph of the model alone for inputs like these, in canonical form: inputs in, output out."""
+        return self.programs.prepared(self.programs.in_order(inputs, named)).canonical
+
+    def layer_shapes(self, *inputs: Tensor, **named: Tensor) -> dict[str, list[int]]:
+        """Returns the sizes of one sample of every layer's result, by module path, in the order they are computed."""
+        prepared = self.programs.prepared(self.programs.in_order(inputs, named))
+        with self.programs.reading_graphs():
+            return {name: [int(n) for n in prepared.layer_example(name).shape[1:]] for name in prepared.layer_names()}
+
+    def check_layers(self, names: Sequence[str], *inputs: Tensor, **named: Tensor) -> None:
+        """Refuses names of no layer.
+
+        Raises:
+            LayerNameError: gives the nearest.
+        """
+        self.programs.check_layers(self.programs.prepared(self.programs.in_order(inputs, named)), names)
+
+    def agrees_with(self, model: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        """Says whether a module still gives, up to rounding, what this explainer gave for these inputs. Runs the module once."""
+        return self.programs.agrees_with(model, inputs, output)
+
+    def with_rules(self, rules: RuleSet, top: Top | None = None) -> Explainer:
+        """Returns an explainer of the same model and options with another rule set, which compiles when it is first asked.
+
+        Args:
+            rules: the rule set.
+            top: where relevance starts; where it starts here if left out.
+        """
+        return Explainer(self.programs.with_rules(rules, top))
 
     def table(self) -> str:
         """Which rule and maps each node got, one line a node."""
         return printing.rule_table(self.programs.first().assignment)
 
     def __repr__(self) -> str:
-        rules = self.programs.choice.rules.name
+        rules = self.programs.options.rules.name
         if not self.programs.compiled:
             return f"Explainer({self.model_name}, {rules}, not compiled yet: call it, or give compile() example inputs)"
         compiled = self.programs.first()
         with self.programs.reading_graphs():
-            front = self.programs.first_front()
-            takes = ", ".join(describe(n.meta["val"]) for n in front.canonical.graph.find_nodes(op="placeholder"))
-            gives = describe(front.canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
+            prepared = self.programs.first_prepared()
+            takes = ", ".join(describe(n.meta["val"]) for n in prepared.canonical.graph.find_nodes(op="placeholder"))
+            gives = describe(prepared.canonical.graph.output_node().args[0].meta["val"])  # type: ignore[union-attr]
         calls = sum(n.op == "call_function" for n in compiled.program.graph.nodes)
         seconds = sum(s.seconds for s in compiled.stages)
         return (
@@ -260,88 +287,9 @@ class Explainer(nn.Module):
             + (f", of which constants have {self.constants_share:.0%}" if self.constants_share is not None else "")
         )
 
-    # ---- as a module ------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | Path, *, columns: bool = True, weights: str = "stored") -> Path:
-        """Writes the compiled programs to one file that :func:`frpc.load` reads, without the model's class and without pickle.
-
-        The file holds every program compiled so far: those for calls with one target are always among them.
-
-        Args:
-            path: the file; ``.frpc`` by custom. One that exists is replaced at once, never in part.
-            columns: also holds the program for K targets a sample.
-            weights: ``"stored"`` in the file, or by ``"reference"``: the file then holds their names and checksums, and is
-                loaded with a model that has them.
-
-        Raises:
-            InputError: if nothing is compiled yet.
-            ProgramFileError: if a program calls an operator that is not PyTorch's; names it.
-        """
-        return save(self.programs, path, columns, weights)
-
-    def refresh(self, model: nn.Module) -> Explainer:
-        """Takes new weights of the model it was compiled from, e.g. after training, without capturing the model again.
-
-        Everything compiled is compiled anew from the graph that was captured; threads that ask meanwhile get answers of before.
-
-        Args:
-            model: the module; it is copied again.
-
-        Raises:
-            WeightsError: if a parameter is missing, or has another shape, dtype or device.
-            CompileError: if the model's code computes something else than what was captured.
-        """
-        self.programs.refresh(model)
-        return self
-
-    def state_dict(  # type: ignore[override]  # positional arguments are deprecated, and still passed by some
-        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """The model's own state, under the names it has there: what is compiled follows from it."""
-        found: dict[str, Any] = self.programs.model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return found
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads the model's state, and compiles anew what was compiled."""
-        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        model = copy.deepcopy(self.programs.model)
-        try:
-            fitting = model.load_state_dict(own, strict=False)
-        except RuntimeError as error:
-            error_msgs.append(str(error))
-            return
-        missing_keys.extend(prefix + name for name in fitting.missing_keys)
-        unexpected_keys.extend(prefix + name for name in fitting.unexpected_keys)
-        self.programs.refresh(model)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Explainer:
-        """Moves to another device or type; the next call captures and compiles there."""
-        self.programs.convert(fn)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Explainer:
-        copied = Explainer(self.programs.copied(memo))
-        memo[id(self)] = copied
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise PickleRefusedError(
-            "An explainer is not pickled: a pickle runs code when it is opened. Write it with explainer.save(path), and read it "
-            "with frpc.load(path); or send the model, and compile it there."
-        )
-
     # ---- compiling ----------------------------------------------------------------------------------------------
 
     def compile_for(self, *inputs: Tensor, **named: Tensor) -> Explainer:
         """Compiles the program for inputs like these now, checks it against the model, and takes no other shapes from then on."""
-        self.programs.settle(self.programs.given(inputs, named))
+        self.programs.compile_ahead(self.programs.in_order(inputs, named))
         return self

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 import frpc
 from frpc.core.graph import describe
 from frpc.core.stages import copy_graph
-from frpc.driver.pipeline import Compiled, Front
+from frpc.driver.pipeline import Compiled
+from frpc.driver.prepare import PreparedModel
 from frpc.emit.plan import layer_node
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
@@ -126,26 +127,26 @@ def exportable(
         LayerNameError: for a layer that does not exist.
     """
     programs = explainer.programs
-    front = programs.first_front() if inputs is None else programs.front(inputs)
-    takes = _inputs(front, inputs)
-    fixed = front.captured.inputs[0].batch
+    prepared = programs.first_prepared() if inputs is None else programs.prepared(inputs)
+    takes = _inputs(prepared, inputs)
+    fixed = prepared.captured.inputs[0].batch
     if question.layer:
         fixed = fixed or (1 if inputs is None else len(inputs[0]))
-    example = _example(front, takes, fixed or 2)
-    device = front.captured.inputs[0].device.type
+    example = _example(prepared, takes, fixed or 2)
+    device = prepared.captured.inputs[0].device.type
     about = (frpc.__version__, explainer.model_name, explainer.rules.name, explainer.bias_policy, device, question, fixed, takes)
     if question.layer:
-        return _every_neuron(explainer, front, example, about)
-    return _one_number(explainer, front, example, about, rewrites)
+        return _every_neuron(explainer, prepared, example, about)
+    return _one_number(explainer, prepared, example, about, rewrites)
 
 
 About = tuple[str, str, str, str, str, Question, int | None, tuple[Input, ...]]
 
 
-def _every_neuron(explainer: Explainer, front: Front, example: list[Tensor], about: About) -> Exportable:
+def _every_neuron(explainer: Explainer, prepared: PreparedModel, example: list[Tensor], about: About) -> Exportable:
     programs, name = explainer.programs, about[5].layer
-    programs.check_layers(front, (name,))
-    assignment = programs.assignment(front, example, programs.asked(of=name))
+    programs.check_layers(prepared, (name,))
+    assignment = programs.assignment(prepared, example, programs.query_with(of=name))
     node = layer_node(assignment, name)
     assert node is not None, "the layer's name is known"
     module = LayerAnswer(assignment, name, node)
@@ -154,7 +155,7 @@ def _every_neuron(explainer: Explainer, front: Front, example: list[Tensor], abo
 
 
 def _one_number(
-    explainer: Explainer, front: Front, example: list[Tensor], about: About, rewrites: Sequence[Rewrite]
+    explainer: Explainer, prepared: PreparedModel, example: list[Tensor], about: About, rewrites: Sequence[Rewrite]
 ) -> Exportable:
     programs, question = explainer.programs, about[5]
     if question.grad_cam and explainer.rules.account.gives != "multiplier":
@@ -163,13 +164,13 @@ def _one_number(
             "with rule=frpc.rules.Gradient(times_input=False)."
         )
     layers = (question.grad_cam,) if question.grad_cam else question.at
-    programs.check_layers(front, layers)
-    compiled = programs.program(front, example, programs.asked(columns=question.columns, layers=layers))
+    programs.check_layers(prepared, layers)
+    compiled = programs.program(prepared, example, programs.query_with(columns=question.columns, layers=layers))
     program = _functional(compiled)
     for rewrite in rewrites:
         rewrite(program)
     program.recompile()
-    output = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+    output = prepared.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
     module = Answer(compiled, program, question, output)
     if question.targets == "top":
         _seed_by_output(program, module.classes)
@@ -215,15 +216,15 @@ def _whole(value: Tensor) -> Tensor:
     return value if whole else value.clone(memory_format=torch.contiguous_format)
 
 
-def _inputs(front: Front, given: Sequence[Tensor] | None) -> tuple[Input, ...]:
-    specs = front.captured.inputs
+def _inputs(prepared: PreparedModel, given: Sequence[Tensor] | None) -> tuple[Input, ...]:
+    specs = prepared.captured.inputs
     values: Sequence[Tensor | None] = [None] * len(specs) if given is None else given
     return tuple(described(s.name, x, s.shape, s.dtype) for s, x in zip(specs, values, strict=True))
 
 
-def _example(front: Front, takes: Sequence[Input], batch: int) -> list[Tensor]:
+def _example(prepared: PreparedModel, takes: Sequence[Input], batch: int) -> list[Tensor]:
     drawn = examples(takes, batch, torch.Generator().manual_seed(0))
-    return [x.to(s.device) for x, s in zip(drawn, front.captured.inputs, strict=True)]
+    return [x.to(s.device) for x, s in zip(drawn, prepared.captured.inputs, strict=True)]
 
 
 def _asked(question: Question, output: Tensor, batch: int) -> list[Tensor]:

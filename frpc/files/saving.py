@@ -13,8 +13,9 @@ from frpc.capture.batch import place_of
 from frpc.capture.export import InputSpec
 from frpc.core.graph import describe, first_result
 from frpc.core.lineage import Lineage
+from frpc.driver.calling import InputKinds
 from frpc.driver.pipeline import Compiled
-from frpc.driver.programs import Programs, Signature
+from frpc.driver.programs import Programs
 from frpc.errors import OptionError, ProgramFileError
 from frpc.files.constants import check_calls, write_entries
 from frpc.files.container import write
@@ -39,13 +40,13 @@ def save(programs: Programs, path: str | Path, columns: bool, weights: str) -> P
 
 
 def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path:
-    programs.first_front()
-    if type(programs.choice.rules).check is not RuleSet.check:
-        raise ProgramFileError(f"{programs.choice.rules.name} checks inputs in its own way, which a file cannot hold.")
-    signatures = list(programs.fronts)
+    programs.first_prepared()
+    if type(programs.options.rules).check is not RuleSet.check:
+        raise ProgramFileError(f"{programs.options.rules.name} checks inputs in its own way, which a file cannot hold.")
+    signatures = list(programs.prepared_models)
     for signature in signatures:
         for many in (False, True) if columns else (False,):
-            programs.compiled_for(signature, programs.asked(columns=many))
+            programs.compiled_for(signature, programs.query_with(columns=many))
     saved = [(signatures.index(s), found) for (s, query), found in programs.compiled.items() if question_of(query) is not None]
     _demand_samples_first(programs, saved)
     model = named_tensors(programs.model) if weights == "reference" else None
@@ -81,18 +82,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _lineage(programs: Programs, value: Tensor) -> Lineage | None:
-    found = (front.ledger.lineage(value) for front in programs.fronts.values())
+    found = (prepared.ledger.lineage(value) for prepared in programs.prepared_models.values())
     return next((lineage for lineage in found if lineage is not None), None)
 
 
 def _tensors(programs: Programs, saved: Sequence[Saved]) -> list[tuple[str, Tensor]]:
     held = [pair for _, compiled in saved for pair in compiled.portable.named_buffers()]
     held += [("reference", value) for _, compiled in saved for others in compiled.references for value in others]
-    return held + [("bound", value) for box in programs.choice.rules.boxes() for value in box if isinstance(value, Tensor)]
+    return held + [("bound", value) for box in programs.options.rules.boxes() for value in box if isinstance(value, Tensor)]
 
 
 def _document(
-    programs: Programs, signatures: Sequence[Signature], saved: Sequence[Saved], gathered: Gathered, weights: str
+    programs: Programs, signatures: Sequence[InputKinds], saved: Sequence[Saved], gathered: Gathered, weights: str
 ) -> dict[str, Any]:
     def constant(value: Any) -> dict[str, Any] | None:
         return {"constant": gathered.names[id(value)]} if isinstance(value, Tensor) else None
@@ -100,26 +101,26 @@ def _document(
     return {
         "frpc": version("frpc"),
         "model": programs.model_name,
-        "rules": programs.choice.rules.name,
+        "rules": programs.options.rules.name,
         "bias": programs.query.bias,
         "top": write_top(programs.query.top),
         "weights": weights,
         "names": list(programs.names or ()),
-        "boxes": [[write_value(v, constant) for v in box] for box in programs.choice.rules.boxes()],
+        "boxes": [[write_value(v, constant) for v in box] for box in programs.options.rules.boxes()],
         "constants": write_entries(gathered.entries),
         "signatures": [_signature(programs, signature) for signature in signatures],
         "programs": [_program(which, compiled, gathered) for which, compiled in saved],
     }
 
 
-def _signature(programs: Programs, signature: Signature) -> dict[str, Any]:
-    front = programs.fronts[signature]
-    output = front.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
+def _signature(programs: Programs, signature: InputKinds) -> dict[str, Any]:
+    prepared = programs.prepared_models[signature]
+    output = prepared.canonical.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
     sizes = [int(n) for n in output.shape[1:]]
     return {
-        "inputs": [_input(spec) for spec in front.captured.inputs],
+        "inputs": [_input(spec) for spec in prepared.captured.inputs],
         "output": {"shape": sizes, "dtype": _dtype(output.dtype), "text": describe(output)},
-        "device": front.captured.inputs[0].device.type,
+        "device": prepared.captured.inputs[0].device.type,
     }
 
 

@@ -128,7 +128,7 @@ class Propagation:
         """
         explainer = self._explainer(asked)
         found = explainer(*asked.tensors, **_functional(explainer, asked))
-        if not current and not explainer.programs.follows(live(self._model, asked), asked.tensors, found.output):
+        if not current and not explainer.agrees_with(live(self._model, asked), asked.tensors, found.output):
             self._explainers = {}
             explainer = self._explainer(asked)  # whose first call holds it against the function
             found = explainer(*asked.tensors, **_functional(explainer, asked))

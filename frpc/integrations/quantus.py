@@ -66,7 +66,7 @@ class Explain:
         """Explains the model as it is now: it is run once, and compiled again if it gives something else than its program."""
         found = self._explainer(model)(x, target=target)
         current = snapshot(model) if any(part.training for part in model.modules()) else model
-        if not self._explainer(model).programs.follows(current, (x,), found.output):
+        if not self._explainer(model).agrees_with(current, (x,), found.output):
             del self._compiled[model]
             found = self._explainer(model)(x, target=target)
         assert isinstance(found.relevance, Tensor)

@@ -19,7 +19,7 @@ from frpc.errors import MemoryLimitError, OptionError
 from frpc.layers.context import LayerContext, layer_context
 from frpc.layers.maps import LayerMaps, human_bytes
 from frpc.maps.base import numel
-from frpc.windows import Grid, Rows, lighten, stream
+from frpc.windows import Grid, Rows, skip_shut_windows, stream
 from frpc.windows.run import producers, working_elements
 
 __all__ = ["LAYER_STRATEGIES", "Candidate", "LayerPlan", "layer_maps"]
@@ -133,7 +133,7 @@ def layer_maps(
         )
     context = layer_context(assignment, layer, inputs)
     values, bias, ended = context.values, context.bias, context.ended
-    rows = None if context.rows is None else lighten(context.rows)
+    rows = None if context.rows is None else skip_shut_windows(context.rows)
     plan = _choose(context, name, rows, ended, strategy)
     produce, window = _producer(context, plan.strategy, rows, pulled)
 

@@ -139,7 +139,7 @@ def _labels(model: nn.Module, output: Tensor) -> list[str] | None:
 
 def _moved(inputs: Inputs, model: nn.Module) -> Inputs:
     """The inputs on the model's device."""
-    held = model.programs.model if isinstance(model, Explainer) else model
+    held = model.model if isinstance(model, Explainer) else model
     device = next((tensor.device for tensor in [*held.parameters(), *held.buffers()]), torch.device("cpu"))
     if isinstance(inputs, dict):
         return {name: x.to(device) for name, x in inputs.items()}

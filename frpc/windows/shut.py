@@ -13,12 +13,12 @@ from frpc.windows.rows import PointRows, Rows, SettledRows, SumRows
 from frpc.windows.run import producers
 from frpc.windows.taps import ConvRows, WinnerRows
 
-__all__ = ["lighten", "needed"]
+__all__ = ["needed", "skip_shut_windows"]
 
 _LARGE = 256  # cells of a window from which a product for each position and tap costs little beside its multiplications
 
 
-def lighten(layer: Rows) -> Rows:
+def skip_shut_windows(layer: Rows) -> Rows:
     """Returns producers of the same windows that compute and keep, where windows are large, only those that count."""
     order = producers(layer)
     source = order[0]

@@ -4,8 +4,8 @@ Every pass keeps the function; a pass that leaves a place as it was says so in a
 """
 
 from frpc.core.refusal import Pass, Refusal
-from frpc.optimize.lower.convolutions import channels_last, flip_transposed, paint_blocks
-from frpc.optimize.lower.gates import byte_gates, byte_masks, middling_byte_gates
+from frpc.optimize.lower.convolutions import channels_last, flip_transposed, transposed_to_pixel_shuffle
+from frpc.optimize.lower.gates import byte_gates, byte_gates_of_middle_size, byte_masks
 from frpc.optimize.lower.memory import early_coefficients, free_views, hold_views, reuse_memory
 from frpc.optimize.lower.onednn import OPERATORS, fuse_into_convolutions, prepack, sum_samples
 from frpc.optimize.lower.pooling import gates_before_pools, pools_without_input, scatter_columns
@@ -25,7 +25,7 @@ PASSES: tuple[Pass, ...] = (
     hold_views,
     join_shares,
     early_coefficients,
-    paint_blocks,
+    transposed_to_pixel_shuffle,
     flip_transposed,
     prepack,
     channels_last,
@@ -35,5 +35,5 @@ PASSES: tuple[Pass, ...] = (
 )
 """In this order: transposed convolutions become plain ones, oneDNN takes what it can, and what is left is put in order."""
 
-QUICK: tuple[Pass, ...] = tuple(middling_byte_gates if p is byte_gates else p for p in PASSES)
+QUICK: tuple[Pass, ...] = tuple(byte_gates_of_middle_size if p is byte_gates else p for p in PASSES)
 """The same for short calls: the largest gates read the ReLU itself, which costs memory instead of time."""

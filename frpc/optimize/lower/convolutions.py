@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from frpc.core.graph import describe, fetch, hold
 from frpc.core.refusal import Refusal
 
-__all__ = ["channels_last", "flip_transposed", "paint_blocks"]
+__all__ = ["channels_last", "flip_transposed", "transposed_to_pixel_shuffle"]
 
 aten = torch.ops.aten
 _NO_KERNELS = "oneDNN has no kernels for float64, and PyTorch's gain nothing from a second copy of the weights"
@@ -64,7 +64,7 @@ class _Blocks:
         return torch.where((k >= 0) & (k < self.kernel), k, self.kernel)
 
 
-def paint_blocks(graph_module: fx.GraphModule) -> list[Refusal]:
+def transposed_to_pixel_shuffle(graph_module: fx.GraphModule) -> list[Refusal]:
     """``conv_transpose(v, w), stride s, few channels -> pixel_shuffle(conv(v, w'))``: blocks of s x s pixels as channels.
 
     The way back ends at an image of three channels, and kernels compute a vector of them: the rest of it was wasted. Blocks are

@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 from frpc.core.refusal import Refusal
 
-__all__ = ["byte_gates", "byte_masks", "middling_byte_gates"]
+__all__ = ["byte_gates", "byte_gates_of_middle_size", "byte_masks"]
 
 aten = torch.ops.aten
 RELUS = (aten.relu.default, aten.relu_.default)
 SMALL = 2**12  # elements a sample: below, a call costs more than the memory is worth
-MIDDLING = (2**16, 2**20)  # where bytes cost no time to speak of: beyond, products lay them out as fresh pages of floats
+MIDDLE_SIZES = (2**16, 2**20)  # where bytes cost no time to speak of: beyond, products lay them out as fresh pages of floats
 
 
 def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
@@ -32,9 +32,9 @@ def byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
     return _keep_bytes(graph_module, SMALL, math.inf)
 
 
-def middling_byte_gates(graph_module: fx.GraphModule) -> list[Refusal]:
+def byte_gates_of_middle_size(graph_module: fx.GraphModule) -> list[Refusal]:
     """The same for those gates alone whose memory costs no time; the others read their ReLU."""
-    return _keep_bytes(graph_module, *MIDDLING)
+    return _keep_bytes(graph_module, *MIDDLE_SIZES)
 
 
 def _keep_bytes(graph_module: fx.GraphModule, least: float, beyond: float) -> list[Refusal]:
@@ -85,7 +85,7 @@ def _elements(rectified: Any) -> float:
     """How many a sample has; where that is not known, as many as count."""
     value = rectified.meta.get("val")
     sizes = [None] if value is None else list(value.shape[1:])
-    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else MIDDLING[0]  # type: ignore[arg-type]
+    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else MIDDLE_SIZES[0]  # type: ignore[arg-type]
 
 
 def _is_rectified(value: Any) -> bool:
