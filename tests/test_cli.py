@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import frpc
-from frpc.cli import app
+from frpc.cli.commands import app
 from frpc.errors import CompileError, OutputFolderError
 from frpc.integrations import torchvision as pretrained
 from frpc.plots.outputs import OutputFolder

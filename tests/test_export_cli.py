@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from frpc.cli import app
+from frpc.cli.commands import app
 from frpc.export import open_file
 from frpc.integrations import torchvision as pretrained
 

@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from frpc import jobs
-from frpc.cli import app
+from frpc.cli.commands import app
 from frpc.integrations import torchvision as pretrained
 from test_jobs import contents, killed_until_done, processes, seconds_of
 

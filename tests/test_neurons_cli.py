@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import frpc
 from frpc.assets.digits import load_digit_net, load_digits
-from frpc.cli import app
+from frpc.cli.commands import app
 from frpc.errors import MemoryLimitError, ShapeError
 from frpc.integrations import torchvision as pretrained
 from frpc.integrations.images import Recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from frpc.cli import app
+from frpc.cli.commands import app
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'frpc[text]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own, of which there are many

@@ -204,7 +204,7 @@ def test_memory_in_common() -> None:
 
 
 def test_sizes_that_are_free() -> None:
-    mode = torch_compat.FakeTensorMode(shape_env=torch_compat.ShapeEnv())
+    mode = torch_compat.FakeTensorMode(shape_env=torch_compat.shape_env())
     value = torch_compat.symbolic(mode, (3, 1), "columns", (True, False))
     assert torch_compat.fake_mode_of(value) is mode
     count, one = value.shape

@@ -1,59 +1,26 @@
-"""The `frpc` command. Commands import torch only when they run, so that ``frpc --help`` answers at once."""
+"""The `frpc` command."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
 
-import typer
+__all__ = ["main"]
 
-from frpc.cli.demo import demo
-from frpc.cli.doctor import doctor
-from frpc.cli.explain import explain
-from frpc.cli.explain_text import explain_text
-from frpc.cli.export import export
-from frpc.cli.inspect import compile_model, examine
-from frpc.cli.map import map_data
-from frpc.cli.neurons import neurons
-
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="frpc",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Compile a PyTorch model into a program that returns its output and an exactly conserving relevance map.\n\n"
-    "Exit codes: 0 done, 1 the examined model has gaps, 2 bad input, 3 some samples of a data set failed, "
-    "70 a defect of frpc.",
-)
-app.command()(demo)
-app.command()(explain)
-app.command("explain-text")(explain_text)
-app.command()(neurons)
-app.command("map")(map_data)
-app.command()(examine)
-app.command("compile")(compile_model)
-app.command()(export)
-app.command()(doctor)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from frpc import __version__
-
-        typer.echo(f"frpc {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
-    pass
+INTERRUPTED = 130  # what shells report of a command that Ctrl-C ended
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        from frpc.cli.commands import app
+
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has stopped reading, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        sys.exit(1)

@@ -109,7 +109,7 @@ def session(as_json: bool, threads: int | None = None) -> Iterator[Session]:
         _report(error, as_json, INTERNAL)
     except FrpcError as error:
         _report(error, as_json, BAD_INPUT)
-    except (typer.Exit, typer.Abort, typer.BadParameter):
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:  # the last place where a defect can still be reported with its exit code
         traceback.print_exc(file=sys.stderr)

@@ -20,7 +20,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -33,7 +32,6 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "Private",
-    "ShapeEnv",
     "SubgraphMatcher",
     "TorchDispatchMode",
     "WeakTensorKeyDictionary",
@@ -65,6 +63,7 @@ __all__ = [
     "overload_name",
     "pytree",
     "schema_of",
+    "shape_env",
     "storage_of",
     "submodules_of",
     "symbolic",
@@ -208,6 +207,13 @@ def is_fake(tensor: Tensor) -> bool:
     return hasattr(tensor, "fake_mode")
 
 
+def shape_env() -> Any:
+    """Returns a new environment for free sizes."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads sympy
+
+    return ShapeEnv()
+
+
 def expression_of(size: torch.SymInt) -> Any:
     """Returns a free size as a formula of sympy's."""
     return size.node.expr
@@ -234,6 +240,7 @@ def symbolic(mode: FakeTensorMode, shape: Sequence[int], name: str, free: Sequen
         free: for each size, whether it is.
     """
     from torch._dynamo.source import LocalSource  # loads all of Dynamo: seconds that a first look need not pay
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC if f else DimDynamic.STATIC for f in free])
     with unset_fake_temporarily():

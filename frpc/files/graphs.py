@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from frpc.core.graph import fetch
-from frpc.core.torch_compat import FakeTensorMode, OpOverload, ShapeEnv, expression_of, schema_of
+from frpc.core.torch_compat import FakeTensorMode, OpOverload, expression_of, schema_of, shape_env
 from frpc.driver import printing
 from frpc.files.operators import ARITHMETIC, DTYPES, may_hold, operator_named
 from frpc.files.values import FaultError, integer, read_value, record, sequence, show, text, write_value
@@ -159,7 +159,7 @@ class _Examples:
     """Example values: fake tensors, with symbols for the batch and for K."""
 
     def __init__(self, device: torch.device) -> None:
-        shapes = ShapeEnv()
+        shapes = shape_env()
         self.mode, self.device = FakeTensorMode(shape_env=shapes), device
         self.symbols = tuple(shapes.create_unbacked_symint() for _ in SYMBOLS)
         self.known: dict[Any, Tensor] = {}
