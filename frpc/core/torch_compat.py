@@ -155,14 +155,12 @@ def schema_of(op: Any) -> Any:
 
 def overload_name(op: OpOverload) -> str:
     """Returns what stands behind the dot of an operator's name: ``Tensor`` of ``aten.add.Tensor``."""
-    name: str = op._overloadname
-    return name
+    return op._overloadname
 
 
 def builtin_of(op: OpOverload) -> Callable[..., Any]:
     """Returns the C++ function behind an operator: the same results, sooner."""
-    function: Callable[..., Any] = op._op
-    return function
+    return op._op
 
 
 def is_composite(op: OpOverload) -> bool:
@@ -198,8 +196,7 @@ trace_lock = threading.RLock()
 
 def fake_mode_of(value: Any) -> FakeTensorMode:
     """Returns the mode an example value lives in."""
-    mode: FakeTensorMode = value.fake_mode
-    return mode
+    return value.fake_mode
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -226,8 +223,7 @@ def hint_of(size: torch.SymInt) -> Any:
 
 def fixed_size(size: Any) -> int | None:
     """Returns the number that a size is, or None where it is free."""
-    found: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
-    return found
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 
 def symbolic(mode: FakeTensorMode, shape: Sequence[int], name: str, free: Sequence[bool]) -> Tensor:
