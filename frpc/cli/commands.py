@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from frpc.cli.demo import demo
-from frpc.cli.doctor import doctor
+from frpc.cli.doctor import demo, doctor
 from frpc.cli.explain import explain
 from frpc.cli.explain_text import explain_text
 from frpc.cli.export import export

@@ -1,4 +1,4 @@
-"""`frpc doctor`: what is installed, what it runs on, and whether it works here."""
+"""`frpc demo` and `frpc doctor`: ten explained digits, and what is installed, what it runs on, and whether it works here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import importlib.util
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from frpc.cli.session import INTERNAL, JsonOption, ThreadsOption, session
+from frpc.cli.session import INTERNAL, JsonOption, ThreadsOption, print_pairs, print_table, session
 
-__all__ = ["doctor"]
+__all__ = ["demo", "doctor"]
 
 REQUIRED = ("frpc", "torch", "numpy", "safetensors", "matplotlib", "pillow", "typer", "rich")
 OPTIONAL = {  # name on the package index: import name
@@ -25,6 +25,34 @@ OPTIONAL = {  # name on the package index: import name
     "captum": "captum",
 }
 LIMITS = {"float32": 1e-6, "float64": 1e-12}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheet.")] = Path("frpc-demo"),
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain ten handwritten digits with a bundled net. Needs no network."""
+    with session(as_json, threads) as current:
+        from frpc.assets.digits import run
+
+        result = run(out, current.console)
+        _print_demo(current.console, result)
+        current.finish(result)
+
+
+def _print_demo(console: Console, result: dict[str, Any]) -> None:
+    net = result["net"]
+    console.print(f"{net['model']}, {net['parameters']:,} parameters, {100 * net['test_accuracy']:.2f} % of 10,000 test digits\n")
+    rows = []
+    for digit in result["digits"]:
+        for rank, (name, logit, total) in enumerate(zip(digit["classes"], digit["logits"], digit["sums"], strict=True)):
+            role = ("predicted", "runner-up")[rank]
+            first = str(digit["label"]) if rank == 0 else ""
+            rows.append((first, f"{name} {role}", f"{logit:+.5f}", f"{total:+.5f}"))
+    print_table(console, ("digit", "class", "logit", "map sum"), rows, words=("digit", "class"))
+    console.print(f"\nlargest |sum V - logit| / sum|V|: {result['conservation_error']:.1e}")
+    console.print(f"look at {result['files'][0]}")
 
 
 def doctor(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
@@ -87,14 +115,12 @@ def _self_check() -> dict[str, Any]:
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("python", f"{result['python']}, {result['platform']}")
+    pairs = [("python", f"{result['python']}, {result['platform']}")]
     for name, found in (result["packages"] | result["optional"]).items():
-        table.add_row(name, found or ("not installed (optional)" if name in OPTIONAL else "no package metadata"))
-    for device in result["devices"]:
-        table.add_row("device", device)
+        pairs.append((name, found or ("not installed (optional)" if name in OPTIONAL else "no package metadata")))
+    pairs += [("device", device) for device in result["devices"]]
     check = result["self_check"]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in check["errors"].items())
     verdict = "balanced" if check["ok"] else "NOT BALANCED"
-    table.add_row("self-check", f"{verdict}: |sum V - y| / sum|V| = {errors}, in {check['seconds']:.1f} s")
-    console.print(table)
+    pairs.append(("self-check", f"{verdict}: |sum V - y| / sum|V| = {errors}, in {check['seconds']:.1f} s"))
+    print_pairs(console, pairs)

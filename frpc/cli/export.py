@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from frpc.cli.classifier import Classifier, ModelOption, load_classifier
-from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, ThreadsOption, session
+from frpc.cli.session import Bias, BiasOption, Dtype, DtypeOption, JsonOption, ThreadsOption, print_pairs, session
 from frpc.errors import OptionError, OutputFolderError
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ def export(
         size = out.stat().st_size
         current.console.print(f"{out}: {size / 1e6:.1f} MB in {seconds:.1f} s", markup=False)
         current.console.print(f"takes {', '.join(signature.names)}; gives {', '.join(signature.outputs)}", markup=False)
-        current.console.print(str(report), markup=False)
+        current.console.print(report.heading, markup=False)
+        print_pairs(current.console, report.cells())
+        for remark in report.remarks:
+            current.console.print(remark, markup=False)
         results = {row.name: {"error": _known(row.error), "edge": _known(row.edge)} for row in report.rows}
         verified = {"samples": report.samples, "edges": report.edges, "bound": report.bound, "results": results}
         verified["conservation"] = report.conservation

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from frpc.cli.classifier import ModelOption, load_classifier
-from frpc.cli.session import GAPS, Bias, BiasOption, Dtype, DtypeOption, JsonOption, ThreadsOption, session
+from frpc.cli.session import GAPS, Bias, BiasOption, Dtype, DtypeOption, JsonOption, ThreadsOption, print_table, session
 
 __all__ = ["compile_model", "examine"]
 
@@ -34,7 +34,9 @@ def examine(
             progress.add_task(f"capturing {model}", total=None)
             classifier = load_classifier(model, weights, dtype, current)
             coverage = frpc.examine(classifier.model, (classifier.example(dtype),))
-        current.console.print(str(coverage), markup=False)
+        current.console.print(coverage.heading, markup=False)
+        head, *cells = coverage.cells()
+        print_table(current.console, head, cells, words=head)
         rows = [{key: str(value) for key, value in asdict(row).items()} for row in coverage.rows]
         current.finish({"model": model, "ok": coverage.ok, "rows": rows})
         if not coverage.ok:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from frpc.explainer.explainer import Explainer
     from frpc.integrations.images import Picture
     from frpc.layers.maps import LayerMaps
+    from frpc.layers.strategies import LayerPlan
     from frpc.plots.neurons import Portrait
     from frpc.plots.outputs import OutputFolder
     from frpc.windows.producer import Grids
@@ -91,10 +92,10 @@ def neurons(
         chosen = [_index(text) for text in neuron or []]
         request = NeuronsRequest(model, weights, image, list(dict.fromkeys(layer)), top, by, chosen, cell, save, bias, dtype)
         folder = OutputFolder(out)
-        result = _run(request, folder, current)
+        result, plans = _run(request, folder, current)
         folder.json("neurons.json", result)
-        for entry in result["layers"]:
-            show_layer(current.console, entry)
+        for plan, entry in zip(plans, result["layers"], strict=True):
+            show_layer(current.console, plan, entry)
         for file in folder.files:
             current.console.print(f"  {file}", markup=False)
         current.finish(result)
@@ -106,7 +107,7 @@ def _index(text: str) -> Index:
     return tuple(int(number) for number in text.split(","))
 
 
-def _run(request: NeuronsRequest, folder: OutputFolder, current: Session) -> dict[str, Any]:
+def _run(request: NeuronsRequest, folder: OutputFolder, current: Session) -> tuple[dict[str, Any], list[LayerPlan]]:
     import torch
 
     from frpc.plots.neurons import depth_sheet
@@ -134,8 +135,9 @@ def _run(request: NeuronsRequest, folder: OutputFolder, current: Session) -> dic
             folder.figure(
                 "neurons_depth.png", depth_sheet(photo.picture.crop, widest, title=title, unit="value", cell=request.cell)
             )
-    settings = {"image": str(request.image), "model": request.model, "weights": request.weights}
-    return settings | {"by": request.by.value, "bias": request.bias.value, "dtype": request.dtype.value, "layers": entries}
+    settings: dict[str, Any] = {"image": str(request.image), "model": request.model, "weights": request.weights}
+    settings |= {"by": request.by.value, "bias": request.bias.value, "dtype": request.dtype.value}
+    return settings | {"layers": entries}, [maps.plan for maps in layers]
 
 
 def _read(request: NeuronsRequest, current: Session) -> AskedPhoto:

@@ -6,16 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+
+from frpc.cli.session import print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from frpc.layers.maps import LayerMaps
+    from frpc.layers.strategies import LayerPlan
     from frpc.plots.neurons import Portrait
     from frpc.windows.producer import Grids
 
 __all__ = ["RankedChannel", "channel_portrait", "layer_record", "show_layer", "size_in_words"]
+
+FORMATS = {"channel": "d", "value": "+.4f", "sum": "+.4f", "magnitude": ".2f", "peak": "+.4f", "conservation_error": ".1e"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,25 +89,19 @@ def layer_record(maps: LayerMaps, channels: list[RankedChannel], portraits: list
     }
 
 
-def show_layer(console: Console, entry: dict[str, Any]) -> None:
+def show_layer(console: Console, plan: LayerPlan, entry: dict[str, Any]) -> None:
     """Prints one layer's plan, its channels and its neurons, from its record."""
-    console.print(entry["plan"], markup=False)
-    table = Table("channel", "value", "map sum", "sum |V|", "peak", "error", box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify = "right"
-    for row in entry["channels"]:
-        numbers = [f"{row[key]:+.4f}" for key in ("value", "sum")]
-        table.add_row(
-            str(row["channel"]), *numbers, f"{row['magnitude']:.2f}", f"{row['peak']:+.4f}", f"{row['conservation_error']:.1e}"
-        )
-    console.print(table)
-    if entry["neurons"]:
-        table = Table("neuron", "value", "map sum", "rows", "columns", box=None, pad_edge=False)
-        for column in table.columns:
-            column.justify = "right"
-        for row in entry["neurons"]:
-            box = row["window"]
-            sides = (f"{box['top']}–{box['bottom'] - 1}", f"{box['left']}–{box['right'] - 1}")
-            table.add_row(",".join(map(str, row["index"])), f"{row['value']:+.5f}", f"{row['sum']:+.5f}", *sides)
-        console.print(table)
+    console.print(plan.heading, markup=False)
+    head, *costs = plan.cells()
+    print_table(console, head, costs, words=("strategy",))
+    console.print(plan.memory, markup=False)
+    channels = [[format(row[key], form) for key, form in FORMATS.items()] for row in entry["channels"]]
+    print_table(console, ("channel", "value", "map sum", "sum |V|", "peak", "error"), channels)
+    neurons = []
+    for row in entry["neurons"]:
+        box = row["window"]
+        sides = (f"{box['top']}–{box['bottom'] - 1}", f"{box['left']}–{box['right'] - 1}")
+        neurons.append((",".join(map(str, row["index"])), f"{row['value']:+.5f}", f"{row['sum']:+.5f}", *sides))
+    if neurons:
+        print_table(console, ("neuron", "value", "map sum", "rows", "columns"), neurons)
     console.print(f"explained in {entry['seconds']['explain']:.1f} s\n")

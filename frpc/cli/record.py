@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
+from frpc.cli.session import print_table
 from frpc.integrations.images import Picture
 from frpc.integrations.torchvision import class_names
 from frpc.plots import heatmap
@@ -125,9 +125,7 @@ def show(console: Console, record: dict[str, Any]) -> None:
     standard = record.get("method", "frp") == "frp"
     total = "map sum + constants" if standard and record["bias"] == "separate" else "map sum"
     last = "error" if standard else "left out"
-    table = Table("class", "name", "logit", "probability", total, last, box=None, pad_edge=False)
-    for column in (table.columns[0], *table.columns[2:]):
-        column.justify = "right"
+    rows = []
     accounts = {entry["class"]: entry for entry in record["explained"]}
     shown = {entry["class"]: entry for entry in record["top"]} | accounts
     for index, entry in sorted(shown.items(), key=lambda item: -item[1]["logit"]):
@@ -135,12 +133,12 @@ def show(console: Console, record: dict[str, Any]) -> None:
         if index in accounts:
             left_out = "" if entry["constants"] is None else f"{entry['constants']:+.5f}"
             balance = (f"{entry['sum']:+.5f}", f"{entry['conservation_error']:.1e}" if standard else left_out)
-        table.add_row(str(index), entry["name"], f"{entry['logit']:+.5f}", f"{entry['probability']:.4f}", *balance)
-    console.print(table)
+        rows.append((str(index), entry["name"], f"{entry['logit']:+.5f}", f"{entry['probability']:.4f}", *balance))
+    print_table(console, ("class", "name", "logit", "probability", total, last), rows, words=("name",))
     if "layers" in record:
         worst = sorted(record["layers"], key=lambda row: -row["error"])[:SHOWN_CLASSES]
-        rows = ", ".join(f"{row['layer'] or '(top level)'} {row['error']:.1e}" for row in worst)
-        console.print(f"least exact of {len(record['layers'])} layers: {rows}", markup=False)
+        errors = ", ".join(f"{row['layer'] or '(top level)'} {row['error']:.1e}" for row in worst)
+        console.print(f"least exact of {len(record['layers'])} layers: {errors}", markup=False)
     seconds = record["seconds"]
     console.print(f"compiled in {seconds['compile']:.1f} s, explained in {1000 * seconds['explain']:.0f} ms")
     for file in record["files"]:

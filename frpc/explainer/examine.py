@@ -49,12 +49,19 @@ class Coverage:
         """Says whether every node that carries relevance has a rule."""
         return all(row.rule for row in self.rows)
 
-    def __str__(self) -> str:
+    @property
+    def heading(self) -> str:
+        """How many nodes have a rule."""
         missing = sum(not row.rule for row in self.rows)
-        head = f"{self.model}: {len(self.rows) - missing} of {len(self.rows)} carrying nodes have a rule"
-        cells = [("node", "operator", "rule", "module", "line", "source", "result", "fix")]
-        cells += [(r.node, r.op, r.rule or "MISSING", r.module, r.where, r.source, r.shape, r.fix) for r in self.rows]
-        return f"{head}\n{columns(cells)}"
+        return f"{self.model}: {len(self.rows) - missing} of {len(self.rows)} carrying nodes have a rule"
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text: the names of its columns, then a row for each node."""
+        head = ("node", "operator", "rule", "module", "line", "source", "result", "fix")
+        return [head, *((r.node, r.op, r.rule or "MISSING", r.module, r.where, r.source, r.shape, r.fix) for r in self.rows)]
+
+    def __str__(self) -> str:
+        return f"{self.heading}\n{columns(self.cells())}"
 
 
 def examine(

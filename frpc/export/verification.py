@@ -79,22 +79,34 @@ class Report:
         """The largest error of samples that lie on no edge; NaN if every sample lies on one."""
         return max((row.error for row in self.rows), key=lambda error: (math.isnan(error), error))
 
-    def __str__(self) -> str:
+    @property
+    def heading(self) -> str:
+        """What was compared."""
         sizes = ", ".join(map(str, self.batches))
-        lines = [f"{self.samples} samples in batches of {sizes}; relative L1 to the explainer, bound {self.bound:g}:"]
-        if self.edges < self.samples:
-            lines += [f"  {row.name:<24} {row.error:.1e}" for row in self.rows]
-        if self.conservation is not None:
-            lines.append(f"  {'|sum V - y| / sum|V|':<24} {self.conservation:.1e}")
+        return f"{self.samples} samples in batches of {sizes}; relative L1 to the explainer, bound {self.bound:g}:"
+
+    def cells(self) -> list[tuple[str, str]]:
+        """Each result and its error, as text."""
+        rows = [(row.name, f"{row.error:.1e}") for row in self.rows if self.edges < self.samples]
+        return rows if self.conservation is None else [*rows, ("|sum V - y| / sum|V|", f"{self.conservation:.1e}")]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of samples on an edge of the model."""
+        lines = []
         if self.edges:
             worst = max(row.edge for row in self.rows)
             lines.append(
-                f"  {self.edges} of the samples lie on an edge of the model, where rounding decides: there maps differ by up to "
+                f"{self.edges} of the samples lie on an edge of the model, where rounding decides: there maps differ by up to "
                 f"{worst:.1e}, no more than twice what the explainer's own do when its input moves by a few roundings"
             )
         if self.edges == self.samples:
-            lines.append("  No sample lies off all edges: maps are compared to that, and no closer.")
-        return "\n".join(lines)
+            lines.append("No sample lies off all edges: maps are compared to that, and no closer.")
+        return lines
+
+    def __str__(self) -> str:
+        rows = [f"  {name:<24} {error}" for name, error in self.cells()]
+        return "\n".join([self.heading, *rows, *(f"  {remark}" for remark in self.remarks)])
 
 
 def open_file(path: str | Path) -> tuple[Run, Signature]:

@@ -92,14 +92,25 @@ class LayerPlan:
             f"{human_bytes(limit)}. Raise memory_limit, or ask for single neurons: explainer.neurons()."
         )
 
+    @property
+    def heading(self) -> str:
+        """The choice and its reason."""
+        ended = f"\nwindows end at {self.ended}" if self.ended else ""
+        return f"all neurons of {self.layer}: {self.strategy} ({self.why}){ended}"
+
+    @property
+    def memory(self) -> str:
+        """What the choice needs while it runs."""
+        return f"working memory {human_bytes(self.working((0, self.width)))} for all columns at one time"
+
+    def cells(self) -> list[tuple[str, str, str, str]]:
+        """The candidates as text: the names of the columns, then a row for each."""
+        rows = [(c.strategy, f"{c.flops / 1e9:.2f}", f"{c.bytes / 1e9:.3f}", f"{c.seconds:.3f}") for c in self.candidates]
+        return [("strategy", "GFLOP", "GB moved", "weight"), *rows]
+
     def __str__(self) -> str:
-        lines = [f"all neurons of {self.layer}: {self.strategy} ({self.why})"]
-        if self.ended:
-            lines.append(f"windows end at {self.ended}")
-        lines.append(f"{'strategy':<12} {'GFLOP':>12} {'GB moved':>10} {'weight':>10}")
-        lines += [f"{c.strategy:<12} {c.flops / 1e9:>12.2f} {c.bytes / 1e9:>10.3f} {c.seconds:>10.3f}" for c in self.candidates]
-        lines.append(f"working memory {human_bytes(self.working((0, self.width)))} for all columns at one time")
-        return "\n".join(lines)
+        table = [f"{name:<12} {flops:>12} {moved:>10} {weight:>10}" for name, flops, moved, weight in self.cells()]
+        return "\n".join([self.heading, *table, self.memory])
 
 
 def layer_maps(

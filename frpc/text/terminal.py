@@ -24,7 +24,7 @@ def rendered(sheet: Sheet) -> Group:
         _words(sheet),
         Text(),
         _scale(sheet),
-        *(_strongest(sheet, sign) for sign in (1, -1)),
+        _strongest(sheet),
         Text(),
         _account(sheet),
         *(Text(remark, style="dim") for remark in sheet.remarks),
@@ -56,9 +56,14 @@ def _scale(sheet: Sheet) -> Text:
     return text
 
 
-def _strongest(sheet: Sheet, sign: int) -> Text:
-    words = sheet.strongest(sign, STRONGEST)
-    return Text(f"{'for' if sign > 0 else 'against':<8}") + Text(", ".join(_number(word) for word in words) or "nothing")
+def _strongest(sheet: Sheet) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, sign in (("for", 1), ("against", -1)):
+        words = sheet.strongest(sign, STRONGEST)
+        table.add_row(name, Text(", ".join(_number(word) for word in words) or "nothing"))
+    return table
 
 
 def _number(word: Word) -> str:
@@ -67,9 +72,9 @@ def _number(word: Word) -> str:
 
 def _account(sheet: Sheet) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
     for line in sheet.parts:
         table.add_row(Text(line.name), signed(line.value), Text(line.note))
     table.add_section()
