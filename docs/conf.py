@@ -67,5 +67,12 @@ def front_page_and_guide(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = re.sub(r"\]\((\.\./)?index\.md", rf"]({'../' * docname.count('/')}site/guide.md", source[0])
 
 
+def readable(*event: object) -> tuple[str | None, str | None]:
+    """A default that is made for each object is no Python; without it a signature is laid out like the others."""
+    *_, signature, returned = event
+    return signature and signature.replace("<factory>", "..."), returned
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", front_page_and_guide)
+    app.connect("autodoc-process-signature", readable)
