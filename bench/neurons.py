@@ -22,7 +22,6 @@ import frpc
 from bench.machine import Spread, interleave, machine, make_table, open_console, write_record
 from bench.nets import THESIS, build, layer_path
 from bench.thesis import algorithm_one
-from frpc.emit.plan import layer_node
 from frpc.emit.propagate import push
 from frpc.errors import OptionError
 from frpc.layers.context import LayerContext, layer_context
@@ -138,7 +137,7 @@ def context_of(explainer: frpc.Explainer, layer: str, x: Tensor) -> LayerContext
     prepared = explainer.programs.prepared((x,))
     query = explainer.programs.query_with(columns=True, of=layer, bias="separate")
     assignment = explainer.programs.assignment(prepared, (x,), query)
-    node = layer_node(assignment, layer)
+    node = assignment.layer_node(layer)
     assert node is not None
     return layer_context(assignment, node, (x,))
 

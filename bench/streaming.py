@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import frpc
 from bench.machine import machine, open_console, peak_rss, write_record
 from bench.nets import build, layer_path
-from frpc.layers.maps import LayerMaps, human_bytes
+from frpc.core.sizes import human_bytes
+from frpc.layers.maps import LayerMaps
 
 __all__ = ["run"]
 

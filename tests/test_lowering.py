@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from torchvision.models import resnet
 
 import frpc
+from frpc.core.refusal import Refusal
 from frpc.core.stages import copy_graph
 from frpc.optimize import lower
-from frpc.optimize.lower import Refusal, convolutions, gates, memory, onednn, pooling, shares
+from frpc.optimize.lower import convolutions, gates, memory, onednn, pooling, shares
 from graphs import calls, program, randn, with_examples
 from nets import BasicBlock
 

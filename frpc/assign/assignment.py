@@ -13,9 +13,8 @@ from torch import fx
 from frpc.assign.coded import refuse_codes
 from frpc.assign.constants import cure
 from frpc.assign.signs import never_negative
-from frpc.canonicalize.complex.pairs import is_complex
 from frpc.capture.batch import Batch, batches_of
-from frpc.core.graph import bind, describe, first_result, origin_of
+from frpc.core.graph import bind, describe, first_result, is_complex, origin_of
 from frpc.core.stopped import stopped_by
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
@@ -102,6 +101,10 @@ class Assignment:
     batches: Mapping[fx.Node, Batch] = field(default_factory=dict)
     cure: str = ""
     notes: tuple[tuple[fx.Node, str], ...] = ()
+
+    def layer_node(self, layer: str) -> fx.Node | None:
+        """Returns the node that is the output of a module, or None where no node is."""
+        return next((node for node in self.graph_module.graph.nodes if layer in node.meta.get("layers", ())), None)
 
     def demand_complete(self) -> Assignment:
         """Returns itself, or raises with every gap at once.

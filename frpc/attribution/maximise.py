@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
+from frpc.driver.prepare import prepare
 from frpc.errors import InputError, LayerNameError, OptionError, ShapeError, TargetError, nearest
 from frpc.explainer.explainer import Explainer
 
@@ -136,7 +136,7 @@ def _start(model: nn.Module, size: Sequence[int], start: Tensor | None, generato
 def _up_to(model: nn.Module, x: Tensor, layer: str | None) -> fx.GraphModule:
     """The model's graph from the input to a layer's output, its parameters frozen."""
     net = model.model if isinstance(model, Explainer) else snapshot(model)
-    whole = capture(net, (x.detach(),)).graph_module
+    whole = prepare(net, (x.detach(),), None, apart=False).captured.graph_module
     if layer is None:
         return whole
     named = {name: node for node in whole.graph.nodes for name in node.meta.get("layers", ())}

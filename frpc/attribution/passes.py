@@ -7,7 +7,6 @@ what comes back does not depend on how it is cut.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,18 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from frpc.core.sizes import human_bytes
+from frpc.driver.running import peak_bytes
 from frpc.driver.targets import Target
 from frpc.errors import InputError, MemoryLimitError, OptionError
 from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
-from frpc.layers.maps import human_bytes
-from frpc.maps.base import size_hint
-from frpc.optimize.lower.footprint import footprint
 from frpc.rules import Gradient
 from frpc.rules.references import Reference, ReferenceLike, as_reference
 from frpc.rules.top import Logit, SoftmaxTaylor, Top
 
-__all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "peak_bytes", "start_of"]
+__all__ = ["MEMORY_LIMIT", "Asked", "Score", "ask", "start_of"]
 
 Score = Literal["logit", "probability"]
 Make = Callable[[Tensor, Tensor], Tensor]
@@ -169,13 +167,6 @@ def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score
         return explainer, chosen
     plain = dataclasses.replace(rules, times_input=False) if isinstance(rules, Gradient) else rules
     return explainer.with_rules(plain, _TOPS[chosen]), chosen
-
-
-def peak_bytes(program: fx.GraphModule) -> int:
-    """Bytes of one sample and of what is computed of it, as far as they are alive at one time; parameters do not count."""
-    given = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
-    samples = sum(math.prod(size_hint(s) for s in x.shape[1:]) * x.element_size() for x in given)
-    return footprint(program, columns=False).bytes() + samples
 
 
 def _first_batch(program: fx.GraphModule) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from frpc.core.editor import Editor, calls
 from frpc.core.graph import replace
-from frpc.maps.base import size_hint
+from frpc.core.sizes import size_hint
 
 __all__ = ["expand_attention"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from frpc.core.editor import Editor, calls
 from frpc.core.graph import replace
+from frpc.core.sizes import same_size, same_sizes
 from frpc.core.torch_compat import SubgraphMatcher
-from frpc.maps.base import same_size, same_sizes
 
 __all__ = ["recover_shrinks", "unify_shuffles"]
 

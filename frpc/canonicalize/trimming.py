@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from frpc.core.editor import Editor, calls
 from frpc.core.graph import bind, fetch, origin_of, replace
+from frpc.core.sizes import size_hint
 from frpc.core.stopped import stopped_by
 from frpc.core.torch_compat import OpOverload, schema_of
 from frpc.errors import TrainingModeError
-from frpc.maps.base import size_hint
 from frpc.rules.effects import is_pure
 
 __all__ = ["fold_constants", "refuse_random", "remove_assertions", "remove_copies"]

@@ -33,6 +33,7 @@ __all__ = [
     "first_result",
     "free_name",
     "hold",
+    "is_complex",
     "name_layers",
     "origin_of",
     "replace",
@@ -221,6 +222,13 @@ def fetch(module: torch.nn.Module, target: str) -> Any:
 def first_result(value: Any) -> Any:
     """Returns a value, or the first of the values of an operator with several: the one that carries relevance."""
     return value[0] if isinstance(value, tuple | list) else value
+
+
+def is_complex(value: Any) -> bool:
+    """Says whether a node's value, or the first of its values, is complex."""
+    example = value.meta.get("val") if isinstance(value, fx.Node) else value
+    example = example[0] if isinstance(example, tuple | list) and example else example
+    return isinstance(example, complex) or (isinstance(example, torch.Tensor) and example.is_complex())
 
 
 def empty_like(example: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from frpc.capture.export import argument_order
 from frpc.core.values import is_traced
 from frpc.errors import InputError
 
-__all__ = ["InputKinds", "NamedInputs", "kinds_of", "refuse_inside_torch_compile", "wrapper"]
+__all__ = ["InputKinds", "NamedInputs", "in_order_of", "kinds_of", "named_inputs", "refuse_inside_torch_compile", "wrapper"]
 
 InputKinds = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 """The sizes of one sample, type and device of each input: what a captured graph depends on."""
@@ -42,6 +43,18 @@ class NamedInputs(tuple[Tensor, ...]):
     """
 
     names: tuple[str, ...] = ()
+
+
+def named_inputs(model: nn.Module, named: Mapping[str, Tensor]) -> NamedInputs:
+    """Puts keyword inputs into the order of the model's ``forward``."""
+    return in_order_of(argument_order(model, list(named)), named)
+
+
+def in_order_of(names: tuple[str, ...], named: Mapping[str, Tensor]) -> NamedInputs:
+    """Puts keyword inputs into an order."""
+    ordered = NamedInputs(named[name] for name in names)
+    ordered.names = names
+    return ordered
 
 
 def wrapper(arguments: Sequence[Any], names: Sequence[str] = ()) -> str:

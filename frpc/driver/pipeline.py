@@ -23,22 +23,22 @@ from frpc.capture.decompose import spell_out, spell_out_at_one_point
 from frpc.capture.export import tree
 from frpc.core.graph import origin_of
 from frpc.core.patterns import Pattern, check_patterns
+from frpc.core.refusal import Refusal
 from frpc.core.stages import Clock, Stage, copy_graph, named, run_passes
 from frpc.driver.prepare import PreparedModel
 from frpc.driver.sources import demand_path, demand_samples, unreached
-from frpc.emit.plan import Plan, Query, Strategy, make_plan
+from frpc.emit.plan import Plan, Query, Strategy, check_strategy, make_plan
 from frpc.emit.program import emit, only_aten, varying_references
 from frpc.errors import BatchError, CompileError
 from frpc.optimize import passes as optimize
-from frpc.optimize.backends.backends import Backend, executable, lower_program
+from frpc.optimize.backends.backends import Backend, check_backend, executable, lower_program
 from frpc.optimize.backends.bound import Program
-from frpc.optimize.lower import Refusal
 from frpc.optimize.lower.footprint import footprint
 from frpc.rules.sets.ruleset import RuleSet
 
 aten = torch.ops.aten
 
-__all__ = ["CompileOptions", "Compiled", "Stage", "assign_rules", "compile_query", "deep_copy"]
+__all__ = ["CompileOptions", "Compiled", "Stage", "assign_rules", "compile_query", "deep_copy", "gaps_and_rules"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ class CompileOptions:
     output: str | int | None = None
     backend: Backend = field(default_factory=Backend)
     strategy: Strategy = "auto"
+
+    def with_names(self, backend: str, mode: str, strategy: str) -> CompileOptions:
+        """Returns these options with a backend and a strategy by their names.
+
+        Raises:
+            OptionError: for an unknown name, or a backend that is not available.
+        """
+        return dataclasses.replace(self, backend=check_backend(backend, mode), strategy=check_strategy(strategy))
 
 
 @dataclass(eq=False)
@@ -206,3 +214,10 @@ def assign_rules(prepared: PreparedModel, options: CompileOptions, query: Query,
     assignment.demand_complete()
     clock.note("assign", assignment)
     return assignment
+
+
+def gaps_and_rules(
+    prepared: PreparedModel, rules: RuleSet, constant: Sequence[str] = (), source: Sequence[str] | None = None
+) -> Assignment:
+    """Gives every node of a graph its rule as far as there is one; refuses nothing: what has none stands in ``gaps``."""
+    return assign(prepared.canonical, rules, constant, prepared.fixed_batch, source)

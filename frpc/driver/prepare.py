@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 from frpc.canonicalize import passes as canonicalize
 from frpc.canonicalize.precision import rounding
+from frpc.capture.batch import FIRST, batches_of, place_of
 from frpc.capture.export import Captured, capture, check_decisive, tensors_of
 from frpc.capture.mixing import NODES, Trial, trial
 from frpc.core.editor import Editor
-from frpc.core.graph import empty_like, first_result
+from frpc.core.graph import describe, empty_like, first_result
 from frpc.core.lineage import Ledger
 from frpc.core.reasons import failure, itself
 from frpc.core.stages import Stage, copy_graph, named, run_passes
@@ -62,6 +63,21 @@ class PreparedModel:
         example = first_result(node.meta["val"])
         assert isinstance(example, Tensor)
         return example
+
+    def check_samples_first(self, layer: str) -> None:
+        """Refuses layers whose neurons are not one number for each sample.
+
+        Raises:
+            BatchError: gives the layer's shape.
+        """
+        node = next(n for n in self.canonical.graph.nodes if layer in n.meta.get("layers", ()))
+        places = batches_of(self.canonical.graph, self.fixed_batch)
+        if places.get(node) != FIRST or isinstance(node.meta.get("samples"), str):
+            raise BatchError(
+                f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, or "
+                f"holds more: its neurons are not one number for each sample.\n    {place_of(node)}\n  explainer.at() gives the "
+                "relevance of all of them; let the layer return [B, ...] to ask about single ones."
+            )
 
     @property
     def fixed_batch(self) -> int | None:

@@ -17,12 +17,13 @@ from frpc.assign.assignment import Assignment
 from frpc.canonicalize.precision import computing_in
 from frpc.capture.export import argument_order
 from frpc.core.graph import unknown_layer
+from frpc.core.refusal import Refusal
 from frpc.core.snapshot import snapshot
 from frpc.core.torch_compat import copied_by, trace_lock
 from frpc.core.values import is_plain, is_traced
 from frpc.driver import pipeline
 from frpc.driver.balance import Balance, balance_of, check_balance, constants_share
-from frpc.driver.calling import InputKinds, NamedInputs, kinds_of, refuse_inside_torch_compile, wrapper
+from frpc.driver.calling import InputKinds, NamedInputs, in_order_of, kinds_of, refuse_inside_torch_compile, wrapper
 from frpc.driver.finite import demand_finite
 from frpc.driver.pipeline import Compiled, CompileOptions
 from frpc.driver.prepare import PreparedModel, prepare, with_weights
@@ -40,7 +41,6 @@ from frpc.driver.verify import (
 )
 from frpc.emit.plan import Query
 from frpc.errors import InputError, LayerNameError
-from frpc.optimize.lower import Refusal
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.rules.top import Logit, Top
 
@@ -129,9 +129,7 @@ class Programs:
             raise InputError(
                 f"Inputs {', '.join(named)} given; the explainer takes {', '.join(names) or 'its inputs by position'}."
             )
-        ordered = NamedInputs(named[name] for name in names)
-        ordered.names = names
-        return ordered
+        return in_order_of(names, named)
 
     def prepared(self, inputs: Sequence[Tensor]) -> PreparedModel:
         """Finds or makes the captured graph for inputs of this kinds, and checks the inputs against it."""

@@ -6,18 +6,21 @@ every operator, and needs no batching rule for any of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from frpc.capture.batch import FIRST, Batch
+from frpc.core.sizes import size_hint
 from frpc.core.torch_compat import is_batched
 from frpc.core.values import is_traced
+from frpc.optimize.lower.footprint import footprint
 
-__all__ = ["Form", "run"]
+__all__ = ["Form", "peak_bytes", "run"]
 
 Program = Callable[..., Sequence[Tensor]]
 
@@ -120,3 +123,10 @@ def _fold(tensor: Tensor, mapped: int | None, axis: int | None, count: int) -> T
         return tensor
     whole = tensor.unsqueeze(0).expand(count, *tensor.shape) if mapped is None else tensor.movedim(mapped, 0)
     return whole.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def peak_bytes(program: fx.GraphModule) -> int:
+    """Bytes of one sample and of what is computed of it, as far as they are alive at one time; parameters do not count."""
+    given = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder")]
+    samples = sum(math.prod(size_hint(s) for s in x.shape[1:]) * x.element_size() for x in given)
+    return footprint(program, columns=False).bytes() + samples

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from frpc.assign.assignment import Assignment
+from frpc.assign.reach import feeding
 from frpc.capture.batch import place_of
 from frpc.core.graph import describe, first_result
-from frpc.emit.plan import Plan, feeding
+from frpc.core.refusal import Refusal
+from frpc.emit.plan import Plan
 from frpc.errors import SourceError
-from frpc.optimize.lower import Refusal
 
 __all__ = ["demand_path", "demand_samples", "unreached"]
 

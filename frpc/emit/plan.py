@@ -12,24 +12,22 @@ from typing import Literal
 from torch import fx
 
 from frpc.assign.assignment import Assignment
+from frpc.assign.reach import feeding
 from frpc.core.graph import first_result
+from frpc.core.sizes import Footprint, size_hint
 from frpc.emit.bias import BiasPolicy
 from frpc.emit.propagate import reached_from
 from frpc.errors import OptionError
 from frpc.maps import Cost
-from frpc.maps.base import size_hint
 from frpc.rules.top import Logit, Top
 
 __all__ = [
     "STRATEGIES",
-    "Footprint",
     "Plan",
     "Query",
     "Segment",
     "Strategy",
     "check_strategy",
-    "feeding",
-    "layer_node",
     "make_plan",
     "total_cost",
 ]
@@ -74,22 +72,6 @@ class Segment:
     why: str
     nodes: int
     cost: Cost
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Memory that a run takes beside the parameters and what it is given, as it grows with samples and columns.
-
-    Attributes:
-        steps: bytes alive at a step of the program as ``(fixed, for each sample, for each column, for each column of each
-            sample)``; of all steps, those that can be the largest.
-    """
-
-    steps: tuple[tuple[int, int, int, int], ...]
-
-    def bytes(self, batch: int = 1, columns: int = 1) -> int:
-        """The most that is alive at one time, for a batch and K columns a sample."""
-        return max((f + b * batch + k * columns + bk * batch * columns for f, b, k, bk in self.steps), default=0)
 
 
 @dataclass(frozen=True)
@@ -161,14 +143,6 @@ def check_strategy(name: str) -> Strategy:
     raise OptionError(f"strategy={name!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
 
 
-def layer_node(assignment: Assignment, layer: str) -> fx.Node | None:
-    """Returns the node that is the output of a module, or None where no node is."""
-    for node in assignment.graph_module.graph.nodes:
-        if layer in node.meta.get("layers", ()):
-            return node
-    return None
-
-
 def make_plan(assignment: Assignment, query: Query) -> Plan:
     """Chooses a strategy for the query.
 
@@ -194,7 +168,7 @@ def make_plan(assignment: Assignment, query: Query) -> Plan:
 
 
 def _demanded(assignment: Assignment, layer: str) -> fx.Node:
-    node = layer_node(assignment, layer)
+    node = assignment.layer_node(layer)
     assert node is not None, f"layer {layer} was checked when the query was made"
     if node in assignment.rules and assignment.rules[node].example.joined:
         raise OptionError(
@@ -212,20 +186,6 @@ def _through(assignment: Assignment, source: fx.Node, reached: set[fx.Node]) -> 
         if node in reached and (node in assignment.rules or node.target is operator.getitem) and any(f in found for f in feeds):
             found.add(node)
     return found - {source}
-
-
-def feeding(assignment: Assignment, layer: fx.Node) -> set[fx.Node]:
-    """Returns the carrying nodes a layer is computed from, itself included."""
-    found: set[fx.Node] = {layer}
-    stack = [layer]
-    while stack:
-        node = stack.pop()
-        feeds = assignment.rules[node].operands.values() if node in assignment.rules else node.all_input_nodes
-        for feed in feeds:
-            if feed in assignment.carried and feed not in found:
-                found.add(feed)
-                stack.append(feed)
-    return found
 
 
 def total_cost(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:

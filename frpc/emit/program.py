@@ -20,11 +20,11 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.assign.receptive import receptive_fields
-from frpc.canonicalize.precision import in_float64
 from frpc.capture.batch import one_per_sample
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, enable_python_dispatcher, make_fx, symbolic, traced_graph
 from frpc.emit.bias import Tally, field_constants
+from frpc.emit.exact import in_float64
 from frpc.emit.plan import Plan
 from frpc.emit.propagate import Pulled, affine_maps, evaluate, pull
 

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.capture.batch import FIRST, batches_of, place_of
-from frpc.core.graph import describe, empty_like, first_result
+from frpc.core.graph import empty_like
 from frpc.core.values import is_plain
 from frpc.driver.balance import rounding_limit
 from frpc.driver.explanation import Explanation
 from frpc.driver.prepare import PreparedModel
 from frpc.driver.programs import Programs
 from frpc.driver.targets import make_seed
-from frpc.emit.plan import layer_node
-from frpc.errors import BatchError, ConservationError, InputError, OptionError
+from frpc.errors import ConservationError, InputError, OptionError
 from frpc.layers.context import layer_context
 from frpc.layers.maps import LayerMaps
 from frpc.layers.neurons import cones_are_cheaper, neuron_maps
@@ -34,7 +32,7 @@ def ask_neurons(
     prepared = programs.prepared(inputs)
     programs.check_layers(prepared, (layer,))
     with programs.reading_graphs():
-        _demand_samples_first(prepared, layer)
+        prepared.check_samples_first(layer)
         example = empty_like(prepared.layer_example(layer))
     sizes = [int(n) for n in example.shape[1:]]
     seeds = [make_seed(index, None, example, int(inputs[0].shape[0]))[0] for index in places]
@@ -56,22 +54,6 @@ def ask_neurons(
 def _place(index: Any) -> tuple[Any, ...]:
     """Reads a neuron's index: a number where the layer has one dimension."""
     return tuple(index) if isinstance(index, Sequence) or getattr(index, "ndim", False) else (index,)
-
-
-def _demand_samples_first(prepared: PreparedModel, layer: str) -> None:
-    """Refuses layers whose neurons are not one number for each sample.
-
-    Raises:
-        BatchError: gives the layer's shape.
-    """
-    node = next(n for n in prepared.canonical.graph.nodes if layer in n.meta.get("layers", ()))
-    places = batches_of(prepared.canonical.graph, prepared.captured.inputs[0].batch)
-    if places.get(node) != FIRST or isinstance(node.meta.get("samples"), str):
-        raise BatchError(
-            f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, "
-            f"or holds more: its neurons are not one number for each sample.\n    {place_of(node)}\n  explainer.at() gives the "
-            "relevance of all of them; let the layer return [B, ...] to ask about single ones."
-        )
 
 
 def _cones(
@@ -96,7 +78,7 @@ def _cones(
     with programs.reading_graphs():
         if strategy == "auto" and any(source.op != "placeholder" for source in assignment.sources):
             return None
-        node = layer_node(assignment, layer)
+        node = assignment.layer_node(layer)
         assert node is not None
         context = layer_context(assignment, node, inputs)
     if strategy == "windows" and (context.rows is None or not possible):
@@ -132,7 +114,7 @@ def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strateg
     prepared = programs.prepared(inputs)
     programs.check_layers(prepared, (name,))
     with programs.reading_graphs():
-        _demand_samples_first(prepared, name)
+        prepared.check_samples_first(name)
     query = programs.query_with(columns=True, of=name, bias="separate")
     assignment = programs.assignment(prepared, inputs, query)
 
@@ -143,6 +125,6 @@ def ask_layer(programs: Programs, name: str, inputs: tuple[Tensor, ...], strateg
         return pixels if pixels.dim() == 4 else pixels.unsqueeze(-2)
 
     with programs.reading_graphs():
-        node = layer_node(assignment, name)
+        node = assignment.layer_node(name)
         assert node is not None
         return layer_maps(assignment, name, node, inputs, programs.query.bias, strategy, memory_limit, pulled)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from frpc.assign.assignment import assign
-from frpc.capture.export import argument_order
 from frpc.core.graph import describe, origin_of
 from frpc.core.snapshot import snapshot
+from frpc.driver.calling import NamedInputs, named_inputs
+from frpc.driver.pipeline import gaps_and_rules
 from frpc.driver.prepare import prepare
 from frpc.driver.printing import columns
 from frpc.rules.sets.ruleset import FRP, RuleSet
@@ -81,12 +81,12 @@ def examine(
     Raises:
         CaptureError: if the model cannot be captured at all.
     """
-    names = argument_order(model, list(inputs)) if isinstance(inputs, Mapping) else ()
-    examples = [inputs[n] for n in names] if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs
+    examples = [inputs] if isinstance(inputs, Tensor) else named_inputs(model, inputs) if isinstance(inputs, Mapping) else inputs
+    names = examples.names if isinstance(examples, NamedInputs) else ()
     rules = rule or FRP()
     prepared = prepare(snapshot(model), examples, output, names, rules.account.gradients, apart=False)
     asked = (source,) if isinstance(source, str) else source
-    found = assign(prepared.canonical, rules, constant, prepared.captured.inputs[0].batch, asked)
+    found = gaps_and_rules(prepared, rules, constant, asked)
     gaps = {gap.node: gap for gap in found.gaps}
     rows = []
     for node in prepared.canonical.graph.nodes:

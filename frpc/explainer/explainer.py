@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 
 from frpc.core.graph import describe
+from frpc.core.refusal import Refusal
 from frpc.driver import printing
 from frpc.driver.explanation import Explanation, LayerRelevance, explanation_of, layer_relevance_of
 from frpc.driver.pipeline import Compiled, Stage
@@ -15,7 +16,6 @@ from frpc.emit.plan import Plan
 from frpc.explainer.asking import ask_layer, ask_neurons
 from frpc.explainer.module import ExplainerModule
 from frpc.layers.maps import LayerMaps
-from frpc.optimize.lower import Refusal
 from frpc.rules.sets.ruleset import RuleSet
 from frpc.rules.top import Top, as_top
 

@@ -13,7 +13,6 @@ from frpc.core.graph import describe
 from frpc.core.stages import copy_graph
 from frpc.driver.pipeline import Compiled
 from frpc.driver.prepare import PreparedModel
-from frpc.emit.plan import layer_node
 from frpc.errors import OptionError
 from frpc.explainer.explainer import Explainer
 from frpc.export.layer import LayerAnswer
@@ -147,7 +146,7 @@ def _every_neuron(explainer: Explainer, prepared: PreparedModel, example: list[T
     programs, name = explainer.programs, about[5].layer
     programs.check_layers(prepared, (name,))
     assignment = programs.assignment(prepared, example, programs.query_with(of=name))
-    node = layer_node(assignment, name)
+    node = assignment.layer_node(name)
     assert node is not None, "the layer's name is known"
     module = LayerAnswer(assignment, name, node)
     signature = Signature(*about, 0, ("values", "windows", "bias"), module.window(*example))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
+from frpc.assign.reach import feeding
 from frpc.core.graph import fetch, first_result, origin_of
-from frpc.emit.plan import feeding
 from frpc.emit.program import at_reference, reference_constants
 from frpc.emit.propagate import affine_maps, evaluate, push
 from frpc.errors import InputError, OptionError

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.sizes import human_bytes
 from frpc.errors import MemoryLimitError
-from frpc.layers.maps import LayerMaps, human_bytes
+from frpc.layers.maps import LayerMaps
 
 __all__ = ["check_disk", "write_blocks"]
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.sizes import human_bytes
 from frpc.emit.bias import BiasPolicy
 from frpc.errors import MemoryLimitError, TargetError
 from frpc.windows.producer import Grid
 
-__all__ = ["Block", "LayerMaps", "human_bytes"]
+__all__ = ["Block", "LayerMaps"]
 
 Grids = tuple[Grid, Grid]
 
@@ -270,12 +271,3 @@ class LayerMaps:
         tensors = {"values": self.values, "bias": self.bias, "local": self.local}
         metadata = {"layer": self.name, "bias_policy": self.policy, "cells": f"{self.cells[0]}x{self.cells[1]}", **geometry}
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), metadata)
-
-
-def human_bytes(size: float) -> str:
-    """Writes a number of bytes as ``5.1 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.1f} {unit}" if unit != "B" else f"{int(size)} B"
-        size /= 1000
-    raise AssertionError("unreachable")

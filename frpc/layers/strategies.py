@@ -12,13 +12,13 @@ from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
 from frpc.core.graph import first_result
+from frpc.core.sizes import human_bytes, numel
 from frpc.emit.bias import BiasPolicy
 from frpc.emit.plan import total_cost
 from frpc.emit.propagate import push
 from frpc.errors import MemoryLimitError, OptionError
 from frpc.layers.context import LayerContext, layer_context
-from frpc.layers.maps import LayerMaps, human_bytes
-from frpc.maps.base import numel
+from frpc.layers.maps import LayerMaps
 from frpc.windows import Grid, Rows, skip_shut_windows, stream
 from frpc.windows.run import producers, working_elements
 

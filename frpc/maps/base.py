@@ -13,7 +13,6 @@ Everything here is plain tensor code, so it runs eagerly, and the emitter traces
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.core.torch_compat import expression_of, hint_of
+from frpc.core.sizes import Shape, numel
 
 __all__ = [
     "Compose",
@@ -29,19 +28,11 @@ __all__ = [
     "Identity",
     "LinearMap",
     "LinearOp",
-    "Shape",
     "Total",
     "Transpose",
     "each",
     "folded",
-    "numel",
-    "same_size",
-    "same_sizes",
-    "size_hint",
 ]
-
-
-Shape = Sequence[Any]  # ints, or SymInts while a program is traced
 
 
 @dataclass(frozen=True)
@@ -56,17 +47,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-
-def numel(shape: Shape) -> int:
-    """Counts elements; a symbolic size (the batch) counts by its example value, without a guard."""
-    return math.prod([size_hint(s) for s in shape])
-
-
-def size_hint(size: Any) -> int:
-    """Returns a size as a number; a symbolic one by its example value."""
-    example: Any = hint_of(size) if isinstance(size, torch.SymInt) else size
-    return int(example)
 
 
 class LinearMap:
@@ -190,17 +170,6 @@ class LinearOp(LinearMap):
         transpose: Any = torch.func.vjp(self.function, point)[1]
         pulled: Tensor = transpose(v)[0]
         return pulled
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Compares two sizes; a symbolic size equals only itself, so no guard is put on the batch."""
-    one, other = (expression_of(n) if isinstance(n, torch.SymInt) else n for n in (a, b))
-    return bool(one == other)
-
-
-def same_sizes(a: Shape, b: Shape) -> bool:
-    """Compares two shapes, size by size: see :func:`same_size`."""
-    return len(a) == len(b) and all(same_size(m, n) for m, n in zip(a, b, strict=True))
 
 
 def folded(function: Callable[[Tensor], Tensor], tensor: Tensor, rank: int) -> Tensor:

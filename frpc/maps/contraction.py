@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.maps.base import Cost, LinearMap, Shape, each, folded, numel, same_size, size_hint
+from frpc.core.sizes import Shape, numel, same_size, size_hint
+from frpc.maps.base import Cost, LinearMap, each, folded
 
 __all__ = ["BatchedMatMul", "Conv", "MatMul"]
 

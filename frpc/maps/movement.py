@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frpc.maps.base import LinearMap, Shape, folded
+from frpc.core.sizes import Shape
+from frpc.maps.base import LinearMap, folded
 
 __all__ = ["Pad", "Place", "Shuffle", "Slice"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.maps.base import Compose, Identity, LinearMap, Shape, same_size
+from frpc.core.sizes import Shape, same_size
+from frpc.maps.base import Compose, Identity, LinearMap
 
 __all__ = ["Broadcast", "Cast", "Gate", "Scale", "scaled"]
 

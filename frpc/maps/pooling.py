@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from frpc.maps.base import LinearMap, LinearOp, Shape, folded, size_hint
+from frpc.core.sizes import Shape, size_hint
+from frpc.maps.base import LinearMap, LinearOp, folded
 
 __all__ = ["Center", "LinearPool", "Pool", "Select", "Window"]
 

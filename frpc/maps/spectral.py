@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frpc.maps.base import Cost, LinearMap, Shape, numel, size_hint
+from frpc.core.sizes import Shape, numel, size_hint
+from frpc.maps.base import Cost, LinearMap
 
 __all__ = ["AsReal", "Fourier", "FromPart", "HalfFourier", "RealFourier"]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frpc.maps.base import Compose, Cost, LinearMap, Shape, Total, numel
+from frpc.core.sizes import Shape, numel
+from frpc.maps.base import Compose, Cost, LinearMap, Total
 from frpc.maps.pointwise import Scale
 from frpc.maps.pooling import Select, Window
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.core.graph import fetch, free_name
+from frpc.core.sizes import same_sizes
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, overload_name, schema_of
-from frpc.maps.base import same_sizes
 from frpc.rules.effects import is_pure, owners_of, written_into
 from frpc.rules.table import traits_of
 

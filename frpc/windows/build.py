@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from frpc.assign.assignment import Assignment
+from frpc.assign.reach import feeding
 from frpc.core.graph import first_result
-from frpc.emit.plan import feeding
 from frpc.maps import (
     Compose,
     Conv,

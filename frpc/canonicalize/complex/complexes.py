@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from frpc.canonicalize.complex.arithmetic import ARITHMETIC
-from frpc.canonicalize.complex.pairs import Lowering, Pair, Pairs, is_complex, real_type
+from frpc.canonicalize.complex.pairs import Lowering, Pair, Pairs, real_type
 from frpc.canonicalize.complex.parts import PARTS
 from frpc.canonicalize.complex.products import PRODUCTS
 from frpc.canonicalize.complex.spectrograms import inverse_spectrogram, spectrogram
 from frpc.capture.decompose import inline_composite
-from frpc.core.graph import bind, first_result, replace
+from frpc.core.graph import bind, first_result, is_complex, replace
 from frpc.core.torch_compat import schema_of
 from frpc.errors import InputError
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from frpc.core.editor import Editor
+from frpc.core.graph import is_complex
 from frpc.core.torch_compat import FakeTensorMode, OpOverload, fake_mode_of, is_fake
 
-__all__ = ["Lowering", "Pair", "Pairs", "Part", "is_complex", "real_type"]
+__all__ = ["Lowering", "Pair", "Pairs", "Part", "real_type"]
 
 aten = torch.ops.aten
 Part = fx.Node | float
@@ -34,13 +35,6 @@ class Pair:
     @property
     def parts(self) -> tuple[Part, Part]:
         return self.re, self.im
-
-
-def is_complex(value: Any) -> bool:
-    """Says whether a node's value, or the first of its values, is complex."""
-    example = value.meta.get("val") if isinstance(value, fx.Node) else value
-    example = example[0] if isinstance(example, tuple | list) and example else example
-    return isinstance(example, complex) or (isinstance(example, Tensor) and example.is_complex())
 
 
 def real_type(dtype: torch.dtype) -> torch.dtype:

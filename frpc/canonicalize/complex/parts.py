@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.canonicalize.complex.pairs import Lowering, Pair, Pairs, Part, is_complex, real_type
-from frpc.core.graph import replace
+from frpc.canonicalize.complex.pairs import Lowering, Pair, Pairs, Part, real_type
+from frpc.core.graph import is_complex, replace
 
 __all__ = ["PARTS"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.canonicalize.complex.pairs import Pair, Pairs, Part, is_complex
+from frpc.canonicalize.complex.pairs import Pair, Pairs, Part
+from frpc.core.graph import is_complex
 
 __all__ = ["inverse_spectrogram", "spectrogram"]
 

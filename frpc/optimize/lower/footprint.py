@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from frpc.core.sizes import Footprint
 from frpc.core.torch_compat import expression_of
-from frpc.emit.plan import Footprint
 from frpc.optimize.lower.memory import Memory
 from frpc.rules.effects import is_number
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from frpc.core.graph import fetch, hold
 from frpc.core.refusal import Refusal
-from frpc.maps.base import same_sizes
+from frpc.core.sizes import same_sizes
 from frpc.rules.effects import is_fresh, is_number, owners_of, writes, written_into
 from frpc.rules.table import traits_of
 

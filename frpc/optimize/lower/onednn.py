@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from frpc.core.graph import describe, fetch, free_name
 from frpc.core.refusal import Refusal
-from frpc.maps.base import same_sizes
+from frpc.core.sizes import same_sizes
 from frpc.optimize.lower.memory import Memory
 
 __all__ = ["OPERATORS", "fuse_into_convolutions", "prepack", "sum_samples"]

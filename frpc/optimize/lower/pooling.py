@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from frpc.core.refusal import Refusal
-from frpc.maps.base import same_sizes
+from frpc.core.sizes import same_sizes
 from frpc.optimize.lower.gates import RELUS
 from frpc.rules.table import traits_of
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from frpc.core.graph import fetch, hold
 from frpc.core.refusal import Refusal
-from frpc.maps.base import same_size, same_sizes
+from frpc.core.sizes import same_size, same_sizes
 
 __all__ = ["add_shares", "dot_shares", "join_shares"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from frpc.maps.base import same_size, same_sizes
+from frpc.core.sizes import same_size, same_sizes
 from frpc.optimize.triton.patterns import alike, follow, operands, readers_of
 from frpc.rules.table import traits_of
 

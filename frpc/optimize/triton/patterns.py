@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from frpc.maps.base import same_sizes
+from frpc.core.sizes import same_sizes
 from frpc.rules.table import traits_of
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import fx
 from frpc.core.editor import Editor
 from frpc.core.graph import fetch, replace
 from frpc.core.refusal import Refusal
-from frpc.maps.base import same_sizes
+from frpc.core.sizes import same_sizes
 from frpc.optimize.triton.norms import centred_pulls, layer_scales, pulls, rms_norms, written_out
 from frpc.optimize.triton.patterns import (
     alike,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.sizes import Shape
 from frpc.core.torch_compat import schema_of
 from frpc.core.traits import always, if_all
 from frpc.errors import RuleDeclinedError
 from frpc.maps import Center, Compose, LinearMap, LinearOp, Scale
-from frpc.maps.base import Shape
 from frpc.rules.forms.linear import batch_norm_affine, per_channel
 from frpc.rules.forms.selection import gathered
 from frpc.rules.functions.arithmetic import Number, back, from_end, refuse_batch

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpc.core.sizes import size_hint
 from frpc.core.traits import Operand, if_all
 from frpc.maps import LinearPool, Pool, Select
-from frpc.maps.base import size_hint
 from frpc.rules.locality_windows import windows_of_adaptive_pool, windows_of_pool
 from frpc.rules.table import Affine, Call, rule
 
