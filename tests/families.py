@@ -210,3 +210,20 @@ def both_ways(model: nn.Module, inputs: Sequence[Tensor], rule: RuleSet) -> floa
             along = m.push(u) * v
             worst = max(worst, float((along.sum() - (u * m.pull(v)).sum()).abs() / along.abs().sum().clamp(min=1e-300)))
     return worst
+
+
+def check_complete(
+    module: nn.Module, inputs: Sequence[Tensor], references: Sequence[Tensor], rule: RuleSet, bound: float
+) -> float:
+    """`sum R = <seed, f(x) - f(x_ref)>`; returns the largest part that is missing, which the program reports alike."""
+    with torch.no_grad():
+        change = module(*inputs) - module(*(r.expand_as(x) for r, x in zip(references, inputs, strict=True)))
+    seed = randn(*change.shape, seed=7).to(change.dtype)
+    ready = prepared(module, inputs, rule)
+    ready.constants.update({f"reference_{k}": r for k, r in enumerate(references)})
+    _, *maps, reported = ready.run(inputs, seed)
+    flat = torch.cat([m.flatten(1) for m in maps], 1)
+    missing = (seed * change).flatten(1).sum(1) - flat.sum(1)
+    size = flat.abs().sum(1) + 1e-300
+    assert bool(((missing - reported).abs() <= bound * (size + missing.abs())).all()), "what is missing is not what is reported"
+    return float((missing.abs() / size).max())

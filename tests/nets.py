@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from places import SHARED
+
 CIFAR10_MEAN = (0.485, 0.456, 0.406)
 CIFAR10_STD = (0.229, 0.224, 0.225)
 
@@ -127,3 +129,25 @@ def cifar10_test(count: int = 1000) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(archive["y_test"][:count]).long()
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CIFAR10_MEAN, CIFAR10_STD))
     return (pixels - mean) / std, labels
+
+
+def built(name: str, dtype: torch.dtype) -> nn.Module:
+    """An untrained torchvision classifier with nothing degenerate in it."""
+    torch.manual_seed(0)
+    special = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    return redrawn(torchvision.models.get_model(name, weights=None, **special)).to(dtype)
+
+
+def redrawn(model: nn.Module) -> nn.Module:
+    """Weights that keep the size of values through many layers; biases, statistics and affine parameters of all kinds."""
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.normal_(part.bias, std=0.3)
+        elif isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean, std=0.5)
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, std=0.3)
+    return model.eval()

@@ -27,11 +27,14 @@ def _not_installed(*modules: str, program: str = "") -> str | None:
     return next((f"{module} is not installed" for module in modules if find_spec(module) is None), None)
 
 
-KERNELS, REPLAYED = "tests/test_kernels_gpu.py", "tests/test_backends.py::test_replayed_programs_give_what_they_give"
+KERNELS, REPLAYED = (
+    "tests/kernels/test_kernels_gpu.py",
+    "tests/optimize/test_backends.py::test_replayed_programs_give_what_they_give",
+)
 PARTS = (
     _check("first", "a small net on every backend, beside float64 on the CPU", 60),
     _tests("kernel-tests", "kernels beside their references, programs beside ATen", 150,
-           KERNELS, "tests/test_kernel_precision.py", REPLAYED, "-m", "not slow"),
+           KERNELS, "tests/kernels/test_kernel_precision.py", REPLAYED, "-m", "not slow"),
     _check("graphs", "CUDA graphs: one program on two streams, from two threads, inside another recording", 60),
     _check("net-resnet50", "ResNet-50 beside autograd and Captum", 75, "resnet50"),
     _check("maps", "every neuron of VGG-16's conv5_3", 60),
