@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 import frpc
 from frpc.errors import PackageError
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "sympy", "numpy", "matplotlib", "torchvision", "transformers", "PIL", "safetensors")
 UNNEEDED = (
     "sympy",
