@@ -26,7 +26,7 @@ __all__ = ["explain"]
 
 
 @dataclass(frozen=True)
-class Request:
+class ExplainRequest:
     """The command line of `frpc explain`; see :func:`explain`."""
 
     model: str
@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class PreparedPhoto:
     """One picture, ready to be explained: its input ``[1, 3, H, W]`` and the classes asked for."""
 
     picture: Picture
@@ -82,7 +82,7 @@ def explain(
     For each photo: a picture of each map, the unrounded maps (.npz), and a JSON file with the strongest classes, the
     explained ones, how exactly each map sums to its logit, and timings. --compare adds one sheet with a column for each method.
     """
-    request = Request(model, weights, image, target, top, cell, check, bias, dtype, method, compare, layer, scales)
+    request = ExplainRequest(model, weights, image, target, top, cell, check, bias, dtype, method, compare, layer, scales)
     with session(as_json, threads) as current:
         from frpc.cli.record import show
         from frpc.plots.outputs import OutputFolder
@@ -93,7 +93,7 @@ def explain(
         current.finish({"images": results})
 
 
-def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[str, Any]]:
+def _run(request: ExplainRequest, folder: OutputFolder, current: Session) -> list[dict[str, Any]]:
     from frpc.cli import record
     from frpc.cli.methods import Asker, check_methods
 
@@ -125,7 +125,7 @@ def _run(request: Request, folder: OutputFolder, current: Session) -> list[dict[
     return results
 
 
-def _compare(asker: Asker, methods: list[str], question: Question, folder: OutputFolder, stem: str, cell: int) -> Path:
+def _compare(asker: Asker, methods: list[str], question: PreparedPhoto, folder: OutputFolder, stem: str, cell: int) -> Path:
     """One sheet: a row for each explained class, a column for each method."""
     from frpc.integrations.torchvision import class_names
     from frpc.plots.comparison import comparison
@@ -139,7 +139,7 @@ def _compare(asker: Asker, methods: list[str], question: Question, folder: Outpu
     return folder.figure(f"{stem}.compare.png", comparison(question.picture.crop, rows, cell=cell))
 
 
-def _read(request: Request, current: Session) -> tuple[Classifier, list[Question]]:
+def _read(request: ExplainRequest, current: Session) -> tuple[Classifier, list[PreparedPhoto]]:
     """Everything is read and checked first, so that bad input costs no compilation and leaves no file."""
     import torch
 
@@ -155,7 +155,7 @@ def _read(request: Request, current: Session) -> tuple[Classifier, list[Question
     with torch.inference_mode():
         for picture in pictures:
             x = picture.pixels.to(getattr(torch, request.dtype))
-            questions.append(Question(picture, x, _choose(classifier.model(x), request.target, request.top)))
+            questions.append(PreparedPhoto(picture, x, _choose(classifier.model(x), request.target, request.top)))
     return classifier, questions
 
 
@@ -170,7 +170,7 @@ def _choose(logits: Tensor, target: str, top: int) -> list[int]:
     return best
 
 
-def _answer(asker: Asker, method: str, question: Question, bias: Bias) -> Explained:
+def _answer(asker: Asker, method: str, question: PreparedPhoto, bias: Bias) -> Explained:
     """Asks one method; the standard one is held against the logits it explains."""
     from frpc.cli.record import Explained
 
@@ -194,14 +194,14 @@ def _answer(asker: Asker, method: str, question: Question, bias: Bias) -> Explai
     )
 
 
-def _check(explainer: Explainer, question: Question) -> list[dict[str, Any]]:
+def _check(explainer: Explainer, question: PreparedPhoto) -> list[dict[str, Any]]:
     """Conservation of every layer for the first explained class."""
     import frpc
 
     return [asdict(row) for row in frpc.check(explainer, question.x, target=question.classes[0]).rows]
 
 
-def _settings(request: Request, classifier: Classifier, question: Question) -> dict[str, Any]:
+def _settings(request: ExplainRequest, classifier: Classifier, question: PreparedPhoto) -> dict[str, Any]:
     return {
         "image": str(question.picture.path),
         "model": request.model,

@@ -23,7 +23,7 @@ __all__ = ["explain_text"]
 
 
 @dataclass(frozen=True)
-class Request:
+class ExplainTextRequest:
     """The command line of `frpc explain-text`; see :func:`explain_text`."""
 
     model: Path
@@ -64,7 +64,7 @@ def explain_text(
     For each text: its words in colour, red for what speaks for the output and blue for what speaks against it, and the account
     that adds up to the output. All texts go into one HTML page and one JSON file. Nothing is downloaded.
     """
-    request = Request(model, text, target, source, device, max_length, pieces, special, bias, dtype)
+    request = ExplainTextRequest(model, text, target, source, device, max_length, pieces, special, bias, dtype)
     with session(as_json, threads) as current:
         from frpc.plots.outputs import OutputFolder
 
@@ -78,7 +78,7 @@ def explain_text(
         current.finish(record)
 
 
-def _run(request: Request, current: Session) -> tuple[list[TextExplanation], dict[str, Any]]:
+def _run(request: ExplainTextRequest, current: Session) -> tuple[list[TextExplanation], dict[str, Any]]:
     import torch
 
     from frpc.text import directory, explain
@@ -119,7 +119,7 @@ def _quietly(load: Any) -> TextModel:
         logging.enable_progress_bar()
 
 
-def _settings(request: Request, loaded: TextModel) -> dict[str, Any]:
+def _settings(request: ExplainTextRequest, loaded: TextModel) -> dict[str, Any]:
     return {
         "model": str(request.model),
         "architecture": loaded.architecture,

@@ -32,7 +32,7 @@ class Target(StrEnum):
     torch = "torch"
 
 
-class Asked(StrEnum):
+class TargetChoice(StrEnum):
     """What is explained."""
 
     one = "one"
@@ -42,12 +42,12 @@ class Asked(StrEnum):
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """The command line of `frpc export`; see :func:`export`."""
 
     to: Target
     out: Path
-    targets: Asked
+    targets: TargetChoice
     method: str
     bias: Bias
     layer: str
@@ -59,11 +59,11 @@ def export(
     to: Annotated[Target, typer.Option(help="onnx (ONNX Runtime and others), aoti (AOTInductor), or torch (torch.export).")],
     out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 of the other two.")],
     targets: Annotated[
-        Asked,
+        TargetChoice,
         typer.Option(
             help="The file takes one class a sample, several, a seed (weights of the output), or explains the top class."
         ),
-    ] = Asked.one,
+    ] = TargetChoice.one,
     method: Annotated[
         str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, ..., or grad-cam; docs/methods.md.")
     ] = "frp",
@@ -81,7 +81,7 @@ def export(
     with session(as_json, threads) as current:
         import frpc.export
 
-        request = Request(to, out, targets, method.strip().lower(), bias, layer)
+        request = ExportRequest(to, out, targets, method.strip().lower(), bias, layer)
         _check(request)
         with current.progress() as progress:
             task = progress.add_task(f"compiling {model}", total=3)
@@ -113,7 +113,7 @@ def _known(error: float) -> float | None:
     return None if math.isnan(error) else error
 
 
-def _check(request: Request) -> None:
+def _check(request: ExportRequest) -> None:
     suffix = ".onnx" if request.to is Target.onnx else ".pt2"
     if request.out.suffix != suffix:
         raise OptionError(f"--out {request.out}: a file of --to {request.to.value} is named {suffix}")
@@ -123,7 +123,7 @@ def _check(request: Request) -> None:
         raise OptionError("--layer goes with --method grad-cam, and --method grad-cam needs it")
 
 
-def _compile(classifier: Classifier, dtype: Dtype, request: Request) -> Explainer:
+def _compile(classifier: Classifier, dtype: Dtype, request: ExportRequest) -> Explainer:
     import frpc
 
     example = (classifier.example(dtype),)
@@ -134,7 +134,7 @@ def _compile(classifier: Classifier, dtype: Dtype, request: Request) -> Explaine
     return frpc.compile(classifier.model, example, method=request.method)
 
 
-def _write(explainer: Explainer, request: Request) -> Signature:
+def _write(explainer: Explainer, request: ExportRequest) -> Signature:
     from frpc.export import aoti, onnx, torch_export
 
     write = {Target.onnx: onnx, Target.aoti: aoti, Target.torch: torch_export}[request.to]

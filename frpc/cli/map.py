@@ -33,7 +33,7 @@ class EngineChoice(StrEnum):
 
 
 @dataclass(frozen=True)
-class Request:
+class MapRequest:
     """The command line of `frpc map`; see :func:`map_data`."""
 
     model: str
@@ -87,7 +87,7 @@ def map_data(
 ) -> None:
     """Explain a data set in batches; go on where a stopped job was. Exit code 3: done, but some samples failed (index.jsonl)."""
     with session(as_json, threads) as current:
-        request = Request(
+        request = MapRequest(
             model, weights, data, out, target, column, label, method, bias, batch_size, shard_size, dtype, png, engine, workers
         )
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def map_data(
             raise typer.Exit(FAILED_SAMPLES)
 
 
-def _run(request: Request, current: Session) -> Summary:
+def _run(request: MapRequest, current: Session) -> Summary:
     from frpc import jobs
 
     task = _task(request)
@@ -114,7 +114,7 @@ def _run(request: Request, current: Session) -> Summary:
         )
 
 
-def _task(request: Request) -> Task:
+def _task(request: MapRequest) -> Task:
     """Reads the data's table of contents and checks what can be checked before a model is loaded."""
     import torch
 
@@ -139,7 +139,7 @@ def _task(request: Request) -> Task:
     )
 
 
-def _model(request: Request) -> dict[str, Any]:
+def _model(request: MapRequest) -> dict[str, Any]:
     """What the manifest says of the model: its name, its preprocessing, and a digest of its weights."""
     from frpc.integrations import torchvision as pretrained
 
@@ -161,7 +161,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _result(request: Request, summary: Summary) -> dict[str, Any]:
+def _result(request: MapRequest, summary: Summary) -> dict[str, Any]:
     return {
         "out": str(request.out),
         "samples": summary.count,
@@ -171,7 +171,7 @@ def _result(request: Request, summary: Summary) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, request: Request, summary: Summary, seconds: float) -> None:
+def _show(console: Console, request: MapRequest, summary: Summary, seconds: float) -> None:
     failed = len(summary.failures)
     before = f", {summary.resumed} of them before" if summary.resumed else ""
     console.print(f"{summary.count - failed} of {summary.count} samples explained{before}, in {seconds:.1f} s", markup=False)

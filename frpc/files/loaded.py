@@ -20,17 +20,17 @@ from frpc.driver.running import Form, run
 from frpc.driver.targets import Target, check_inputs, make_seed
 from frpc.errors import InputError, OptionError, PickleRefusedError
 from frpc.files.graphs import runnable
-from frpc.files.questions import Question
+from frpc.files.questions import FileQuestion
 from frpc.optimize.backends.backends import Backend, executable, lower_program
 from frpc.optimize.backends.bound import Program
 from frpc.rules.sets.ruleset import Box, check_boxes
 from frpc.rules.top import Top, as_top
 
-__all__ = ["Header", "LoadedExplainer", "Signature", "Source"]
+__all__ = ["FileSignature", "Header", "LoadedExplainer", "StoredProgram"]
 
 
 @dataclass(frozen=True, eq=False)
-class Signature:
+class FileSignature:
     """Inputs that programs take, and the output they explain.
 
     Attributes:
@@ -58,7 +58,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredProgram:
     """A program as it was read.
 
     Attributes:
@@ -71,7 +71,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _RunnableProgram:
     """A program that can run, before and after it was put into the form for one device."""
 
     portable: fx.GraphModule
@@ -79,7 +79,7 @@ class _Ready:
     run: Program
 
 
-Key = tuple[int, Question]  # which signature, and what is asked
+Key = tuple[int, FileQuestion]  # which signature, and what is asked
 
 
 class LoadedExplainer(nn.Module):
@@ -91,8 +91,8 @@ class LoadedExplainer(nn.Module):
     def __init__(
         self,
         header: Header,
-        signatures: Sequence[Signature],
-        sources: Mapping[Key, Source],
+        signatures: Sequence[FileSignature],
+        sources: Mapping[Key, StoredProgram],
         constants: Mapping[str, Tensor],
         backend: Backend,
     ) -> None:
@@ -100,7 +100,7 @@ class LoadedExplainer(nn.Module):
         self._backend = backend
         self.header, self.signatures, self.sources = header, tuple(signatures), dict(sources)
         self.constants = dict(constants)
-        self._ready: dict[Key, _Ready] = {}
+        self._ready: dict[Key, _RunnableProgram] = {}
         self._predictors: dict[int, fx.GraphModule] = {}
 
     # ---- asking -------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class LoadedExplainer(nn.Module):
         inputs, which = self._given(inputs, named)
         tensor, top = (seed, self.header.top) if seed is None or isinstance(seed, Tensor) else (None, as_top(seed))
         functional, columns = make_seed(target, tensor, self.signatures[which].output, int(inputs[0].shape[0]))
-        key = (which, Question(columns, layers, top))
+        key = (which, FileQuestion(columns, layers, top))
         if key not in self.sources:
             held = "; ".join(str(question) for place, question in self.sources if place == which)
             raise InputError(
@@ -168,7 +168,7 @@ class LoadedExplainer(nn.Module):
         found = self._prepared(key)
         return found.portable if is_traced() else found.run
 
-    def _prepared(self, key: Key) -> _Ready:
+    def _prepared(self, key: Key) -> _RunnableProgram:
         """The program that answers a question, put into the form for this device when it is first wanted."""
         found = self._ready.get(key)
         if found is None:
@@ -182,7 +182,7 @@ class LoadedExplainer(nn.Module):
                     device = self.signatures[key[0]].output.device
                     portable = runnable(self.sources[key].graph, self.constants, device)
                     lowered = lower_program(portable, self._backend).program
-                    found = self._ready[key] = _Ready(portable, lowered, executable(lowered, self._backend))
+                    found = self._ready[key] = _RunnableProgram(portable, lowered, executable(lowered, self._backend))
         return found
 
     def _references(self, key: Key) -> tuple[tuple[Tensor, ...], ...]:
@@ -288,8 +288,8 @@ class LoadedExplainer(nn.Module):
         return copied
 
 
-def _signature_on(signature: Signature, output: Tensor) -> Signature:
-    return Signature(tuple(replace(s, device=output.device) for s in signature.inputs), output, signature.shown)
+def _signature_on(signature: FileSignature, output: Tensor) -> FileSignature:
+    return FileSignature(tuple(replace(s, device=output.device) for s in signature.inputs), output, signature.shown)
 
 
 def _example(spec: InputSpec) -> Tensor:

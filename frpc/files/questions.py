@@ -9,11 +9,11 @@ from frpc.emit.plan import Query
 from frpc.files.values import FaultError, integer, record, show, strings
 from frpc.rules.top import TOPS, Top
 
-__all__ = ["Question", "question_of", "read_question", "read_top", "write_question", "write_top"]
+__all__ = ["FileQuestion", "question_of", "read_question", "read_top", "write_question", "write_top"]
 
 
 @dataclass(frozen=True)
-class Question:
+class FileQuestion:
     """What a program in a file answers.
 
     Attributes:
@@ -32,12 +32,12 @@ class Question:
         return f"{what} for {'K targets' if self.columns else 'one target'}{start}"
 
 
-def question_of(query: Query) -> Question | None:
+def question_of(query: Query) -> FileQuestion | None:
     """What a compiled program answers, or None for one about the neurons of a layer, which no file holds."""
-    return None if query.of else Question(query.columns, query.layers, query.top)
+    return None if query.of else FileQuestion(query.columns, query.layers, query.top)
 
 
-def write_question(question: Question) -> dict[str, Any]:
+def write_question(question: FileQuestion) -> dict[str, Any]:
     """Writes a question as JSON."""
     return {"columns": question.columns, "layers": list(question.layers), "top": write_top(question.top)}
 
@@ -54,7 +54,7 @@ def write_top(top: Top) -> dict[str, Any]:
     raise FaultError(f"the start of relevance {type(top).__name__}, which is your own class")
 
 
-def read_question(raw: Any) -> Question:
+def read_question(raw: Any) -> FileQuestion:
     """Reads a question.
 
     Raises:
@@ -63,7 +63,7 @@ def read_question(raw: Any) -> Question:
     parts = record(raw, ("columns", "layers", "top"))
     if not isinstance(parts["columns"], bool):
         raise FaultError(f"columns {show(parts['columns'])}")
-    return Question(parts["columns"], strings(parts["layers"]), read_top(parts["top"]))
+    return FileQuestion(parts["columns"], strings(parts["layers"]), read_top(parts["top"]))
 
 
 def read_top(raw: Any) -> Top:

@@ -13,9 +13,9 @@ from frpc.capture.export import InputSpec
 from frpc.files.constants import check_calls, computed, originals, read_entries
 from frpc.files.container import fail, read
 from frpc.files.graphs import MOST_NODES, read_program
-from frpc.files.loaded import Header, LoadedExplainer, Signature, Source
+from frpc.files.loaded import FileSignature, Header, LoadedExplainer, StoredProgram
 from frpc.files.operators import DTYPES
-from frpc.files.questions import Question, read_question, read_top
+from frpc.files.questions import FileQuestion, read_question, read_top
 from frpc.files.saving import named_tensors
 from frpc.files.values import FaultError, integer, read_value, record, sequence, show, strings, text
 from frpc.optimize.backends.backends import Backend, check_backend
@@ -112,7 +112,7 @@ class _Document:
             raise FaultError(f"bounds of inputs {show(raw)}")
         return (bounds[0], bounds[1])
 
-    def _signature(self, raw: Any) -> Signature:
+    def _signature(self, raw: Any) -> FileSignature:
         parts = record(raw, ("inputs", "output", "device"))
         if parts["device"] not in ("cpu", "cuda"):
             raise FaultError(f"the device {show(parts['device'])}")
@@ -124,7 +124,7 @@ class _Document:
             raise FaultError("a program without inputs")
         output = record(parts["output"], ("shape", "dtype", "text"))
         sizes = [integer(n, 0, 2**31) for n in sequence(output["shape"], 16)]
-        return Signature(inputs, torch.empty([0, *sizes], dtype=_dtype(output["dtype"]), device=device), text(output["text"]))
+        return FileSignature(inputs, torch.empty([0, *sizes], dtype=_dtype(output["dtype"]), device=device), text(output["text"]))
 
     def _input(self, raw: Any, device: torch.device) -> InputSpec:
         parts = record(raw, ("name", "shape", "dtype", "batch"))
@@ -133,9 +133,9 @@ class _Document:
         return InputSpec(text(parts["name"]), shape, _dtype(parts["dtype"]), device, batch)
 
     def _programs(
-        self, signatures: Sequence[Signature], values: Mapping[str, Tensor], device: torch.device
-    ) -> dict[tuple[int, Question], Source]:
-        found: dict[tuple[int, Question], Source] = {}
+        self, signatures: Sequence[FileSignature], values: Mapping[str, Tensor], device: torch.device
+    ) -> dict[tuple[int, FileQuestion], StoredProgram]:
+        found: dict[tuple[int, FileQuestion], StoredProgram] = {}
         raw = sequence(self.raw["programs"], 1000)
         parts = [record(p, ("signature", "question", "references", "nodes")) for p in raw]
         if (count := sum(len(sequence(p["nodes"], MOST_NODES)) for p in parts)) > MOST_NODES:
@@ -146,13 +146,13 @@ class _Document:
             if key in found:
                 raise FaultError(f"two programs for {key[1]}")
             references = tuple(tuple(_name(values, v) for v in sequence(r, 1000)) for r in sequence(part["references"], 10_000))
-            found[key] = Source(read_program(part["nodes"], values.keys(), device), references)
+            found[key] = StoredProgram(read_program(part["nodes"], values.keys(), device), references)
             self._check_inputs(found[key], signatures[which])
         if missing := set(range(len(signatures))) - {which for which, _ in found}:
             raise FaultError(f"no program for inputs {min(missing)}")
         return found
 
-    def _check_inputs(self, source: Source, signature: Signature) -> None:
+    def _check_inputs(self, source: StoredProgram, signature: FileSignature) -> None:
         takes = len(source.graph.find_nodes(op="placeholder"))
         if not source.references or any(takes != len(signature.inputs) + 1 + len(others) for others in source.references):
             raise FaultError(f"a program of {takes} inputs, for {len(signature.inputs)} and a seed")

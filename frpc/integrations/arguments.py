@@ -19,9 +19,9 @@ from frpc.errors import InputError, OptionError, ShapeError, TargetError
 
 __all__ = [
     "Arranged",
+    "AttributeCall",
     "Baselines",
     "Inputs",
-    "Question",
     "Targets",
     "joined",
     "live",
@@ -40,7 +40,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Source(nn.Module):
+class SourceInput(nn.Module):
     """An explained input, ``x``, or its increment, ``x - x_ref``: a node of its own, which relevance is asked about."""
 
     def forward(self, x: Tensor, reference: Tensor | None) -> Tensor:
@@ -53,10 +53,10 @@ class Arranged(nn.Module):
     Increments are explained as ``f(x_ref + (x - x_ref))``, so that one program serves all references, one for each sample.
     """
 
-    def __init__(self, model: nn.Module, asked: Question) -> None:
+    def __init__(self, model: nn.Module, asked: AttributeCall) -> None:
         super().__init__()
         self.model = model
-        self.sources = nn.ModuleList(Source() for _ in asked.inputs)
+        self.sources = nn.ModuleList(SourceInput() for _ in asked.inputs)
         self.referred = bool(asked.references)
         self.further = tuple(None if batch else value for value, batch in zip(asked.further, asked.batched, strict=True))
         self.are_tensors = asked.batched
@@ -91,7 +91,7 @@ def module_of(function: Callable[..., Any]) -> nn.Module:
     return owner if isinstance(owner, nn.Module) else Called(function)
 
 
-def live(model: nn.Module, asked: Question) -> nn.Module:
+def live(model: nn.Module, asked: AttributeCall) -> nn.Module:
     """The function itself in the form that a program has, in evaluation mode: where it is in training, a copy of it."""
     arranged = Arranged(model, asked)
     training = not isinstance(model, Called) and any(part.training for part in model.modules())
@@ -106,7 +106,7 @@ def versions(model: nn.Module) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class AttributeCall:
     """What one call of ``attribute`` asks.
 
     Attributes:
@@ -147,11 +147,11 @@ class Question:
         )  # fmt: skip
         return (len(self.inputs), bool(self.references), *further)
 
-    def at_reference(self) -> Question:
+    def at_reference(self) -> AttributeCall:
         """The same with the inputs at their references."""
         return replace(self, inputs=self.references)
 
-    def parts(self, size: int | None) -> Iterator[Question]:
+    def parts(self, size: int | None) -> Iterator[AttributeCall]:
         """Cuts the batch into parts of ``size`` samples.
 
         Raises:
@@ -168,7 +168,7 @@ class Question:
             yield replace(self, inputs=inputs, references=references, further=further, target=target)
 
 
-def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, referred: bool) -> Question:
+def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, referred: bool) -> AttributeCall:
     """Reads Captum's arguments.
 
     Raises:
@@ -185,7 +185,7 @@ def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, re
     references = _references(explained, baselines) if referred else ()
     arguments = () if further is None else further if isinstance(further, tuple) else (further,)
     explained = tuple(x.detach() for x in explained)
-    return Question(explained, references, arguments, _read_target(target, int(explained[0].shape[0])))
+    return AttributeCall(explained, references, arguments, _read_target(target, int(explained[0].shape[0])))
 
 
 def _references(inputs: tuple[Tensor, ...], baselines: Baselines) -> tuple[Tensor, ...]:

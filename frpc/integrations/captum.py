@@ -23,9 +23,9 @@ from frpc.explainer.compile import compile
 from frpc.explainer.explainer import Explainer
 from frpc.integrations.arguments import (
     Arranged,
+    AttributeCall,
     Baselines,
     Inputs,
-    Question,
     Targets,
     joined,
     live,
@@ -83,7 +83,7 @@ class Propagation:
         asked = self._settled(read(end_point, start_point, target, additional_forward_args, True))
         return self._delta(asked, attributions if isinstance(attributions, tuple) else (attributions,))
 
-    def _explainer(self, asked: Question) -> Explainer:
+    def _explainer(self, asked: AttributeCall) -> Explainer:
         """Finds or makes the explainer for arguments arranged like these, of the weights as they are now."""
         weights = versions(self._model)
         if weights != self._weights:
@@ -97,7 +97,7 @@ class Propagation:
                 del self._explainers[next(iter(self._explainers))]
         return self._explainers[layout]
 
-    def _settled(self, asked: Question) -> Question:
+    def _settled(self, asked: AttributeCall) -> AttributeCall:
         """The question in a form that a program answers.
 
         A further tensor with as many rows as there are samples may have none of the samples' own, such as the edges ``[2, E]`` of
@@ -116,7 +116,7 @@ class Propagation:
             return held
         return asked
 
-    def _explained(self, asked: Question, current: bool = False) -> tuple[Tensor, ...]:
+    def _explained(self, asked: AttributeCall, current: bool = False) -> tuple[Tensor, ...]:
         """Explains the function as it is now.
 
         It may depend on more than weights, on a variable or an attribute that has changed since it was captured. So it is run
@@ -134,7 +134,7 @@ class Propagation:
             found = explainer(*asked.tensors, **_functional(explainer, asked))
         return found.relevance if isinstance(found.relevance, tuple) else (found.relevance,)
 
-    def _delta(self, asked: Question, attributions: Sequence[Tensor]) -> Tensor:
+    def _delta(self, asked: AttributeCall, attributions: Sequence[Tensor]) -> Tensor:
         explainer = self._explainer(asked)
         output = explainer.predict(*asked.tensors)
         if asked.references:
@@ -144,7 +144,7 @@ class Propagation:
         total = sum((r.double().reshape(asked.count, -1).sum(1) for r in attributions), torch.zeros_like(explained))
         return (total - explained).to(output.dtype)
 
-    def _attribute(self, asked: Question, like: Inputs, size: int | None, delta: bool) -> Result:
+    def _attribute(self, asked: AttributeCall, like: Inputs, size: int | None, delta: bool) -> Result:
         """Explains the parts of a batch; gives a tuple for a tuple."""
         found = [(self._explained(part), part) for part in self._settled(asked).parts(size)]
         attributions = joined([maps for maps, _ in found])
@@ -152,7 +152,7 @@ class Propagation:
         return (result, torch.cat([self._delta(part, maps) for maps, part in found])) if delta else result
 
 
-def _functional(explainer: Explainer, asked: Question) -> dict[str, Any]:
+def _functional(explainer: Explainer, asked: AttributeCall) -> dict[str, Any]:
     """The target, or the seed that tuples for each sample stand for."""
     if not isinstance(asked.target, list):
         return {"target": asked.target}

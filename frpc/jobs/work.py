@@ -59,7 +59,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _ReadySample:
     """A picture that can be explained; ``target`` is None where the model says which class."""
 
     index: int
@@ -85,7 +85,7 @@ class Worker:
         """
         start, stop = self.task.store.bounds(number)
         found = [self._ready(index, sample) for index, sample in enumerate(self.task.samples.read(start, stop), start)]
-        ready = [one for one in found if isinstance(one, _Ready)]
+        ready = [one for one in found if isinstance(one, _ReadySample)]
         failures = [one for one in found if isinstance(one, Failure)]
         explained = [self._explain(ready[at : at + self.task.batch_size]) for at in range(0, len(ready), self.task.batch_size)]
         tensors = {name: torch.cat([part[name] for part in explained]) for name in (explained[0] if explained else {})}
@@ -98,7 +98,7 @@ class Worker:
         self.task.store.write(Shard(number, start, stop, tuple(one.name for one in ready), tensors, tuple(failures)))
         return len(ready), len(failures)
 
-    def _ready(self, index: int, sample: Sample) -> _Ready | Failure:
+    def _ready(self, index: int, sample: Sample) -> _ReadySample | Failure:
         """Decodes one picture and reads its class; what is wrong with a sample is no reason to stop."""
         if sample.content is None:
             return Failure(index, sample.name, sample.problem)
@@ -107,14 +107,14 @@ class Worker:
         except ImageError as error:
             return Failure(index, sample.name, str(error))
         if self.task.target == "top":
-            return _Ready(index, sample.name, picture, None)
+            return _ReadySample(index, sample.name, picture, None)
         classes = self._classes(picture.pixels)
         if self.task.target != "label":
-            return _Ready(index, sample.name, picture, class_index(self.task.target, classes))
+            return _ReadySample(index, sample.name, picture, class_index(self.task.target, classes))
         if sample.label is None:
             return Failure(index, sample.name, "the sample has no label")
         try:
-            return _Ready(index, sample.name, picture, class_index(str(sample.label), classes))
+            return _ReadySample(index, sample.name, picture, class_index(str(sample.label), classes))
         except TargetError as error:
             return Failure(index, sample.name, f"label {sample.label!r}: {error}")
 
@@ -131,7 +131,7 @@ class Worker:
             self._explainer = compile(self.model, (x[:1],), method=self.task.method, bias=bias)
         return self._explainer
 
-    def _explain(self, ready: Sequence[_Ready]) -> dict[str, Tensor]:
+    def _explain(self, ready: Sequence[_ReadySample]) -> dict[str, Tensor]:
         """Explains one batch: ``relevance [n, 3, H, W]``, ``output [n, classes]``, and one number each of the rest."""
         x = torch.cat([one.picture.pixels for one in ready]).to(self.task.dtype)
         explainer = self._compiled(x)
@@ -149,7 +149,7 @@ class Worker:
             "sum": found.relevance.double().flatten(1).sum(1),
         }
 
-    def _draw(self, ready: Sequence[_Ready], tensors: dict[str, Tensor]) -> None:
+    def _draw(self, ready: Sequence[_ReadySample], tensors: dict[str, Tensor]) -> None:
         """One picture a sample, before the shard says that it is done."""
         from frpc.plots import heatmap  # matplotlib takes longer to load than the rest
 
@@ -164,11 +164,11 @@ class Worker:
                 write_atomically(self.task.store.folder / "png" / _file_name(one), drawn.read_bytes())
 
 
-def _file_name(one: _Ready) -> str:
+def _file_name(one: _ReadySample) -> str:
     return f"{one.index:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(one.name).name)}.png"
 
 
-def _finite(ready: list[_Ready], tensors: dict[str, Tensor]) -> tuple[list[_Ready], dict[str, Tensor], list[Failure]]:
+def _finite(ready: list[_ReadySample], tensors: dict[str, Tensor]) -> tuple[list[_ReadySample], dict[str, Tensor], list[Failure]]:
     """Sets apart what the model or its map blew up on."""
     whole = torch.stack([tensors[name].flatten(1).isfinite().all(1) for name in ("output", "relevance")]).all(0)
     kept = [one for one, good in zip(ready, whole.tolist(), strict=True) if good]

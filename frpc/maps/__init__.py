@@ -3,7 +3,7 @@
 from frpc.maps.base import Compose, Cost, Identity, LinearMap, LinearOp, Total, Transpose
 from frpc.maps.contraction import BatchedMatMul, Conv, MatMul
 from frpc.maps.movement import Pad, Place, Shuffle, Slice
-from frpc.maps.pointwise import Broadcast, Cast, Gate, Scale, scaled
+from frpc.maps.pointwise import Broadcast, Cast, ReLUGate, Scale, scaled
 from frpc.maps.pooling import Center, LinearPool, Pool, Select, Window
 from frpc.maps.taps import Taps, WindowSum
 
@@ -15,7 +15,6 @@ __all__ = [
     "Compose",
     "Conv",
     "Cost",
-    "Gate",
     "Identity",
     "LinearMap",
     "LinearOp",
@@ -24,6 +23,7 @@ __all__ = [
     "Pad",
     "Place",
     "Pool",
+    "ReLUGate",
     "Scale",
     "Select",
     "Shuffle",

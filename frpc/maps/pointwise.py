@@ -10,7 +10,7 @@ from torch import Tensor
 from frpc.core.sizes import Shape, same_size
 from frpc.maps.base import Compose, Identity, LinearMap
 
-__all__ = ["Broadcast", "Cast", "Gate", "Scale", "scaled"]
+__all__ = ["Broadcast", "Cast", "ReLUGate", "Scale", "scaled"]
 
 
 class Scale(LinearMap):
@@ -27,7 +27,7 @@ class Scale(LinearMap):
         return v * self.coefficient
 
 
-class Gate(LinearMap):
+class ReLUGate(LinearMap):
     """``z = [r > 0] * a``, the 0/1 coefficient of ReLU read off its own result ``r``."""
 
     def __init__(self, result_value: Tensor) -> None:

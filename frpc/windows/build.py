@@ -15,13 +15,13 @@ from frpc.core.graph import first_result
 from frpc.maps import (
     Compose,
     Conv,
-    Gate,
     Identity,
     LinearMap,
     LinearOp,
     LinearPool,
     Pad,
     Place,
+    ReLUGate,
     Scale,
     Select,
     Shuffle,
@@ -150,7 +150,7 @@ def _same_cells(node: fx.Node, linear_map: LinearOp, operand: Rows) -> Rows:
     raise LocalityEndsError(node, f"{str(node.target).removeprefix('aten.')} mixes positions")
 
 
-def _gate(node: fx.Node, linear_map: Gate, operand: Rows) -> Rows:
+def _gate(node: fx.Node, linear_map: ReLUGate, operand: Rows) -> Rows:
     mask = (linear_map.value > 0).to(linear_map.value.dtype)
     return PointRows(operand, mask if mask.dim() == 4 else mask.unsqueeze(-2))
 
@@ -218,7 +218,7 @@ def _shuffle(node: fx.Node, linear_map: Shuffle, operand: Rows) -> Rows:
 
 _BUILDERS: tuple[tuple[type[LinearMap], Callable[[fx.Node, Any, Rows], Rows]], ...] = (
     (Identity, _identity),
-    (Gate, _gate),
+    (ReLUGate, _gate),
     (Scale, _scale),
     (Conv, _conv),
     (Select, _select),

@@ -404,7 +404,7 @@ def test_table_names_rules_and_lines() -> None:
     lines = explainer().table().splitlines()
     assert lines[0].split() == ["node", "operator", "rule", "maps", "module", "line", "result"]
     (relu,) = [line for line in lines if line.startswith("relu_1 ")]
-    assert relu.split()[1:4] == ["relu", "relu", "Gate"]
+    assert relu.split()[1:4] == ["relu", "relu", "ReLUGate"]
     assert "test_explainer.py:" in relu
     assert any("stem.0" in line and "Conv" in line for line in lines)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frpc.core.traits import if_all
-from frpc.maps import Gate, Scale
+from frpc.maps import ReLUGate, Scale
 from frpc.rules.functions.quotients import (
     asin_over,
     atan_over,
@@ -119,7 +119,7 @@ def _power(a: Tensor, exponent: float) -> Tensor:
 
 @rule(aten.relu.default, formula="[a > 0]", source="T 3.5, 3.8: |sgn(out)|", elementwise=True, **RELU)
 def relu(call: Call, a: Tensor) -> Affine:
-    return Affine({"self": Gate(call.value)})
+    return Affine({"self": ReLUGate(call.value)})
 
 
 @rule(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from frpc.core.torch_compat import schema_of
 from frpc.errors import RuleDeclinedError
-from frpc.maps import Gate, LinearMap, Scale, scaled
+from frpc.maps import LinearMap, ReLUGate, Scale, scaled
 from frpc.rules.forms.norms import weighed_sum
 from frpc.rules.forms.spectral import turn
 from frpc.rules.functions.arithmetic import from_end, refuse_batch
@@ -67,7 +67,7 @@ def _relu(call: Call, path: Path) -> Affine:
     """``[a > 0]``; of the path from r the part above 0, ``(a+ + r+) / (|a| + |r|)``."""
     a: Tensor = call.args["self"]
     if call.reference is None:
-        return Affine({"self": Gate(call.value)})
+        return Affine({"self": ReLUGate(call.value)})
     if path.steps is not None:
         above = [(point > 0).to(a.dtype) for point in path.points(call, "self")]
         return Affine({"self": Scale(sum(above[1:], above[0]) / len(above), a.shape)})
