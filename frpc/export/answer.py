@@ -18,7 +18,7 @@ from frpc.explainer.explainer import Explainer
 from frpc.export.layer import LayerAnswer
 from frpc.export.question import Input, Question, Signature, described, examples
 
-__all__ = ["Answer", "Exportable", "Rewrite", "exportable"]
+__all__ = ["About", "Answer", "Exportable", "Rewrite", "exportable"]
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.GraphModule], None]
@@ -37,6 +37,24 @@ class Exportable:
     module: nn.Module
     example: tuple[Tensor, ...]
     signature: Signature
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an exported file before its program is made; the attributes are those of :class:`Signature`."""
+
+    frpc: str
+    model: str
+    rules: str
+    bias: str
+    device: str
+    question: Question
+    batch: int | None
+    inputs: tuple[Input, ...]
+
+    def signature(self, classes: int, outputs: tuple[str, ...], window: tuple[tuple[int, int, int], ...] = ()) -> Signature:
+        """The signature of the file with a program that gives these outputs."""
+        return Signature(**vars(self), classes=classes, outputs=outputs, window=window)
 
 
 class Answer(nn.Module):
@@ -133,30 +151,36 @@ def exportable(
         fixed = fixed or (1 if inputs is None else len(inputs[0]))
     example = _example(prepared, takes, fixed or 2)
     device = prepared.captured.inputs[0].device.type
-    about = (frpc.__version__, explainer.model_name, explainer.rules.name, explainer.bias_policy, device, question, fixed, takes)
+    about = About(
+        frpc=frpc.__version__,
+        model=explainer.model_name,
+        rules=explainer.rules.name,
+        bias=explainer.bias_policy,
+        device=device,
+        question=question,
+        batch=fixed,
+        inputs=takes,
+    )
     if question.layer:
         return _every_neuron(explainer, prepared, example, about)
     return _one_number(explainer, prepared, example, about, rewrites)
 
 
-About = tuple[str, str, str, str, str, Question, int | None, tuple[Input, ...]]
-
-
 def _every_neuron(explainer: Explainer, prepared: PreparedModel, example: list[Tensor], about: About) -> Exportable:
-    programs, name = explainer.programs, about[5].layer
+    programs, name = explainer.programs, about.question.layer
     programs.check_layers(prepared, (name,))
     assignment = programs.assignment(prepared, example, programs.query_with(of=name))
     node = assignment.layer_node(name)
     assert node is not None, "the layer's name is known"
     module = LayerAnswer(assignment, name, node)
-    signature = Signature(*about, 0, ("values", "windows", "bias"), module.window(*example))
+    signature = about.signature(0, ("values", "windows", "bias"), module.window(*example))
     return Exportable(_by_name(module, signature.names), tuple(example), signature)
 
 
 def _one_number(
     explainer: Explainer, prepared: PreparedModel, example: list[Tensor], about: About, rewrites: Sequence[Rewrite]
 ) -> Exportable:
-    programs, question = explainer.programs, about[5]
+    programs, question = explainer.programs, about.question
     if question.grad_cam and explainer.rules.account.gives != "multiplier":
         raise OptionError(
             f"{explainer.rules.name} gives relevance, and class activation maps weigh channels by gradients. Compile the model "
@@ -173,7 +197,7 @@ def _one_number(
     module = Answer(compiled, program, question, output)
     if question.targets == "top":
         _seed_by_output(program, module.classes)
-    signature = Signature(*about, module.classes, _outputs(compiled, question))
+    signature = about.signature(module.classes, _outputs(compiled, question))
     asked = _asked(question, output, len(example[0]))
     return Exportable(_by_name(module, signature.names), (*example, *asked), signature)
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from frpc.errors import DataError, PackageError, nearest
 
-__all__ = ["Folder", "Parquet", "Sample", "Samples", "open_samples"]
+__all__ = ["Folder", "Parquet", "RowGroup", "Sample", "Samples", "open_samples"]
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".jpe", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -130,17 +130,38 @@ def _hidden(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """Rows of a Parquet file that are read together.
+
+    Attributes:
+        file: where they are.
+        name: of the file, as samples are named.
+        number: which of the file's row groups it is.
+        first_row: number of its first row in the file.
+        first: number of its first sample.
+        rows: how many there are.
+    """
+
+    file: Path
+    name: str
+    number: int
+    first_row: int
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Parquet:
     """The rows of Parquet files, in the order of their names.
 
     Attributes:
-        groups: ``(file, its name, row group, number of its first row in the file, of its first sample, number of rows)``.
+        groups: the row groups of all files, in order.
         column: where the pictures are.
         label: where the classes are, if anywhere.
         digest: SHA-256 of names, sizes and numbers of rows.
     """
 
-    groups: tuple[tuple[Path, str, int, int, int, int], ...]
+    groups: tuple[RowGroup, ...]
     column: str
     label: str | None
     digest: str
@@ -164,9 +185,9 @@ class Parquet:
             with opened:
                 _check_columns(file, opened.schema_arrow, column, label)
                 first = 0
-                for group in range(opened.num_row_groups):
-                    rows = opened.metadata.row_group(group).num_rows
-                    groups.append((file, name, group, first, count, rows))
+                for number in range(opened.num_row_groups):
+                    rows = opened.metadata.row_group(number).num_rows
+                    groups.append(RowGroup(file, name, number, first, count, rows))
                     first, count = first + rows, count + rows
             digest.update(f"{name}\0{file.stat().st_size}\0{first}\0".encode())
         if count == 0:
@@ -174,8 +195,7 @@ class Parquet:
         return cls(tuple(groups), column, label, digest.hexdigest())
 
     def __len__(self) -> int:
-        *_, first, rows = self.groups[-1]
-        return first + rows
+        return self.groups[-1].first + self.groups[-1].rows
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """Reads the row groups that hold these samples."""
@@ -184,18 +204,18 @@ class Parquet:
     def _rows(self, start: int, stop: int) -> Iterator[Sample]:
         parquet = _package("pyarrow.parquet")
         columns = [self.column, *([self.label] if self.label else [])]
-        for file, name, group, first_row, first, rows in self.groups:
-            low, high = max(start, first), min(stop, first + rows)
+        for group in self.groups:
+            low, high = max(start, group.first), min(stop, group.first + group.rows)
             if low >= high:
                 continue
-            with parquet.ParquetFile(file) as opened:
-                table = opened.read_row_group(group, columns=columns).slice(low - first, high - low)
+            with parquet.ParquetFile(group.file) as opened:
+                table = opened.read_row_group(group.number, columns=columns).slice(low - group.first, high - low)
             labels = table[self.label].to_pylist() if self.label else [None] * len(table)
             for at, (value, label) in enumerate(
-                zip(table[self.column].to_pylist(), labels, strict=True), low - first + first_row
+                zip(table[self.column].to_pylist(), labels, strict=True), low - group.first + group.first_row
             ):
                 content = value.get("bytes") if isinstance(value, dict) else value
-                yield Sample(f"{name}:{at}", content, "" if content else f"column {self.column!r} is empty", label)
+                yield Sample(f"{group.name}:{at}", content, "" if content else f"column {self.column!r} is empty", label)
 
     def describe(self) -> dict[str, Any]:
         """Number, columns, and a digest of names, sizes and numbers of rows."""
