@@ -133,7 +133,7 @@ class Net(nn.Module):
                 setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.function(self, self.prepared(x))
+        y = self.function(self, self.front(x))
         return self.back(y) if self.behind else y
 
 
