@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pickle import PicklingError
+from types import ModuleType
 
 __all__ = [
     "BatchError",
@@ -44,6 +46,7 @@ __all__ = [
     "VerificationError",
     "WeightsError",
     "nearest",
+    "require",
 ]
 
 
@@ -233,3 +236,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "nearest names: " + ", ".join(close)
     return "known names: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def require(module: str, extra: str, what_for: str) -> ModuleType:
+    """Imports a module of an optional package.
+
+    Args:
+        module: its dotted name.
+        extra: the extra of frpc that installs the package, as in ``pip install 'frpc[extra]'``.
+        what_for: what needs it, as the beginning of a sentence: "Reading Parquet files".
+
+    Raises:
+        PackageError: the package is not installed, or cannot be imported; says how to install it.
+    """
+    package = module.split(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (package, module)
+        state = "is not installed" if missing else f"cannot be imported ({error})"
+        raise PackageError(
+            f"{what_for} needs the package {package}, which {state}.\n  Fix: pip install 'frpc[{extra}]'"
+        ) from error

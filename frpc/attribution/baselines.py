@@ -8,15 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from frpc.attribution.scales import picture_size
-from frpc.errors import InputError, OptionError, PackageError, ShapeError, TargetError
+from frpc.errors import InputError, OptionError, ShapeError, TargetError, require
 from frpc.explainer.explainer import Explainer
 
 __all__ = ["Baseline", "attribute", "feature_ablation", "kernel_shap", "lime", "partition_shap", "segments", "shapley_values"]
@@ -58,13 +56,13 @@ def attribute(
         OptionError: for a method that it does not have.
         InputError: if x is no tensor; TargetError: for a target that is no index.
     """
-    found = getattr(_package("captum.attr"), method, None)
+    found = getattr(require("captum.attr", "baselines", "frpc.baselines"), method, None)
     if not isinstance(found, type) or not hasattr(found, "attribute"):
         raise OptionError(f"method={method!r}: captum.attr has no such attribution.")
     if not isinstance(x, Tensor):
         raise InputError(f"x is {type(x).__name__}, not a tensor.")
     if method in ("Lime", "KernelShap"):
-        _package("sklearn")  # which Captum fits its linear models with
+        require("sklearn", "baselines", f"Captum's {method}")  # which Captum fits its linear models with
     target = target if isinstance(target, int) and not isinstance(target, bool) else _indices(target, len(x))
     forward = model.predict if isinstance(model, Explainer) else model
     with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
@@ -144,7 +142,7 @@ def partition_shap(model: nn.Module, x: Tensor, target: int | Tensor, *, samples
     """
     size = picture_size(x)
     which = _indices(target, len(x))
-    shap = _package("shap")
+    shap = require("shap", "baselines", "frpc.baselines.partition_shap")
     forward = model.predict if isinstance(model, Explainer) else model
 
     def scores(pictures: Any) -> Any:  # shap holds channels last
@@ -186,13 +184,3 @@ def _indices(target: int | Tensor, count: int) -> Tensor:
     if indices.is_floating_point() or list(indices.shape) not in ([], [count]):
         raise TargetError(f"target is {indices.dtype} {list(indices.shape)}; give an int or class indices [{count}].")
     return indices.expand(count)
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        library = name.split(".")[0]
-        raise PackageError(
-            f"This baseline needs {library}, which is not installed.\n  Fix: pip install 'frpc[baselines]'"
-        ) from error

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from frpc.core.torch_compat import trace_lock
-from frpc.errors import ExportError, InputError, PackageError
+from frpc.errors import ExportError, InputError, require
 from frpc.explainer.explainer import Explainer
 from frpc.export.blocked import ONNX_REWRITES
 from frpc.export.question import Question, Signature, Targets
@@ -49,7 +47,7 @@ def onnx(
         InputError, OptionError, LayerNameError: see :func:`frpc.export.traced.traced`.
     """
     for name in ("onnx", "onnxscript"):
-        _package(name)
+        require(name, "export", "Writing ONNX files")
     program, signature = traced(explainer, Question(targets, tuple(at), grad_cam, layer), inputs, ONNX_REWRITES)
     made = _translated(program, signature)
     foreign = {f"{node.domain}::{node.op_type}" for node in made.model.graph.all_nodes() if node.domain not in ("", "ai.onnx")}
@@ -92,7 +90,7 @@ def run_onnx(path: str | Path, threads: int | None = None) -> tuple[Callable[...
         PackageError: without the extra ``frpc[export]``.
         InputError: if frpc did not write it.
     """
-    runtime = _package("onnxruntime")
+    runtime = require("onnxruntime", "export", "Running ONNX files")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns of every constant that it folds away
     options.intra_op_num_threads = threads or 0
@@ -107,10 +105,3 @@ def run_onnx(path: str | Path, threads: int | None = None) -> tuple[Callable[...
         return [torch.from_numpy(found) for found in session.run(None, feed)]
 
     return run, signature
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise PackageError(f"ONNX files need the package {name}.\n  Fix: pip install 'frpc[export]'") from error

@@ -10,25 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from frpc.errors import OptionError, PackageError
+from frpc.errors import OptionError, require
 from frpc.explainer.compile import compile
 from frpc.plots import heatmap
 from frpc.plots.outputs import OutputFolder
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
     from matplotlib.figure import Figure
-
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError as error:
-    raise PackageError(
-        "frpc.integrations.lightning needs Lightning, which is not installed.\n  Fix: pip install 'frpc[lightning]'"
-    ) from error
 
 __all__ = ["LogRelevance"]
 
+_lightning: Any = require("lightning.pytorch", "lightning", "frpc.lightning")
 
-class LogRelevance(Callback):
+
+class LogRelevance(_lightning.Callback):
     """Logs one sheet of maps at the end of every n-th training epoch.
 
     Loggers that take pictures get them: by ``log_image`` (Weights & Biases and others), or by ``experiment.add_image``

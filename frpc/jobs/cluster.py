@@ -6,13 +6,12 @@ is put in its place whole, so that nothing is lost or there twice.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from frpc.errors import FrpcError, PackageError
+from frpc.errors import FrpcError, require
 from frpc.jobs.work import Task, Worker
 
 __all__ = ["run_on_ray"]
@@ -43,10 +42,7 @@ def run_on_ray(task: Task, missing: Sequence[int], advance: Callable[[int, int],
         PackageError: Ray is not installed.
         FrpcError: what a worker raised, where the job is at fault.
     """
-    try:
-        ray, data = importlib.import_module("ray"), importlib.import_module("ray.data")
-    except ImportError as error:
-        raise PackageError("--engine ray needs Ray, which is not installed.\n  Fix: pip install 'frpc[ray]'") from error
+    ray, data = (require(name, "ray", "--engine ray") for name in ("ray", "ray.data"))
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)

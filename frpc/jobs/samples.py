@@ -6,13 +6,12 @@ Samples are numbered once and for all, files by their path and rows by their pla
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from frpc.errors import DataError, PackageError, nearest
+from frpc.errors import DataError, nearest, require
 
 __all__ = ["Folder", "Parquet", "RowGroup", "Sample", "Samples", "open_samples"]
 
@@ -174,7 +173,7 @@ class Parquet:
             DataError: a file is damaged, lacks a column or keeps something else there, or there are no rows.
             PackageError: pyarrow is not installed.
         """
-        pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
+        pyarrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
         digest, groups, count = hashlib.sha256(f"{column}\0{label}\0".encode()), [], 0
         for file in files:
             name = file.name if root == file else file.relative_to(root).as_posix()
@@ -202,7 +201,7 @@ class Parquet:
         return list(self._rows(start, stop))
 
     def _rows(self, start: int, stop: int) -> Iterator[Sample]:
-        parquet = _package("pyarrow.parquet")
+        parquet = _pyarrow("pyarrow.parquet")
         columns = [self.column, *([self.label] if self.label else [])]
         for group in self.groups:
             low, high = max(start, group.first), min(stop, group.first + group.rows)
@@ -225,7 +224,7 @@ class Parquet:
 
 
 def _check_columns(file: Path, schema: Any, column: str, label: str | None) -> None:
-    types = _package("pyarrow.types")
+    types = _pyarrow("pyarrow.types")
     for name in (column, *([label] if label else [])):
         if name not in schema.names:
             raise DataError(f"{file} has no column {name!r}; {nearest(name, schema.names)}")
@@ -240,8 +239,5 @@ def _check_columns(file: Path, schema: Any, column: str, label: str | None) -> N
             raise DataError(f"column {label!r} of {file} is {kind}; a class is a whole number or a name")
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise PackageError("Parquet files need pyarrow, which is not installed.\n  Fix: pip install 'frpc[parquet]'") from error
+def _pyarrow(module: str) -> Any:
+    return require(module, "parquet", "Reading Parquet files")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from frpc.errors import DeviceError, ModelNameError, PackageError, WeightsError
+from frpc.errors import DeviceError, ModelNameError, WeightsError, require
 
 __all__ = ["TextModel", "library", "load"]
 
@@ -74,12 +74,12 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
 
 
 def library() -> Any:
-    """The transformers package, or how to get it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise PackageError("Models of the transformers library need that library.\n  Fix: pip install 'frpc[text]'") from error
-    return transformers
+    """The transformers package.
+
+    Raises:
+        PackageError: it is not installed.
+    """
+    return require("transformers", "text", "Loading a model of the transformers library")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -331,7 +331,10 @@ def test_refusals(explainer: Explainer, tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(explainer: Explainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(PackageError, match=r"ONNX files need the package onnx\.\n  Fix: pip install 'frpc\[export\]'"):
+    with pytest.raises(
+        PackageError,
+        match=r"Writing ONNX files needs the package onnx, which is not installed\.\n  Fix: pip install 'frpc\[export\]'",
+    ):
         onnx(explainer, tmp_path / "a.onnx")
 
 

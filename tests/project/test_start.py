@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,7 @@ import tomllib
 import pytest
 
 import frpc
-from frpc.errors import PackageError
+from frpc.errors import PackageError, require
 from places import ROOT
 
 HEAVY = ("torch", "sympy", "numpy", "matplotlib", "torchvision", "transformers", "PIL", "safetensors")
@@ -101,3 +102,25 @@ def test_an_interrupted_import_gives_no_traceback(module):
     )
     result = python(interrupt + CALL + "main()", "doctor", "--threads", "1")
     assert result.returncode == 130 and result.stderr == ""
+
+
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(tmp_path, monkeypatch):
+    assert require("json.decoder", "text", "This") is importlib.import_module("json.decoder")
+    with pytest.raises(PackageError) as caught:
+        require("frpc_has_no_such.part", "ray", "Working on a cluster")
+    assert str(caught.value) == (
+        "Working on a cluster needs the package frpc_has_no_such, which is not installed.\n  Fix: pip install 'frpc[ray]'"
+    )
+    (tmp_path / "frpc_broken.py").write_text("import frpc_has_no_such")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PackageError, match=r"frpc_broken, which cannot be imported \(No module named 'frpc_has_no_such'\)"):
+        require("frpc_broken", "ray", "This")
+
+
+def test_every_extra_that_is_asked_for_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    calls = {path: re.findall(r'require\([^,()]+, "(\w+)"', path.read_text()) for path in (ROOT / "frpc").rglob("*.py")}
+    asked = {extra for found in calls.values() for extra in found}
+    assert asked == {"baselines", "export", "lightning", "parquet", "ray", "text"} and asked <= extras.keys()
+    raised = [path.name for path in calls if "raise PackageError" in path.read_text()]
+    assert raised == ["errors.py"], "other files call frpc.errors.require"
