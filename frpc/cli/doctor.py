@@ -16,7 +16,7 @@ from frpc.cli.session import INTERNAL, JsonOption, ThreadsOption, print_pairs, p
 
 __all__ = ["demo", "doctor"]
 
-REQUIRED = ("frpc", "torch", "numpy", "safetensors", "matplotlib", "pillow", "typer", "rich")
+REQUIRED = ("frpc", "torch", "numpy", "safetensors", "matplotlib", "pillow", "typer", "rich", "jinja2", "filelock")
 OPTIONAL = {  # name on the package index: import name
     "torchvision": "torchvision",
     "triton": "triton",

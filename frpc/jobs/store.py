@@ -11,7 +11,6 @@ What is done is known from the shards alone.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import uuid
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -81,11 +81,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too, is on the disk
-        finally:
-            os.close(folder)
+        if os.name == "posix":  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name, too, is on the disk
+            finally:
+                os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputFolderError(f"cannot write {path}: {error.strerror or error}") from error
@@ -115,14 +116,12 @@ class Store:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = FileLock(self.folder / ".lock").acquire(blocking=False)  # the system lets go of it when the process ends
+        except Timeout as error:
+            raise OptionError(f"another process works in {self.folder}; wait for it, or choose another --out") from error
         except OSError as error:
             raise OutputFolderError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however
-            except OSError as error:
-                raise OptionError(f"another process works in {self.folder}; wait for it, or choose another --out") from error
             self._settle(settings)
             for left in [*self.folder.rglob(".*.part")]:
                 left.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ pyplot, no backend, nothing global.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Template
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ from frpc.plots.panels import (
 )
 
 __all__ = ["bars", "grid", "overlay", "save", "side_by_side", "to_html"]
+
+_IMG = Template('<img alt="{{ title }}" width="560" src="data:image/png;base64,{{ data }}">', autoescape=True)
 
 DPI = 150
 PANEL, FRAME, BAR = 3.2, 0.5, 0.9  # inches: width of a map, height of its title and caption, width of a colour bar
@@ -215,7 +217,7 @@ def to_html(
     figure = overlay(image, relevance, title=title, unit=unit, cell=cell)
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(title or "relevance map")}" width="560" src="data:image/png;base64,{data}">'
+    return _IMG.render(title=title or "relevance map", data=data)
 
 
 def _per_cell(unit: str, cell: int) -> str:

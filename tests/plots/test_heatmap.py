@@ -151,7 +151,7 @@ def test_a_vector_is_drawn_as_bars():
 def test_html_carries_its_picture(photo, relevance):
     markup = heatmap.to_html(photo, relevance, title='<"cat">')
     assert markup.startswith("<img ")
-    assert "&lt;&quot;cat&quot;&gt;" in markup
+    assert 'alt="&lt;&#34;cat&#34;&gt;"' in markup
     data = markup.split("base64,")[1].split('"')[0]
     assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
 
