@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-import frpc
+from frpc.explainer.compile import compile
 from frpc.integrations.torchvision import load_weights, read_weights
 from frpc.plots.outputs import OutputFolder
 from frpc.plots.panels import SMALL, TITLE, draw_bar, draw_map, draw_picture, pixel_map, robust_limit, signed
@@ -108,7 +108,7 @@ def explain_digits() -> list[Digit]:
     """The two strongest classes of each digit, in one call of the compiled net."""
     model, (images, labels) = load_digit_net(), load_digits()
     x = images.float() / 255
-    explainer = frpc.compile(model, (x,))
+    explainer = compile(model, (x,))
     with torch.inference_mode():
         classes = model(x).topk(2).indices  # [10, 2]
         logits, relevance = explainer(x, target=classes)  # [10, 10], [10, 2, 1, 28, 28]

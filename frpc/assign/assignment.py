@@ -18,7 +18,6 @@ from frpc.core.graph import bind, describe, first_result, is_complex, origin_of
 from frpc.core.stopped import stopped_by
 from frpc.core.torch_compat import OpOverload, enable_python_dispatcher, fake_mode_of, schema_of
 from frpc.errors import Gap, OptionError, RuleDeclinedError, SamplesUnknownError, UnsupportedOpError
-from frpc.maps import LinearMap
 from frpc.rules.carriers import carrying_operands, find_sources, is_first_result, may_carry, operands_of
 from frpc.rules.lrp.lrp import factor_beside
 from frpc.rules.sets.ruleset import Account, RuleSet, Site
@@ -331,7 +330,7 @@ def _assign_one(
     if rules.account.constants and example.constant is not None and isinstance(node.meta.get("samples"), str):
         raise SamplesUnknownError(f"{node.meta['samples']}, so its constants cannot be shared among them")
     missing = set(operands) - set(example.terms)
-    terms: dict[Operand, LinearMap] = dict(example.terms)
+    terms = dict(example.terms)
     carrying = {k: n for k, n in operands.items() if k not in missing}
     return Assigned(node, rule, carrying, batch, hints, Affine(terms, example.constant, example.direct, example.joined))
 

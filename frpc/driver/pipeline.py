@@ -38,7 +38,7 @@ from frpc.rules.sets.ruleset import RuleSet
 
 aten = torch.ops.aten
 
-__all__ = ["CompileOptions", "Compiled", "Stage", "assign_rules", "compile_query", "deep_copy", "gaps_and_rules"]
+__all__ = ["CompileOptions", "Compiled", "Query", "Stage", "assign_rules", "compile_query", "deep_copy", "gaps_and_rules"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from frpc.emit.plan import Query
+from frpc.driver.pipeline import Query
 from frpc.files.values import FaultError, integer, record, show, strings
 from frpc.rules.top import TOPS, Top
 
