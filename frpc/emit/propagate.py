@@ -19,7 +19,22 @@ from frpc.capture.batch import Batch, one_per_sample
 from frpc.core.graph import first_result
 from frpc.rules.table import Affine, Operand
 
-__all__ = ["Observer", "Pulled", "Record", "Spread", "affine_maps", "evaluate", "inner", "pull", "push", "reached_from"]
+__all__ = [
+    "AffineMaps",
+    "Observer",
+    "Pulled",
+    "Record",
+    "Spread",
+    "affine_maps",
+    "evaluate",
+    "inner",
+    "pull",
+    "push",
+    "reached_from",
+]
+
+AffineMaps = Mapping[fx.Node, Affine]
+"""The affine form of every node that carries relevance, at one input."""
 
 Observer = Callable[[fx.Node, str], AbstractContextManager[Any]]
 """Called around the work for each node with ``"value"``, ``"rule"`` or ``"pull"``; lets a tracer note whose work it sees."""
@@ -124,7 +139,7 @@ def reached_from(assignment: Assignment, wanted: Iterable[fx.Node]) -> set[fx.No
 
 def pull(
     assignment: Assignment,
-    maps: Mapping[fx.Node, Affine],
+    maps: AffineMaps,
     seeds: Mapping[fx.Node, Tensor],
     wanted: Iterable[fx.Node],
     spread: Spread | None = None,
@@ -182,7 +197,7 @@ def pull(
 
 def push(
     assignment: Assignment,
-    maps: Mapping[fx.Node, Affine],
+    maps: AffineMaps,
     columns: Mapping[fx.Node, Tensor],
     layer: fx.Node,
     values: Mapping[fx.Node, Any] | None = None,

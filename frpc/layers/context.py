@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,8 @@ from frpc.assign.assignment import Assignment
 from frpc.assign.reach import feeding
 from frpc.core.graph import fetch, first_result, origin_of
 from frpc.emit.program import at_reference, reference_constants
-from frpc.emit.propagate import affine_maps, evaluate, push
+from frpc.emit.propagate import AffineMaps, affine_maps, evaluate, push
 from frpc.errors import InputError, OptionError
-from frpc.rules.table import Affine
 from frpc.windows import LocalityEndsError, Rows, build_rows
 
 __all__ = ["LayerContext", "layer_context"]
@@ -37,7 +36,7 @@ class LayerContext:
     """
 
     assignment: Assignment
-    maps: Mapping[fx.Node, Affine]
+    maps: AffineMaps
     layer: fx.Node
     x: Tensor
     values: Tensor
@@ -102,7 +101,7 @@ def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tenso
     return LayerContext(assignment, maps, layer, x, values, bias, nodes, rows, ended)
 
 
-def _windows(assignment: Assignment, maps: Mapping[fx.Node, Affine], x: Tensor, layer: fx.Node) -> tuple[Rows | None, str | None]:
+def _windows(assignment: Assignment, maps: AffineMaps, x: Tensor, layer: fx.Node) -> tuple[Rows | None, str | None]:
     """Builds the producers of windows, or says where locality ends."""
     if x.dim() not in (3, 4):
         return None, "the input: it has no spatial axes"

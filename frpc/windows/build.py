@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from frpc.maps import (
     Slice,
     Total,
 )
-from frpc.rules.table import Affine
 from frpc.windows.rows import ChannelRows, ConcatRows, FramedRows, PointRows, Rows, SettledRows, SourceRows, SumRows
 from frpc.windows.taps import ConvRows, CutRows, MeanRows, WinnerRows
 
@@ -50,7 +49,7 @@ class LocalityEndsError(Exception):
         self.node, self.why = node, why
 
 
-def build_rows(assignment: Assignment, maps: Mapping[fx.Node, Affine], source: fx.Node, x: Tensor, layer: fx.Node) -> Rows:
+def build_rows(assignment: Assignment, maps: AffineMaps, source: fx.Node, x: Tensor, layer: fx.Node) -> Rows:
     """Builds the producers of a layer's windows and returns the layer's own.
 
     Args:
@@ -75,9 +74,7 @@ def build_rows(assignment: Assignment, maps: Mapping[fx.Node, Affine], source: f
 class _Builder:
     """Makes one producer for each node, from the input on."""
 
-    def __init__(
-        self, assignment: Assignment, maps: Mapping[fx.Node, Affine], made: dict[fx.Node, Rows], cells: tuple[int, int]
-    ) -> None:
+    def __init__(self, assignment: Assignment, maps: AffineMaps, made: dict[fx.Node, Rows], cells: tuple[int, int]) -> None:
         self.assignment, self.maps, self.made, self.cells = assignment, maps, made, cells
 
     def add(self, node: fx.Node) -> None:
