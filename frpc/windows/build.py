@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from frpc.assign.assignment import Assignment
 from frpc.assign.reach import feeding
 from frpc.core.graph import first_result
+from frpc.emit.propagate import AffineMaps
 from frpc.maps import (
     Compose,
     Conv,
