@@ -227,3 +227,8 @@ def check_complete(
     size = flat.abs().sum(1) + 1e-300
     assert bool(((missing - reported).abs() <= bound * (size + missing.abs())).all()), "what is missing is not what is reported"
     return float((missing.abs() / size).max())
+
+
+def size(attributions: tuple[Tensor, ...]) -> Tensor:
+    """Never 0: a ReLU that is off at both ends leaves nothing to share."""
+    return sum(a.abs().flatten(1).sum(1) for a in attributions).clamp_min(1e-3)  # type: ignore[union-attr]

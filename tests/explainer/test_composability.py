@@ -8,7 +8,6 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import frpc
+from composed_net import PAIRS, TARGETS, Net, X, explainer, net, randn, same
 from families import compiled
-from frpc.core.values import is_traced
-from frpc.errors import CompileError, InputError, NonFiniteError, PickleRefusedError, TargetError, WeightsError
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-class Net(nn.Module):
-    """Convolutions with batch norm, a residual and a pool, for `[B, 3, 8, 8]`; `scale` is an attribute and no parameter."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
-            self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
-            self.pool = nn.MaxPool2d(2)
-            self.head = nn.Linear(6 * 4 * 4, 5)
-            self.scale = 1.0
-            for name, value in self.named_buffers():
-                if value.is_floating_point():
-                    value.uniform_(0.5, 2.0) if "var" in name else value.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(x + self.block(x))
-        return self.head(self.pool(x).flatten(1)) * self.scale
-
-
-@cache
-def net() -> Net:
-    return Net().double().eval()
-
-
-X = randn(4, 3, 8, 8)
-PAIRS = torch.tensor([[1, 2], [3, 4], [0, 1], [2, 2]])
-
-
-@cache
-def explainer() -> frpc.Explainer:
-    found = frpc.compile(net(), (X,))
-    found(X, target=PAIRS)
-    return found
+from frpc.errors import InputError, PickleRefusedError
 
 
 @pytest.fixture(scope="module")
@@ -69,25 +26,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> frpc.LoadedExplainer:
     return frpc.load(explainer().save(tmp_path_factory.mktemp("file") / "net.frpc"))
 
 
-def same(one: frpc.Explanation, other: frpc.Explanation) -> bool:
-    """Equal bit by bit, and of the same shapes."""
-    pairs = ((one.output, other.output), (one.relevance, other.relevance), (one.bias, other.bias))
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 def close(one: frpc.Explanation, other: frpc.Explanation, bound: float = 1e-12) -> bool:
     """Relative L1 of the maps and of the output."""
     pairs = ((one.output, other.output), (one.relevance, other.relevance))
     return all(bool((a - b).abs().sum() <= bound * b.abs().sum()) for a, b in pairs)
 
-
-TARGETS: dict[str, Any] = {
-    "int": {"target": 2},
-    "one each": {"target": PAIRS[:, 0]},
-    "K each": {"target": PAIRS},
-    "seed": {"seed": randn(4, 5, seed=1)},
-    "top": {"target": 2, "seed": "probability"},
-}
 
 # ---- torch.compile ----------------------------------------------------------------------------------------------
 
@@ -366,100 +309,3 @@ def test_inside_a_larger_module() -> None:
     assert single.dtype is torch.float32 and (single - expected).abs().sum() < 1e-5 * expected.abs().sum()
     copied = copy.deepcopy(service)
     assert torch.equal(copied(X.float()), single)
-
-
-# ---- new weights ------------------------------------------------------------------------------------------------
-
-
-def test_refresh_takes_trained_weights_without_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal to compiling the trained model, for every program compiled so far: folded norms and packed kernels included."""
-    model = Net(seed=4).double()
-    taken = frpc.compile(model, (X,))
-    taken(X, target=PAIRS)
-    taken.at("block", X, target=1)
-    programs = list(taken.programs.compiled)
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    for step in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(X + 0.1 * step), PAIRS[:, 0]).backward()
-        optimizer.step()
-    fresh = frpc.compile(model, (X,))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("captured anew"))
-        assert taken.refresh(model) is taken
-        assert list(taken.programs.compiled) == programs
-    for name in ("int", "one each", "K each", "seed"):
-        assert same(taken(X, **TARGETS[name]), fresh(X, **TARGETS[name])), name
-    assert torch.equal(taken.at("block", X, target=1)["block"], fresh.at("block", X, target=1)["block"])
-
-
-def test_refresh_leaves_the_model_alone() -> None:
-    model = Net(seed=5).double().train()
-    taken = frpc.compile(model, (X,)).refresh(model)
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    before = taken(X, target=1)
-    with torch.no_grad():
-        model.head.weight.zero_()
-    assert same(taken(X, target=1), before)
-
-
-class Signed(nn.Module):
-    """Its rule depends on a weight's value: a constant gate that is nowhere negative."""
-
-    def __init__(self, gate: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64))
-        self.register_buffer("gate", torch.full((2,), gate, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(torch.relu(x @ self.weight.T) * self.gate)
-
-
-def test_refresh_decides_anew_what_depends_on_values() -> None:
-    x = randn(3, 2, seed=6)
-    taken = frpc.compile(Signed(2.0), (x,), rule=frpc.rules.LRP())
-    for gate in (-1.5, 0.5):
-        taken.refresh(Signed(gate))
-        assert same(taken(x, target=0), frpc.compile(Signed(gate), (x,), rule=frpc.rules.LRP())(x, target=0))
-
-
-def test_refresh_refuses_another_model() -> None:
-    taken = compiled(net(), X)
-    before = taken(X, target=1)
-    other = Net().double()
-    other.head = nn.Linear(96, 7).double()
-    with pytest.raises(WeightsError, match=r"Net does not fit what was captured: head\.weight was \[5, 96\] torch\.float64 on"):
-        taken.refresh(other)
-    with pytest.raises(WeightsError, match=r"stem\.0\.weight was .* and is no such tensor\. Compile the model anew\."):
-        taken.refresh(nn.Linear(3, 4))
-    changed = Net().double()
-    changed.scale = 3.0
-    with pytest.raises(CompileError, match="computes something else than what was captured from it, with the same weights"):
-        taken.refresh(changed)
-    assert same(taken(X, target=1), before)
-
-
-def test_threads_are_not_traced_while_another_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one thread exports, PyTorch tells all of them that they are compiled; the others go on as before."""
-    inside, go, expected = threading.Event(), threading.Event(), explainer()(X, target=2)
-
-    class Waiting(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            inside.set()
-            assert go.wait(60)
-            return x + 1
-
-    with ThreadPoolExecutor(2) as pool:
-        exporting = pool.submit(torch.export.export, Waiting(), (torch.zeros(1),), strict=False)
-        assert inside.wait(60)
-        try:
-            assert torch.compiler.is_compiling()
-            assert not is_traced()
-            with pytest.raises(NonFiniteError):
-                explainer()(X * float("nan"), target=1)
-            with pytest.raises(TargetError):
-                explainer()(X, target=torch.full((len(X),), 99))
-            assert same(explainer()(X, target=2), expected)
-        finally:
-            go.set()
-        exporting.result()
