@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frpc
-from cases import K4, One, Two, constant
+from case import K4, One, Two, constant
 from families import check_complete, compiled, front_of, prepared, randn
 from frpc.capture import decompose
 from frpc.capture.composed import COMPOSED

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import frpc
 from frpc.errors import FrpcError
-from user_programs import Program, Writer
+from user_models import Program
+from user_programs import Writer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of user code, which may be clumsy
 

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import frpc
-from cases import CASES, Case
+from case import Case
+from cases import CASES
 from families import compiled
 from families import net as family_net
 from filed_net import Net, X, explainer, net, randn, same

@@ -82,6 +82,13 @@ def test_folders_and_files_are_small() -> None:
     assert not long
 
 
+def test_files_of_tests_are_small() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "tests").rglob("*.py")}
+    assert not {
+        name: count for name, path in files.items() if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+
+
 def test_few_stages_know_one_another() -> None:
     """Which top folder imports which: 344 files knew one another when all of them lay side by side."""
     arrows = {

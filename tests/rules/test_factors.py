@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import PLACES, aten, reduced, shared_product, shared_products
+from case import aten
+from cases_places import PLACES, reduced, shared_product, shared_products
 from frpc.core.graph import bind
 from frpc.rules.table import TABLE, Call
 from rule_twins import agrees, rebuilt, rule_at

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import frpc
 import twins
+import twins_increments
 from families import NETS, built, by_sample, compiled, error, explained, net, randn
 from frpc.errors import InputError, OptionError, ShapeError
 from frpc.rules import (
@@ -59,7 +60,7 @@ def test_top_is_its_twin(name: str, increments: bool) -> None:
         seed = torch.zeros_like(z)
         seed[:, c] = 1
         if increments:
-            expected = by_sample(lambda a, r: twins.lid_taylor(layers, a, reference.flatten(), r), x, start)
+            expected = by_sample(lambda a, r: twins_increments.lid_taylor(layers, a, reference.flatten(), r), x, start)
         else:
             expected = by_sample(lambda a, r: twins.lrp(layers, a, r, twins.epsilon(0.0)), x, start)
         assert error(explained(model, x, rules, seed, TOPS[name]), expected) <= 1e-9
@@ -118,11 +119,11 @@ def test_tokens_and_pixels_have_classes_of_their_own() -> None:
 # Transposed passes that are changed --------------------------------------------------------------------------------------------
 
 CHANGED = {
-    "guided": (GuidedBackprop(), twins.guided),
-    "deconvnet": (Deconvnet(), twins.deconvolved),
-    "RectGrad 0.8": (RectifiedGradient(times_input=False, q=0.8), twins.rectified(80)),
-    "RectGrad 0": (RectifiedGradient(times_input=False, q=0.0), twins.rectified(0)),
-    "RectGrad 0.07": (RectifiedGradient(times_input=False, q=0.07), twins.rectified(7)),
+    "guided": (GuidedBackprop(), twins_increments.guided),
+    "deconvnet": (Deconvnet(), twins_increments.deconvolved),
+    "RectGrad 0.8": (RectifiedGradient(times_input=False, q=0.8), twins_increments.rectified(80)),
+    "RectGrad 0": (RectifiedGradient(times_input=False, q=0.0), twins_increments.rectified(0)),
+    "RectGrad 0.07": (RectifiedGradient(times_input=False, q=0.07), twins_increments.rectified(7)),
 }
 
 
@@ -132,7 +133,7 @@ def test_changed_pass_is_its_twin(of: str, name: str) -> None:
     model, x = net(of)
     rules, at_relu = CHANGED[name]
     layers, seed = twins.dense(model, x.shape[1:]), randn(2, 4, seed=5)
-    expected = by_sample(lambda a, v: twins.gradient(layers, a, v, at_relu), x, seed)
+    expected = by_sample(lambda a, v: twins_increments.gradient(layers, a, v, at_relu), x, seed)
     assert error(explained(model, x, rules, seed), expected) <= 1e-10
     plain = explained(model, x, Gradient(times_input=False), seed)
     assert name == "RectGrad 0" or error(explained(model, x, rules, seed), plain) > 0.01

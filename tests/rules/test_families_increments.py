@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import frpc
 import twins
-from cases import CASES, Case, aten
+import twins_increments
+from case import Case, aten
+from cases import CASES
 from families import (
     NETS,
     both_ways,
@@ -132,11 +134,11 @@ def smooth(name: str) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 INCREMENT_TWINS: dict[str, tuple[Callable[[Tensor], RuleSet], Callable[..., Tensor]]] = {
-    "LID-Taylor": (lambda r: LIDTaylor(r), twins.lid_taylor),
-    "LID-IG, n = 1": (lambda r: LID(r, steps=1), functools.partial(twins.lid_ig, steps=1)),
-    "LID-IG, n = 10": (lambda r: LID(r, steps=10), functools.partial(twins.lid_ig, steps=10)),
-    "LID exact": (lambda r: LID(r), twins.deeplift),
-    "DeepLIFT": (lambda r: DeepLift(r), twins.deeplift),
+    "LID-Taylor": (lambda r: LIDTaylor(r), twins_increments.lid_taylor),
+    "LID-IG, n = 1": (lambda r: LID(r, steps=1), functools.partial(twins_increments.lid_ig, steps=1)),
+    "LID-IG, n = 10": (lambda r: LID(r, steps=10), functools.partial(twins_increments.lid_ig, steps=10)),
+    "LID exact": (lambda r: LID(r), twins_increments.deeplift),
+    "DeepLIFT": (lambda r: DeepLift(r), twins_increments.deeplift),
 }
 
 
@@ -160,7 +162,7 @@ def test_plain_gradient_and_lrp_taylor_are_their_twins(of: str) -> None:
     with torch.no_grad():
         seed = randn(*model(x).shape, seed=5)
     layers = twins.dense(model, x.shape[1:])
-    expected = by_sample(lambda a, v: twins.gradient(layers, a, v), x, seed)
+    expected = by_sample(lambda a, v: twins_increments.gradient(layers, a, v), x, seed)
     assert error(explained(model, x, Gradient(times_input=False), seed), expected) <= 1e-10
     assert error(explained(model, x, LRPTaylor(), seed), x * expected) <= 1e-10
 

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import nets
-import reference
-from reference import ACTIVATIONS, Carried, relevance_maps, secant, slope_at_zero, sources, torch_function
+import reference_operators as operators
+from reference import relevance, relevance_maps
+from reference_operators import ACTIVATIONS, Carried, secant, slope_at_zero, sources, torch_function
 from strategies import Case, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -47,7 +48,7 @@ def close(a: Tensor, b: Tensor, bound: float = 1e-14) -> bool:
 
 def test_worked_example_of_figure_3_1() -> None:
     """y = w1 x1 + w2 x2 + b has the map [w1 x1 + b/2, w2 x2 + b/2]."""
-    y = reference.linear(source(torch.tensor([[3.0, -5.0]])), torch.tensor([[2.0, 7.0]]).double(), torch.tensor([4.0]))
+    y = operators.linear(source(torch.tensor([[3.0, -5.0]])), torch.tensor([[2.0, 7.0]]).double(), torch.tensor([4.0]))
     assert y.value.tolist() == [[2 * 3 - 7 * 5 + 4]]
     assert y.maps.tolist() == [[[2 * 3 + 2, -7 * 5 + 2]]]
 
@@ -90,8 +91,8 @@ def test_convolution_of_equation_4_9() -> None:
          [0, 0, 0, d]], dtype=torch.float64,
     )  # fmt: skip
     x = randn(1, 1, 3, 3, seed=1)
-    convolved = reference.conv(source(x), kernel, bias)
-    degenerate = reference.linear(source(x.flatten(1)), w_f.T, bias.expand(4))
+    convolved = operators.conv(source(x), kernel, bias)
+    degenerate = operators.linear(source(x.flatten(1)), w_f.T, bias.expand(4))
     assert close(convolved.value.flatten(), degenerate.value.flatten())
     assert close(convolved.maps.view(4, 9), degenerate.maps.view(4, 9))
 
@@ -113,11 +114,11 @@ def degenerate(weight: Tensor, size: list[int], stride: int, padding: int, dilat
 def test_convolution_degenerates(stride: int, padding: int, dilation: int, groups: int) -> None:
     """Convolving the columns is the fully connected layer of T 4.9, carried columns included."""
     weight, bias = randn(8, 4 // groups, 3, 2), randn(8, seed=1)
-    before = reference.linear(source(randn(1, 5, seed=2)), randn(4 * 6 * 5, 5, seed=3), randn(4 * 6 * 5, seed=4))
-    image = reference.view(before, lambda v: v.view(1, 4, 6, 5))
-    convolved = reference.conv(image, weight, bias, stride, padding, dilation, groups)
+    before = operators.linear(source(randn(1, 5, seed=2)), randn(4 * 6 * 5, 5, seed=3), randn(4 * 6 * 5, seed=4))
+    image = operators.view(before, lambda v: v.view(1, 4, 6, 5))
+    convolved = operators.conv(image, weight, bias, stride, padding, dilation, groups)
     matrix = degenerate(weight, [6, 5], stride, padding, dilation, groups)
-    dense = reference.linear(before, matrix, bias.repeat_interleave(matrix.shape[0] // 8))
+    dense = operators.linear(before, matrix, bias.repeat_interleave(matrix.shape[0] // 8))
     assert close(convolved.value.flatten(1), dense.value)
     assert close(convolved.maps.flatten(1, -2), dense.maps)
 
@@ -127,10 +128,10 @@ def test_transposed_convolution_degenerates(stride: int, padding: int, dilation:
     """Its fully connected weights are those of the convolution, transposed."""
     weight = randn(8, 4 // groups, 3, 2)
     full = [(6 - 1) * stride - 2 * padding + 2 * dilation + 1, (5 - 1) * stride - 2 * padding + dilation + 1]
-    before = reference.linear(source(randn(1, 5, seed=2)), randn(8 * 6 * 5, 5, seed=3), randn(8 * 6 * 5, seed=4))
-    image = reference.view(before, lambda v: v.view(1, 8, 6, 5))
-    spread = reference.conv_transpose(image, weight, None, stride, padding, 0, groups, dilation)
-    dense = reference.linear(before, degenerate(weight, full, stride, padding, dilation, groups).T)
+    before = operators.linear(source(randn(1, 5, seed=2)), randn(8 * 6 * 5, 5, seed=3), randn(8 * 6 * 5, seed=4))
+    image = operators.view(before, lambda v: v.view(1, 8, 6, 5))
+    spread = operators.conv_transpose(image, weight, None, stride, padding, 0, groups, dilation)
+    dense = operators.linear(before, degenerate(weight, full, stride, padding, dilation, groups).T)
     assert close(spread.value.flatten(1), dense.value)
     assert close(spread.maps.flatten(1, -2), dense.maps)
 
@@ -177,7 +178,7 @@ def test_several_inputs_share_one_set_of_cells() -> None:
             return a.sum(1, keepdim=True) + 2 * b.flatten(1).sum(1, keepdim=True) + 6.0
 
     a, b = randn(1, 2), randn(1, 2, 2, seed=1)
-    va, vb = reference.relevance(Sum(), (a, b), torch.ones(1, 1))
+    va, vb = relevance(Sum(), (a, b), torch.ones(1, 1))
     assert close(va, a + 1)
     assert close(vb, 2 * b + 1)
 
@@ -189,10 +190,10 @@ def test_product_and_quotient_by_hand() -> None:
     """`half` gives b/2 V_a + a/2 V_b; in a quotient the denominator is a coefficient."""
     a, b = source(torch.tensor([[3.0, 5.0]])), source(torch.tensor([[4.0, -2.0]]))
     b = Carried(b.value, b.maps.flip(-1), b.share)
-    assert reference.mul(a, b).maps.tolist() == [[[6.0, 6.0], [-5.0, -5.0]]]
-    assert reference.div(a, b).maps.tolist() == [[[0.75, 0.0], [0.0, -2.5]]]
+    assert operators.mul(a, b).maps.tolist() == [[[6.0, 6.0], [-5.0, -5.0]]]
+    assert operators.div(a, b).maps.tolist() == [[[0.75, 0.0], [0.0, -2.5]]]
     with pytest.raises(NotImplementedError, match="a constant over a carried value"):
-        reference.div(1.0, b)
+        operators.div(1.0, b)
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -214,7 +215,7 @@ def test_activation_is_pytorchs(name: str) -> None:
         return float(torch_function(name)(torch.tensor(z, dtype=torch.float64), *options))
 
     points = [z for z in POINTS if z > -1] if name == "log1p" else POINTS
-    carried = reference.elementwise(source(torch.tensor([points], dtype=torch.float64)), name, *options)
+    carried = operators.elementwise(source(torch.tensor([points], dtype=torch.float64)), name, *options)
     for z, value in zip(points, carried.value.flatten().tolist(), strict=True):
         assert value == pytest.approx(f(z), rel=1e-12, abs=1e-15)
         assert secant(name, z, *options) == pytest.approx((f(z) - f(0.0)) / z, rel=1e-11, abs=1e-12)
@@ -253,11 +254,11 @@ def test_pools_are_pytorchs(size: int, kernel: int, stride: int, padding: int, c
     x = randn(1, 2, size, size + 1)
     for dilation in (1, 2):
         if dilation * (kernel - 1) < size + 2 * padding:
-            best = reference.max_pool(2, source(x), kernel, stride, padding, dilation, ceil_mode)
+            best = operators.max_pool(2, source(x), kernel, stride, padding, dilation, ceil_mode)
             assert torch.equal(best.value, F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode))
             assert best.conservation() == 0
     for counted, divisor in ((True, None), (False, None), (True, 5)):
-        mean = reference.avg_pool(2, source(x), kernel, stride, padding, ceil_mode, counted, divisor)
+        mean = operators.avg_pool(2, source(x), kernel, stride, padding, ceil_mode, counted, divisor)
         assert close(mean.value, F.avg_pool2d(x, kernel, stride, padding, ceil_mode, counted, divisor))
         assert mean.conservation() <= 1e-15
 
@@ -266,7 +267,7 @@ def test_pools_are_pytorchs(size: int, kernel: int, stride: int, padding: int, c
 def test_adaptive_pools_are_pytorchs(size: tuple[int | None, int]) -> None:
     """Windows of unequal size."""
     x = randn(1, 2, 5, 7)
-    best, mean = (pool(2, source(x), size) for pool in (reference.adaptive_max_pool, reference.adaptive_avg_pool))
+    best, mean = (pool(2, source(x), size) for pool in (operators.adaptive_max_pool, operators.adaptive_avg_pool))
     assert torch.equal(best.value, F.adaptive_max_pool2d(x, size))
     assert close(mean.value, F.adaptive_avg_pool2d(x, size))
     assert max(best.conservation(), mean.conservation()) <= 1e-15
@@ -275,7 +276,7 @@ def test_adaptive_pools_are_pytorchs(size: tuple[int | None, int]) -> None:
 def test_first_of_equals_wins() -> None:
     """On ties max pooling takes the first position in the order of rows, as PyTorch's indices do."""
     x = torch.tensor([[[[1.0, 2.0, 2.0], [2.0, 2.0, 1.0]]]])
-    winner = reference.max_pool(2, source(x), (2, 3)).maps.flatten().nonzero().item()
+    winner = operators.max_pool(2, source(x), (2, 3)).maps.flatten().nonzero().item()
     assert winner == F.max_pool2d(x, (2, 3), return_indices=True)[1].item() == 1
 
 
