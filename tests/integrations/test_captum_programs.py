@@ -156,7 +156,8 @@ class TestPeer:
     @pytest.mark.parametrize(("name", "method"), PAIRS)
     def test_the_same_numbers(self, name, method):
         pytest.importorskip("captum")
-        ours, theirs = (ran(name, f"from {home} import {method} as Method") for home in ("frpc.captum", "captum.attr"))
+        lines = f"import frpc; Method = frpc.captum.{method}", f"from captum.attr import {method} as Method"
+        ours, theirs = (ran(name, line) for line in lines)
         assert all(error(a, b) <= 1e-8 for a, b in zip(ours[:-1], theirs[:-1], strict=True))
         if method == "IntegratedGradients":  # the same quadrature lacks the same; Captum's weights are float32
             assert float((ours[-1] - theirs[-1]).abs().max()) <= 1e-8
