@@ -70,7 +70,7 @@ class _Layers(RuleSet):
 
     @property
     def account(self) -> Account:
-        return Account(conserves="the explained output, less what biases absorb")
+        return Account(conserves="the explained output, minus what biases absorb")
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the layer rule for layers with weights; activations pass, max pools give to the winner."""
