@@ -1,4 +1,4 @@
-"""Makes docs/benchmarks.md and its figures of the records in bench/results: what was measured, and nothing else."""
+"""Makes docs/benchmarks.md and its figures from the records in bench/results. The page shows only what was measured."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class Section:
 HEAD = """\
 # Benchmarks
 
-<!-- made by `python -m bench page` from bench/results/*.json; edit neither, run it again -->
+<!-- made by `python -m bench page` from bench/results/*.json; edit neither, run the command again -->
 
-Each table holds medians of interleaved rounds: in a round every way runs once, in an order that turns, and ratios are taken
-within the round. The unit **forwards** is the model's own eager forward pass under `inference_mode`, in the same rounds. Nets
-have random weights; nothing is timed before the maps were found right: the output is the model's, the map sums to it, and where
-a net is piecewise linear, it is input times gradient and the constants' share. `python -m bench SUITE --base REV` runs
-`attribution`, `methods`, `memory` or `compile` in turns with frpc of another commit and compares the two.
-"""
+This page shows how much time and memory frpc needs, compared with the model itself and with other libraries. Each table gives
+medians of interleaved rounds: in a round each method runs once, in rotating order, and ratios are taken within the round. The
+unit **forwards** is the model's own eager forward pass under `inference_mode`, in the same rounds. Nets have random weights. Maps
+are checked before anything is timed: the output must be the model's, the map must sum to it, and if a net is piecewise linear,
+the map must be input times gradient plus the constants' share. An empty cell was not measured. `python -m bench SUITE --base REV`
+runs `attribution`, `methods`, `memory` or `compile` alternately with frpc of another commit and compares the two. """
 
 SECTIONS = (
     Section(
         "attribution",
         "One target, and K targets",
-        "What explaining costs in forwards, all targets of a sample in one call. *Over its own forward* is the same time "
-        "over frpc's own forward pass: its program without the way back. Beside it, also in forwards, input times "
-        "gradient, the cheapest map of other libraries: by autograd, one backward pass a target; batched, all targets in "
-        "one (`is_grads_batched`); with forward and backward pass compiled by `torch.compile`; by Captum. The last two "
-        "are timed for one target alone.",
+        "The cost of explaining, in forwards, with all targets of a sample in one call. *Over its own forward* is the same "
+        "time divided by frpc's own forward pass: its program without the backward part. The other columns, also in "
+        "forwards, are input times gradient, the cheapest map of other libraries: by autograd, with one backward pass per "
+        "target; batched, with all targets in one (`is_grads_batched`); with forward and backward pass compiled by "
+        "`torch.compile`; by Captum. The last two are timed for one target only.",
         "attribution --nets resnet50,vgg16,squeezenet1_1 --targets 1,5,10",
         sections.attribution,
         "also",
@@ -69,15 +69,15 @@ SECTIONS = (
     Section(
         "methods",
         "Methods",
-        "Every method in forwards, with quartiles; other libraries' names stand in front of theirs.",
+        "The cost of every method in forwards, with quartiles. Methods of other libraries start with the library's name.",
         "methods",
         sections.methods,
     ),
     Section(
         "memory",
         "Memory",
-        "The most bytes of tensors alive at one time during a call, beyond parameters and input, as PyTorch's allocator "
-        "counts them. *Predicted* is `explainer.plan.peak_bytes_for(batch, columns)` over what was measured; it is to be "
+        "The peak number of bytes in tensors during a call, without parameters and input, as PyTorch's allocator counts "
+        "them. *Predicted* is `explainer.plan.peak_bytes_for(batch, columns)` divided by the measured value; the target is "
         "within 20 %.",
         "memory",
         sections.memory,
@@ -86,17 +86,17 @@ SECTIONS = (
     Section(
         "compile",
         "Compiling",
-        "Seconds of each stage of `frpc.compile`, of the whole with its check against the model, of the first call after "
-        "it, and of the first forward and backward pass through `torch.compile` with empty caches. *Nodes* carry "
-        "relevance; *calls* are those of the program that runs.",
+        "Seconds for each stage of `frpc.compile`, for all of it including the comparison with the model, for the first "
+        "call after it, and for the first forward and backward pass through `torch.compile` with empty caches. *Nodes* is "
+        "the number of nodes that carry relevance, *calls* the number of operator calls in the program.",
         "compile",
         sections.compilation,
     ),
     Section(
         "kernels",
         "Kernels",
-        "Hand-written kernels on a GPU beside the ATen operators they replace, and the fraction of what that GPU reaches "
-        "with a large product and a large copy.",
+        "Hand-written kernels on a GPU compared with the ATen operators they replace, and as a fraction of what that GPU "
+        "reaches with a large matrix product and a large copy.",
         "kernels",
         sections.kernels,
         "only",
@@ -104,12 +104,12 @@ SECTIONS = (
     Section(
         "gpu",
         "A GPU in one command",
-        "`python -m bench gpu` runs, in under 8 minutes, what only a CUDA device can show: kernels beside their references "
-        "and beside ATen, compute-sanitizer where it is installed, CUDA graphs on several streams, ResNet-50, VGG-16, "
-        "ViT-B/16 and BERT beside autograd and Captum, bfloat16, layer maps of VGG-16's conv5_3. Each part is a process of "
-        "its own with a time limit, and its result is written as it ends; run again, the command goes on where it was "
-        "stopped, `--misses` runs what failed once more, `--only PART,PART` some parts alone. Without a CUDA device it "
-        "says so and ends with exit status 2.",
+        "`python -m bench gpu` runs, in under 8 minutes, everything that needs a CUDA device: kernels compared with their "
+        "references and with ATen, compute-sanitizer if it is installed, CUDA graphs on several streams, ResNet-50, VGG-16, "
+        "ViT-B/16 and BERT compared with autograd and Captum, bfloat16, layer maps of VGG-16's conv5_3. Each part is a "
+        "separate process with a time limit, and its result is written when it ends. Re-run the command to resume; "
+        "`--misses` runs failed parts again, `--only PART,PART` runs selected parts. Without a CUDA device the command says "
+        "so and exits with status 2.",
         "gpu",
         sections.gpu,
         "only",
@@ -117,53 +117,54 @@ SECTIONS = (
     Section(
         "neurons",
         "Every neuron of a layer",
-        "All maps of a layer in one call, and how many times faster that is than other ways to all of them; ways too slow "
-        "to run whole are scaled from a sample of neurons or cells.",
+        "All maps of a layer in one call, and how many times faster this is than other methods that compute all of them. "
+        "Methods that are too slow to run completely are extrapolated from a sample of neurons or cells.",
         "neurons",
         sections.neurons,
     ),
     Section(
         "growth",
         "How that grows",
-        "All maps of a layer of the thesis's AlexNet. Each part of the table lets one thing grow: the image's side (all "
-        "maps of conv2), the depth of the layer, the channels of all layers. *Dense* is the thesis's algorithm, scaled "
-        "from 16 cells.",
+        "All maps of a layer of the thesis's AlexNet. Each part of the table varies one quantity: the image's side (all "
+        "maps of conv2), the depth of the layer, the channels of all layers. *Dense* is the thesis's algorithm, "
+        "extrapolated from 16 cells.",
         "neurons --growth",
         sections.growth,
     ),
     Section(
         "planner",
         "The planner's choices",
-        "Every strategy that can answer was run where its weight allows; the planner's choice is to be within 1.5 of the best.",
+        "Every strategy that applies was run, unless it is too expensive. Target: the planner's choice takes at most 1.5 times "
+        "as long as the best.",
         "neurons --planner",
         sections.planner,
     ),
     Section(
         "stream",
         "Layers that do not fit in memory",
-        "Their maps come in blocks. Peak memory is that of the process, with the model and everything else; before is "
-        "what it was when streaming began.",
+        "The maps are computed in blocks. *Peak memory* is that of the whole process, including the model; *before* is the "
+        "memory when streaming began.",
         "neurons --stream vgg16 conv3_3 --side 224",
         sections.streams,
     ),
     Section(
         "export",
         "In ONNX Runtime",
-        "Exported explainers; here a forward is ONNX Runtime's own pass of the same model.",
+        "Exported explainers. Here a forward is one pass of the same model in ONNX Runtime.",
         "export",
         sections.export,
     ),
     Section(
         "files",
         "Program files",
-        "Size, and the time of loading and of first answers in a process that knows only the file.",
+        "File size, the time to load a file, and the time of the first answers in a process that has only the file.",
         "files",
         sections.files,
     ),
     Section(
         "serving",
         "Serving",
-        "The two serving examples under requests at random times; delays count from when a request was due.",
+        "The two serving examples with requests at random times. Latency is measured from the moment a request was due.",
         "serving WEIGHTS",
         sections.serving,
     ),
@@ -208,7 +209,7 @@ def _section(section: Section, records: Mapping[str, Sequence[Record]], here: Se
     lines = [f"## {section.title}\n", f"{textwrap.fill(section.text, WIDTH, break_on_hyphens=False)}\n"]
     if not shown:
         name = f"{section.key}-{'cuda' if section.gpu == 'only' else 'cpu'}.json"
-        lines.append(f"Not measured yet; this makes the record:\n\n```sh\n{_command(section, name)}\n```\n")
+        lines.append(f"Not measured yet. To measure, run:\n\n```sh\n{_command(section, name)}\n```\n")
         return "\n".join(lines)
     tables = [record for name in shown for record in records[name]]
     beside = [[record for name in there for record in records[name]]] if section.gpu == "also" else []
@@ -249,10 +250,10 @@ def _missed(every: Mapping[str, Sequence[Record]]) -> str:
     lines = sections.missed(every)
     if not lines:
         return ""
-    return "Goals that these records miss:\n\n" + "".join(f"- {line}\n" for line in lines)
+    return "Targets not met:\n\n" + "".join(f"- {line}\n" for line in lines)
 
 
 def _gpus(records: Mapping[str, Any]) -> str:
     if any(name.endswith("-cuda") for name in records):
         return ""
-    return "There was no GPU when these records were made: columns about GPUs are empty, and no figure is estimated for them.\n"
+    return "No GPU was available for these measurements: columns about GPUs are empty, and nothing in them is estimated.\n"

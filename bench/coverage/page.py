@@ -1,4 +1,4 @@
-"""Makes docs/coverage.md of the records: totals, a row for each model, every miss with its reason, and the peers."""
+"""Makes docs/coverage.md from the records: totals, a row for each model, every miss with its reason, and other libraries."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ REASON = 160  # characters of a reason that the page keeps
 HEAD = """\
 # Coverage
 
-<!-- made by `python -m bench coverage --write` from bench/results/coverage_*.jsonl; edit neither, run it again -->
+<!-- made by `python -m bench coverage --write` from bench/results/coverage_*.jsonl; edit neither, run the command again -->
 
-Every model below was built with random weights, compiled with `frpc.compile(model, inputs, bias="uniform")` and held against
-its own account. Parameters are drawn so that nothing is an identity, a zero or a constant: convolutions `N(0, 2/fan_in)`,
-linear layers `N(0, 1/fan_in)`, their biases `N(0, 0.1²)`, batch means `N(0, 0.1²)` and variances `U(0.5, 1.5)`; gains
-`U(0.5, 1.5)`, layer scales `U(0.05, 0.15)`, other zeros `N(0, 0.1²)`. Where a change of the input by a millionth then changes the
-output by more than a thousandth, batch statistics are those of the inputs instead (marked \\*). Inputs are as small as the
-model takes, unit normal, or random tokens. A run takes hours;
-`python -m bench coverage --suite torchvision --only resnet18` tries one model.
+This page lists the models that frpc was tested on. Each was built with random weights, compiled with `frpc.compile(model, inputs,
+bias="uniform")`, and checked for conservation. Parameters are drawn so that nothing is an identity, a zero or a constant:
+convolutions `N(0, 2/fan_in)`, linear layers `N(0, 1/fan_in)`, their biases `N(0, 0.1²)`, batch means `N(0, 0.1²)` and variances
+`U(0.5, 1.5)`; gains `U(0.5, 1.5)`, layer scales `U(0.05, 0.15)`, other zeros `N(0, 0.1²)`. If a change of the input by a
+millionth then changes the output by more than a thousandth, batch statistics are computed from the inputs instead (marked \\*).
+Inputs are the smallest that the model accepts, drawn from a unit normal distribution, or random tokens. A full run takes hours;
+`python -m bench coverage --suite torchvision --only resnet18` tests one model.
 
-- **nodes**, **ops**: operators that carry relevance, and how many kinds of them.
-- **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were being tried.
-- **error**: the largest `|sum V - y| / sum|V|` of three random targets of two samples. Up to 1e-5 in float32 and 1e-11 in float64
-  counts as covered, with outputs that differ from the model's by at most 1e-4 and 1e-10 of the largest (1e-4 in float64 too
-  where the model itself casts to float32, which frpc does not follow in float64; in float32 also where frpc's are at most
-  twice as far from the model's in float64 as the model's own).
-- **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that biases and other constants give.
-- **batch**: the relative L1 distance, in float32 and float64, between a sample's map made alone and its map in a batch of three:
-  up to 1e-6 and 1e-10 counts as covered; `fixed` where the model itself fixes the batch size. PyTorch's kernels add in another
-  order for another batch size, and in some models rounding alone, or a ReLU whose value it turns from one side of 0 to the other,
-  changes a map by more than 1e-6. Then the figure in parentheses says how well float32 determines input x gradient by PyTorch's
-  autograd, frpc not involved: the largest distance from its map in float64 of that made alone, made in the batch, and made at
-  inputs changed by a millionth, eight times. In float32 up to twice as much is covered; to float64's bound nothing is added.
-"""
+- **nodes**, **ops**: the number of operators that carry relevance, and the number of different kinds among them.
+- **compile**: seconds of `frpc.compile` in float32, on one thread, while other models were tested in parallel.
+- **error**: the largest `|sum V - y| / sum|V|` for three random targets of two samples. A model is covered if this is at most
+  1e-5 in float32 and 1e-11 in float64, and outputs differ from the model's by at most 1e-4 and 1e-10 of the largest. There are
+  two exceptions for outputs: 1e-4 is allowed in float64 too if the model itself casts to float32, which frpc does not do in
+  float64; and in float32 frpc's outputs may be up to twice as far from the model's float64 outputs as the model's own float32
+  outputs are.
+- **constants**: `|β| / (|β| + sum|V - β/N|)`, where β is the part of the output that comes from biases and other constants.
+- **batch**: the relative L1 distance, in float32 and float64, between the map of a sample alone and its map in a batch of three.
+  A model is covered up to 1e-6 and 1e-10; `fixed` means that the model itself fixes the batch size. For another batch size
+  PyTorch's kernels add in another order. In some models this rounding, or a ReLU that it moves from one side of 0 to the other,
+  changes a map by more than 1e-6. Then the number in parentheses says how exactly float32 determines input x gradient computed by
+  PyTorch's autograd, without frpc. It is the largest distance of a float32 map from the float64 map, over the map of the sample
+  alone, the map in the batch, and eight maps at inputs changed by a millionth. In float32, a distance of up to twice that number
+  counts as covered; the bound for float64 is not relaxed. """
 
 PEERS_HEAD = """\
 ## Other libraries
 
-The same models, given to the methods that promise something like conservation, with every bias, batch mean and batch shift set to
-0, so that nothing may be lost to constants. **ran**: the promised sum is met within 1 % of `sum|R|`; **off**: it is not, and
-nothing was raised; **raised**: an exception.
+The same models with methods of other libraries that promise some form of conservation. Every bias, batch mean and batch shift is
+set to 0, so that no relevance goes to constants. **ran**: the promised sum is met within 1 % of `sum|R|`; **off**: it is not met,
+and no exception was raised; **raised**: an exception.
 
 - **Captum LRP** promises that relevances sum to the explained output, **Captum DeepLift** that they sum to `f(x) - f(0)`; both
   report the difference as their convergence delta.
 - **zennit EpsilonPlus**, with zennit's own canonizers for the model's family, starts from 1 at the target: relevances sum to 1.
-- **lxt AttnLRP** (lxt's efficient form) promises that relevances sum to the explained output. Like the others it is given the
-  version of the model's library that is named above.
+- **lxt AttnLRP** (lxt's efficient form) promises that relevances sum to the explained output. Like the other methods it runs with
+  the library versions named above.
 """
 
 
@@ -103,7 +104,7 @@ def _provenance(suites: Mapping[str, Mapping[str, Record]]) -> str:
     commits = sorted({str(r["commit"])[:10] for r in records if r.get("commit")})
     machines = sorted({r["cpu"] for r in records if "cpu" in r})
     if not dates:
-        return "Nothing was tried yet.\n"
+        return "No model was tested yet.\n"
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return f"Run {when} on {'; '.join(machines)}; {', '.join(versions)}; commits {', '.join(commits)}.\n"
 
@@ -117,9 +118,9 @@ def _rounded(suites: Mapping[str, Mapping[str, Record]]) -> str:
         return ""
     beyond = sum(v > PLAIN for v in single)
     return (
-        f"Of {len(single)} covered models whose batch is free, {beyond} exceed {PLAIN:.0e} between batches in float32;\n"
-        f"in float64 none exceeds {max(double):.0e}. Records of several commits are kept side by side: models tried before\n"
-        "batch statistics could be taken from the inputs were not looked at for that.\n"
+        f"Of {len(single)} covered models with a free batch size, {beyond} exceed {PLAIN:.0e} between batches in float32;\n"
+        f"in float64 none exceeds {max(double):.0e}. The table combines records of several commits: models tested before\n"
+        "batch statistics could be computed from the inputs were not tested again for this.\n"
     )
 
 
@@ -130,7 +131,7 @@ def _totals(suites: Mapping[str, Mapping[str, Record]]) -> str:
         others = ", ".join(f"{count} {status}" for status, count in statuses.most_common() if status != "ok")
         share = f"{statuses['ok'] / len(records):.0%}"
         rows.append((f"[{suite}](#{suite})", others or "none", str(statuses["ok"]), str(len(records)), share))
-    return table(("suite", "not covered", "covered", "tried", "share"), rows, 2)
+    return table(("suite", "not covered", "covered", "tested", "share"), rows, 2)
 
 
 def _suite(suite: str, records: Mapping[str, Record]) -> str:
