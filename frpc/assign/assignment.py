@@ -227,8 +227,8 @@ def assign(
     remedy = cure(graph_module.graph, sources, constant, explained, gaps) if gaps else ""
     if rules.for_first_layer and first_layers and not gaps and not any(first_layers):
         raise OptionError(
-            f"{rules.name} has a rule for the layer that reads the input, and here no layer reads the input: what reads it is "
-            f"{_readers(sources)}. Take a rule set without such a rule, or name the layer's operand as source=."
+            f"{rules.name} has a rule for the first layer, but no layer with weights reads the input. It is read by: "
+            f"{_readers(sources)}. Use a rule set without such a rule, or pass the layer's operand as source=."
         )
     return Assignment(graph_module, sources, found, carried, tuple(gaps), rules.account, batches, remedy, tuple(notes))
 
@@ -304,7 +304,7 @@ def _assign_one(
     if not isinstance(node.target, OpOverload):
         raise RuleDeclinedError("not an ATen operator")
     if schema_of(node.target).is_mutable:
-        raise RuleDeclinedError("it writes into its operand")
+        raise RuleDeclinedError("it writes in place into its operand")
     if reason := stopped_by(node):
         raise RuleDeclinedError(reason)
     rule = rules.rule_for(site)
@@ -316,7 +316,7 @@ def _assign_one(
     for name in operands:
         argument = name if isinstance(name, str) else name[0]
         if argument not in rule.carries:
-            raise RuleDeclinedError(f"carried value as {argument!r}: the rule takes it as a coefficient only")
+            raise RuleDeclinedError(f"carried value as {argument!r}: the rule accepts it only as a coefficient")
     references = (lambda n: n.meta["val"]) if rules.account.from_reference else None
     call = call_of(node, frozenset(operands), lambda n: n.meta["val"], references, hints)
     if batch is None:
@@ -325,10 +325,10 @@ def _assign_one(
         example = rule(call)
     if example.direct and not site.first:
         raise RuleDeclinedError(
-            f"{rule.name} shares relevance out without looking at values, so only a layer that reads the input can take it"
+            f"{rule.name} distributes relevance without using values, so it can only be used for a layer that reads the input"
         )
     if rules.account.constants and example.constant is not None and isinstance(node.meta.get("samples"), str):
-        raise SamplesUnknownError(f"{node.meta['samples']}, so its constants cannot be shared among them")
+        raise SamplesUnknownError(f"{node.meta['samples']}, so its constants cannot be divided among them")
     missing = set(operands) - set(example.terms)
     terms = dict(example.terms)
     carrying = {k: n for k, n in operands.items() if k not in missing}

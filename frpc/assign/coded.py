@@ -146,8 +146,8 @@ def _message(source: fx.Node, code: fx.Node, table: fx.Node) -> str:
     ask = f'source=["{named[0]}", "input"]' if named else 'source=["path.of.the.module.that.reads.it", "input"]'
     place = f"{origin.module or '(top level)'}   {origin.where}   {origin.source}"
     return (
-        f"Some elements of input {source.name!r} are codes: {code.target} makes whole numbers of them, {table.target} looks up "
-        "what they stand for, and they reach the output in no other way. Whole numbers have no share of the output: the map "
-        f"would give these elements an even part of the constants, whatever they say.\n    {place}\n"
-        f'  Ask about what is looked up and about the input: {ask}; or leave it so: source="input".'
+        f"Some elements of input {source.name!r} are codes: {code.target} converts them to integers, {table.target} looks up "
+        "the entries, and they do not reach the output in any other way. An integer cannot get relevance: the map "
+        f"would give these elements only an even share of the constants.\n    {place}\n"
+        f'  To explain the looked-up entries and the input, use {ask}; to keep it like this, use source="input".'
     )

@@ -19,11 +19,11 @@ def cure(
     modules = sorted({gap.module for gap in gaps})
     if all(modules) and _reached(graph, sources, (*constant, *modules), explained):
         names = ", ".join(f'"{name}"' for name in modules)
-        return f"or let it count as a constant: frpc.compile(..., constant=[{names}])"
+        return f"or treat it as a constant: frpc.compile(..., constant=[{names}])"
     nodes = {gap.node for gap in gaps}
     if _reached(graph, sources, constant, explained, nodes):
-        return 'or move that line into a module of its own, and let it count as a constant: constant=["path.of.module"]'
-    return "it cannot count as a constant: every way from the input to the output passes through it"
+        return 'or move that line into a separate module and treat it as a constant: constant=["path.of.module"]'
+    return "it cannot be a constant: every path from the input to the output passes through it"
 
 
 def _reached(

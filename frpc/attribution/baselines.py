@@ -58,7 +58,7 @@ def attribute(
     """
     found = getattr(require("captum.attr", "baselines", "frpc.baselines"), method, None)
     if not isinstance(found, type) or not hasattr(found, "attribute"):
-        raise OptionError(f"method={method!r}: captum.attr has no such attribution.")
+        raise OptionError(f"method={method!r}: captum.attr has no method of that name.")
     if not isinstance(x, Tensor):
         raise InputError(f"x is {type(x).__name__}, not a tensor.")
     if method in ("Lime", "KernelShap"):
@@ -166,20 +166,20 @@ def segments(size: tuple[int, int], grid: tuple[int, int] = (7, 7)) -> Tensor:
 
 def _parts(x: Tensor, parts: Tensor | None) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() == 0:
-        raise InputError("x is no tensor with the batch first.")
+        raise InputError("x is not a tensor with the batch first.")
     if parts is None:
         sizes = x.shape[1:]
         parts = segments((sizes[1], sizes[2])) if len(sizes) == 3 else torch.arange(sizes.numel()).reshape(sizes)
     try:
         return parts.to(x.device).expand([1, *x.shape[1:]]).contiguous()
     except RuntimeError as error:
-        raise ShapeError(f"parts is {list(parts.shape)}; a sample of x is {list(x.shape[1:])}.") from error
+        raise ShapeError(f"parts has shape {list(parts.shape)}, but a sample of x has shape {list(x.shape[1:])}.") from error
 
 
 def _indices(target: int | Tensor, count: int) -> Tensor:
     """One index for each sample."""
     if not isinstance(target, int | Tensor) or isinstance(target, bool):
-        raise TargetError(f"target={target!r} is no index: use an int or a tensor [B].")
+        raise TargetError(f"target={target!r} is not an index: use an int or a tensor [B].")
     indices = torch.as_tensor(target).cpu()
     if indices.is_floating_point() or list(indices.shape) not in ([], [count]):
         raise TargetError(f"target is {indices.dtype} {list(indices.shape)}; give an int or class indices [{count}].")

@@ -124,13 +124,13 @@ def cam(
     bound = torch.finfo(x.dtype).eps ** 0.5 * float(average.abs().max())
     if float((seen.g - average).abs().max()) > bound:
         raise OptionError(
-            f"{layer} does not end in global average pooling and one linear layer: places of a channel count differently. "
-            "CAM is for nets that do; frpc.cam.grad_cam is the same there, and works elsewhere."
+            f"{layer} is not followed by global average pooling and one linear layer: positions of a channel have different "
+            "weights. CAM only works for such nets. Use frpc.cam.grad_cam: it gives the same there, and works for other nets too."
         )
     if float((elsewhere - average).abs().max()) > bound:
         raise OptionError(
-            f"Behind {layer} the net is not linear: its channels have other weights at another input. CAM is for global average "
-            "pooling and one linear layer; frpc.cam.grad_cam is the same there, and works elsewhere."
+            f"After {layer} the net is not linear: the weights of its channels depend on the input. CAM needs global average "
+            "pooling and one linear layer. Use frpc.cam.grad_cam: it gives the same there, and works for other nets too."
         )
     places = seen.a.shape[-2] * seen.a.shape[-1]
     return seen.weighted(average[..., 0, 0] * places, rectify)
@@ -247,7 +247,7 @@ def guided_grad_cam(
     Source: Selvaraju et al. 2017, section 3.2.
     """
     if guided is not None and not isinstance(guided.rules, GuidedBackprop):
-        raise OptionError(f'guided= has the rules {guided.rules.name}; compile it with method="guided-backprop".')
+        raise OptionError(f'guided= was compiled with {guided.rules.name}; compile it with method="guided-backprop".')
     asked, seen = _look(explainer, x, layer, target, seed)
     found = seen.weighted(seen.g.mean((-2, -1)))
     backprop = (guided or asked.explainer.with_rules(GuidedBackprop()))(asked.x, seed=asked.functional)

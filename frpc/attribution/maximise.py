@@ -83,7 +83,7 @@ def feature(
     """
     index = _asked(layer, channel, neuron, class_)
     if steps < 1:
-        raise OptionError(f"steps={steps}: at least one step.")
+        raise OptionError(f"steps={steps}: give at least 1.")
     generator = torch.Generator().manual_seed(seed)
     x = _start(model, size, start, generator)
     part = _up_to(model, x, layer)
@@ -117,7 +117,7 @@ def _asked(layer: str | None, channel: int | None, neuron: Sequence[int] | None,
     if len(names) != 1:
         raise OptionError(f"Give one of channel=, neuron= and class_= ({' and '.join(names) or 'none'} given).")
     if (layer is None) != (class_ is not None):
-        raise OptionError("channel= and neuron= lie in a layer; class_= lies at the model's output and takes no layer.")
+        raise OptionError("channel= and neuron= need a layer; class_= is for the model's output and needs none.")
     return tuple(neuron) if neuron is not None else (channel if channel is not None else class_,)  # type: ignore[return-value]
 
 
@@ -127,7 +127,7 @@ def _start(model: nn.Module, size: Sequence[int], start: Tensor | None, generato
     if start is None:
         start = 0.01 * torch.randn([1, *size], generator=generator, dtype=torch.float64)
     elif not start.is_floating_point():
-        raise InputError(f"start is {start.dtype}; what is climbed with is floating-point.")
+        raise InputError(f"start is {start.dtype}; give a floating-point tensor.")
     elif start.dim() == 0 or start.shape[0] != 1:
         raise ShapeError(f"start has shape {list(start.shape)}; give one input, [1, ...].")
     return start.detach().clone().to(dtype=like.dtype, device=like.device).requires_grad_(True)
@@ -158,10 +158,10 @@ def _check(part: fx.GraphModule, x: Tensor, index: tuple[int, ...], layer: str |
         sizes = list(part(x).shape[1:])
     where = layer or "the model's output"
     if len(index) not in (1, len(sizes)):
-        raise TargetError(f"{where} is {['B', *sizes]}: a neuron of it is a tuple of {len(sizes)} ints, not {index}.")
+        raise TargetError(f"{where} has shape {['B', *sizes]}: give a neuron as a tuple of {len(sizes)} ints, not {index}.")
     for place, count in zip(index, sizes, strict=False):
         if not 0 <= place < count:
-            raise TargetError(f"{place} is out of range: {where} is {['B', *sizes]}, with indices 0 to {count - 1}.")
+            raise TargetError(f"{place} is out of range: {where} has shape {['B', *sizes]}, with indices 0 to {count - 1}.")
 
 
 def _steps(steps: int, progress: bool) -> Any:

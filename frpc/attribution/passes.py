@@ -101,7 +101,7 @@ class Asked:
             MemoryLimitError: if one variant alone does not fit.
         """
         if given is not None and given < 1:
-            raise OptionError(f"internal_batch_size={given}: at least one point runs at a time.")
+            raise OptionError(f"internal_batch_size={given}: give at least 1.")
         explainer, total = self.explainer, count * len(self.x)
         program = explainer.compiled(self.x).program if pulls else explainer.forward_graph(self.x)
         if not isinstance(_first_batch(program), torch.SymInt):
@@ -111,7 +111,7 @@ class Asked:
         one = peak_bytes(program) * (self.functional.shape[1] if self.columns else 1)
         if one > limit:
             raise MemoryLimitError(
-                f"One sample takes {human_bytes(one)} to compute, over the limit of {human_bytes(limit)}. Raise memory_limit."
+                f"One sample needs {human_bytes(one)}, but the limit is {human_bytes(limit)}. Raise memory_limit."
             )
         return min(total, limit // max(one, 1))
 
@@ -134,7 +134,7 @@ def ask(
         raise OptionError(f"of={of!r} is unknown; choose {' or '.join(_TOPS)}.")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"x is {kind}; what is varied here is one floating-point tensor, batch first.")
+        raise InputError(f"x is {kind}; give one floating-point tensor, batch first.")
     if not isinstance(explainer, Explainer):
         explainer = compile(explainer, rule=Gradient(times_input=False), seed=_TOPS[of or "logit"])
     if gradients:
@@ -142,7 +142,7 @@ def ask(
     functional, columns = explainer.functional_for(x, target=target, seed=seed)
     sizes = functional.shape[2 if columns else 1 :]
     if of == "probability" and (not sizes or sizes[_classes(len(sizes))] < 2):
-        raise OptionError('of="probability": the model returns one number, whose softmax is 1 whatever it is. Say of="logit".')
+        raise OptionError('of="probability": the model returns one number, whose softmax is always 1. Use of="logit".')
     return Asked(explainer, x.detach(), functional.movedim(0, 1) if columns else functional, columns, of or "logit")
 
 
@@ -156,12 +156,12 @@ def _gradients(explainer: Explainer, of: Score | None) -> tuple[Explainer, Score
     rules, top = explainer.rules, explainer.top
     if not isinstance(rules, Gradient) and rules.account.gives != "multiplier":
         raise OptionError(
-            f"{rules.name} gives relevance, and gradients are averaged here. Give the model itself, or compile it with "
+            f"{rules.name} gives relevance, but this function averages gradients. Pass the model itself, or compile it with "
             "rule=frpc.rules.Gradient(times_input=False)."
         )
     meant = next((kind for kind, start in _TOPS.items() if start == top), None)
     if of is None and meant is None:
-        raise OptionError(f'{type(top).__name__} is the gradient of no number; say of="logit" or of="probability".')
+        raise OptionError(f'{type(top).__name__} is not the gradient of a number; use of="logit" or of="probability".')
     chosen = of or meant or "logit"
     if rules.account.gives == "multiplier" and chosen == meant:
         return explainer, chosen
@@ -186,6 +186,6 @@ def start_of(x: Tensor, reference: ReferenceLike | Reference) -> Tensor:
     found = given.tensors(x.shape[1:], x.dtype, x.device, "x")
     if len(found) > 1:
         raise OptionError(
-            f"{len(found)} references given; one is taken here. frpc.repeat.expected_gradients averages over several."
+            f"{len(found)} references given; this function takes one. frpc.repeat.expected_gradients averages over several."
         )
     return found[0]

@@ -100,7 +100,7 @@ def occlusion(
 def _pair(size: Size, name: str) -> tuple[int, int]:
     rows, columns = (size, size) if isinstance(size, int) else size
     if rows < 1 or columns < 1:
-        raise OptionError(f"{name}={size}: at least one row and one column.")
+        raise OptionError(f"{name}={size}: give at least one row and one column.")
     return rows, columns
 
 
@@ -243,7 +243,7 @@ def meaningful_perturbation(
     size = picture_size(x)
     asked = ask(explainer, x, target, seed, of, gradients=True)
     if asked.columns or steps < 1:
-        raise OptionError("One mask is learnt for each sample, in at least one step: give one target a sample.")
+        raise OptionError("This method learns one mask per sample: give one target per sample, and at least one step.")
     x, filling = asked.x, start_of(x, reference).expand_as(x)
     cells = tuple(max(1, n // 8) for n in size) if mask is None else _pair(mask, "mask")
     up, across = (_enlarger(c, n).to(x) for c, n in zip(cells, size, strict=True))

@@ -162,7 +162,7 @@ def expected_gradients(
     """
     asked = ask(explainer, x, target, seed, of, gradients=True)
     if samples < 1:
-        raise OptionError(f"samples={samples}: each reference needs at least one place.")
+        raise OptionError(f"samples={samples}: give at least one for each reference.")
     x = asked.x
     others = torch.cat(as_reference(references).tensors(x.shape[1:], x.dtype, x.device, "x"))
     count = len(others) * samples
@@ -221,7 +221,7 @@ def smoothgrad(
     if moment not in ("mean", "square", "variance"):
         raise OptionError(f"moment={moment!r} is unknown; choose mean, square or variance.")
     if samples < 1 or stdev < 0:
-        raise OptionError(f"samples={samples}, stdev={stdev}: give at least one sample and no negative deviation.")
+        raise OptionError(f"samples={samples}, stdev={stdev}: give at least one sample and a deviation of at least 0.")
     x = asked.x
     sigma = stdev * (x.flatten(1).amax(1) - x.flatten(1).amin(1))
     generator = torch.Generator().manual_seed(random_seed)

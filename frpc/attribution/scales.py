@@ -109,7 +109,7 @@ def picture_size(x: Tensor) -> tuple[int, int]:
     """
     if not isinstance(x, Tensor) or x.dim() != 4:
         found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ShapeError(f"x is {found}; pictures [B, C, H, W] are expected here.")
+        raise ShapeError(f"x is {found}; give pictures [B, C, H, W].")
     return int(x.shape[2]), int(x.shape[3])
 
 
@@ -135,7 +135,7 @@ def check_spatial(explainer: Explainer, x: Tensor, layers: Sequence[str]) -> Non
         if layer not in spatial:
             sizes = ", ".join(map(str, ["B", *shapes[layer]]))
             known = ("..., " if len(spatial) > SHOWN else "") + ", ".join(spatial[-SHOWN:])
-            raise OptionError(f"{layer} gives [{sizes}], which is no spatial map. Layers that have one: {known or 'none'}.")
+            raise OptionError(f"{layer} gives [{sizes}], which is not a spatial map. Layers that return one: {known or 'none'}.")
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:

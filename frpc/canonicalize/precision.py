@@ -169,7 +169,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         OptionError: for a type that is not floating-point.
     """
     if not dtype.is_floating_point:
-        raise OptionError(f"dtype={dtype} is no floating-point type; models compute in torch.bfloat16, torch.float64, ...")
+        raise OptionError(f"dtype={dtype} is not a floating-point type; use torch.bfloat16, torch.float64, ...")
     kind = type(model)
     if not issubclass(kind, _Casting):
 

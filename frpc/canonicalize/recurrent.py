@@ -217,9 +217,9 @@ def _check_time(node: fx.Node, given: dict[str, Any]) -> None:
     if isinstance(length, torch.SymInt) and expression_of(length).free_symbols:
         origin = origin_of(node)
         raise BatchError(
-            f"{node.target} runs over the samples: its first dimension counts time steps, and the batch lies there.\n"
+            f"{node.target} runs over the samples: it treats the first dimension as time steps, but the batch is there.\n"
             f"    {origin.module or '(top level)'}   {origin.where}   {origin.source}\n"
-            "  Make the layer with batch_first=True, or transpose its input to [T, B, features]."
+            "  Create the layer with batch_first=True, or transpose its input to [T, B, features]."
         )
 
 
@@ -249,7 +249,9 @@ def masked(
     if x.dim() != 3:
         raise InputError(f"masked() takes a batch of padded sequences, three dimensions; got {list(x.shape)}.")
     if layer.training and layer.dropout > 0:
-        raise TrainingModeError("masked() has no dropout between layers: call layer.eval(), or pack the sequences to train.")
+        raise TrainingModeError(
+            "masked() does not support dropout between layers: call layer.eval(), or use packed sequences for training."
+        )
     time = 1 if layer.batch_first else 0
     directions = 2 if layer.bidirectional else 1
     steps = torch.arange(x.shape[time], device=x.device)

@@ -40,7 +40,7 @@ def refuse_random(graph_module: fx.GraphModule) -> bool:
             origin = origin_of(node)
             raise TrainingModeError(
                 f"{node.target} draws random numbers in evaluation mode\n    {origin.module}   {origin.where}   {origin.source}\n"
-                "  Pass training=self.training to functional dropout, or take the noise out of forward."
+                "  Pass training=self.training to functional dropout, or remove the noise from forward."
             )
     return False
 

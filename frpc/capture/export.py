@@ -79,7 +79,9 @@ def argument_order(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
     parameters = inspect.signature(model.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if unknown := [n for n in names if n not in parameters and not anything]:
-        raise InputError(f"{type(model).__name__}.forward takes no {unknown[0]!r}; {nearest(unknown[0], list(parameters))}.")
+        raise InputError(
+            f"{type(model).__name__}.forward has no argument {unknown[0]!r}; {nearest(unknown[0], list(parameters))}."
+        )
     return (*(n for n in parameters if n in names), *(n for n in names if n not in parameters))
 
 
@@ -128,7 +130,7 @@ def _check_examples(inputs: Sequence[Tensor]) -> None:
         raise InputError("No example inputs: pass a tuple with one tensor for each input of the model.")
     for position, x in enumerate(inputs):
         if not isinstance(x, Tensor):
-            raise InputError(f"Input {position} is {type(x).__name__}, not a tensor; frpc explains tensors with the batch first.")
+            raise InputError(f"Input {position} is {type(x).__name__}, not a tensor; give tensors with the batch first.")
         if x.dim() == 0 or x.shape[0] == 0:
             raise EmptyBatchError(f"Input {position} has shape {list(x.shape)}: give at least one sample, batch first.")
         check_finite(x, position)
@@ -140,13 +142,13 @@ def check_finite(x: Tensor, name: str | int) -> None:
     Raises:
         NonFiniteError: naming the samples.
     """
-    if not x.is_floating_point() or _sum_is_finite(x) or all_hold(torch.isfinite(x), f"Input {name!r} holds NaN or Inf."):
+    if not x.is_floating_point() or _sum_is_finite(x) or all_hold(torch.isfinite(x), f"Input {name!r} contains NaN or Inf."):
         return
     x = whole(x)
     bad = (~torch.isfinite(x)).reshape(x.shape[0], -1).sum(1)
     worst = ", ".join(str(i) for i in torch.nonzero(bad).flatten()[:5].tolist())
     raise NonFiniteError(
-        f"Input {name!r} holds {int(bad.sum())} NaN or Inf values (samples {worst}): no map could sum to its output."
+        f"Input {name!r} contains {int(bad.sum())} NaN or Inf values (samples {worst}): a map could not sum to the output."
     )
 
 
@@ -208,8 +210,8 @@ def tensors_of(graph_module: fx.GraphModule, model: nn.Module) -> nn.Module:
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
             there = "no such tensor" if not isinstance(new, Tensor) else f"{list(new.shape)} {new.dtype} on {new.device}"
             raise WeightsError(
-                f"{type(model).__name__} does not fit what was captured: {name} was {list(old.shape)} {old.dtype} on "
-                f"{old.device}, and is {there}. Compile the model anew."
+                f"{type(model).__name__} differs from the captured model: {name} was {list(old.shape)} {old.dtype} on "
+                f"{old.device}, and is now {there}. Compile the model again."
             )
         found[name] = new.detach()
     return tree(found)
@@ -225,8 +227,8 @@ def check_decisive(captured: Captured, model: nn.Module) -> None:
         new = _attribute(model, name)
         if not isinstance(new, Tensor) or new.shape != old.shape or not torch.equal(new.to(old), old):
             raise WeightsError(
-                f"{name} of {type(model).__name__} has other values than when it was captured. The graph depends on them (a mask "
-                "that chooses elements, a number that decides a branch): compile the model again."
+                f"{name} of {type(model).__name__} has changed since the model was captured. The graph depends on its values (a "
+                "mask that chooses elements, a number that decides a branch): compile the model again."
             )
 
 

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 _COUNT = 3  # samples of a free batch: one to look at, and one before and behind it
 
 NODES = (
-    "If the first dimension counts the nodes of a graph, or other things that belong together, they are no samples: hold the "
+    "If the first dimension counts the nodes of a graph, or other things that belong together, it is not the batch: store the "
     "graph as a buffer of the model and explain [B, nodes, features], e.g. with torch.vmap inside forward."
 )
 
@@ -67,8 +67,8 @@ def trial(graph_module: fx.GraphModule, inputs: Sequence[Tensor], fixed: int | N
     guesses = batches_of(graph_module.graph, fixed)
     if guesses.get(result) != FIRST or not result.meta["val"].dim():
         return Trial(
-            misshapen=f"The explained output {describe(result.meta['val'])} does not hold one result for each sample, samples "
-            f"first.\n    {place_of(result)}\n  Let the model return [B, ...], or choose another of its outputs with output=."
+            misshapen=f"The explained output {describe(result.meta['val'])} does not have one result for each sample, samples "
+            f"first.\n    {place_of(result)}\n  Make the model return [B, ...], or choose another of its outputs with output=."
         )
     if fixed == 1 or not (apart or fixed is not None or any(batch.factor != 1 for batch in guesses.values())):
         return Trial()
@@ -108,12 +108,12 @@ def _verdict(
         return Trial(
             "One sample's result depends on the other samples of the batch, so no map of that sample could sum to it.\n"
             f"    {place_of(first)}\n"
-            "  Let the model treat samples apart; explain one that compares samples for fixed partners, held as buffers."
+            "  Make samples independent in the model; if it compares samples, store fixed partners as buffers."
             f"{' ' + NODES if whole else ''}"
         )
     still = [str(i) for i, x in enumerate(inputs) if not varied[i] and x.numel() and not seen.overridden]
     if still:
-        return Trial(untested=f"no other values of input {', '.join(still)} are known: give example inputs of two samples")
+        return Trial(untested=f"input {', '.join(still)} could not be changed: give example inputs of two different samples")
     return Trial(samples=int(inputs[0].shape[0]))
 
 
@@ -130,9 +130,9 @@ def _failed(graph_module: fx.GraphModule, base: Sequence[Tensor], failure: Excep
             graph_module(*base)
     except Exception:
         return Trial(
-            f"The model fails on a batch of its own example samples ({said}): they do not stand for themselves.\n  {NODES}"
+            f"The model fails on a batch of its own example samples ({said}): the samples are not independent.\n  {NODES}"
         )
-    return Trial(untested=f"the model takes no other values than the example's ({said})")
+    return Trial(untested=f"the model fails with other values than the example's ({said})")
 
 
 def _members(count: int) -> Tensor:

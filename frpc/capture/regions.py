@@ -43,8 +43,8 @@ class _Region(fx.Interpreter):
                 result = called_apart(n.target, args, kwargs)
             if not _fits(result, n.meta["val"]):
                 raise RuntimeError(
-                    f"autocast casts inside {n.target}, which is taken apart for it, and its parts are written for one batch "
-                    "size; with torch.autocast(..., enabled=False) around the call they are not needed"
+                    f"autocast casts inside {n.target}, which is therefore decomposed, and the result is fixed to one batch "
+                    "size; to avoid this, put torch.autocast(..., enabled=False) around the call"
                 )
             return result
         return super().run_node(n)

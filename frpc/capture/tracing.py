@@ -181,7 +181,7 @@ def explained_output(result: Any, output: str | int | None) -> Tensor:
     if output is not None:
         chosen = _entry(result, output)
         if not isinstance(chosen, Tensor) or not chosen.is_floating_point():
-            raise OptionError(f"output={output!r} is no floating-point tensor of the model's result ({_outline(result)}).")
+            raise OptionError(f"output={output!r} is not a floating-point tensor of the model's result ({_outline(result)}).")
         return chosen
     logits = dict(_parts(result)).get("logits") if not isinstance(result, tuple | list) else getattr(result, "logits", None)
     if isinstance(logits, Tensor) and logits.is_floating_point():
@@ -189,7 +189,7 @@ def explained_output(result: Any, output: str | int | None) -> Tensor:
     found = [x for _, x in _entries(result)]
     floating = [x for x in found if x.is_floating_point()]
     if found and not floating:
-        raise OptionError("The model's output is complex, and relevance is a share of real numbers: return z.abs(), or z.real.")
+        raise OptionError("The model's output is complex, but relevance is defined for real numbers: return z.abs(), or z.real.")
     if len(floating) != 1:
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         raise OptionError(f"The model returns {len(tensors)} tensors ({_outline(result)}): say which to explain with output=.")

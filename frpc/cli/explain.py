@@ -58,18 +58,19 @@ def explain(
     weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
     image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
     target: Annotated[
-        str, typer.Option(help="auto (the predicted class), a class number or name; several with semicolons between them.")
+        str, typer.Option(help="auto (the predicted class), a class number or name; separate several with semicolons.")
     ] = "auto",
     top: Annotated[int, typer.Option(min=1, help="With --target auto: explain the N strongest classes.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for pictures, raw maps and JSON.")] = Path("frpc-explain"),
     cell: Annotated[int, typer.Option(min=1, help="Side of the squares summed in pictures; 1 shows each pixel.")] = 4,
-    method: Annotated[
-        str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, grad-cam, ...; docs/methods.md.")
-    ] = "frp",
-    compare: Annotated[str, typer.Option(help="Methods with commas between them: also one sheet that shows them all.")] = "",
-    layer: Annotated[str | None, typer.Option(help="For class activation maps; the last layer with places if left out.")] = None,
+    method: Annotated[str, typer.Option(help="Method: frp, lid-ig, epsilon-plus, grad-cam, ...; see docs/methods.md.")] = "frp",
+    compare: Annotated[str, typer.Option(help="Comma-separated methods: also draw one sheet that shows all of them.")] = "",
+    layer: Annotated[str | None, typer.Option(help="Layer for class activation maps; by default the last spatial layer.")] = None,
     scales: Annotated[
-        str, typer.Option(help="Explain at these layers, resized and added up: paths with commas, or s54321.")
+        str,
+        typer.Option(
+            help="Explain at these layers and add the resized maps: comma-separated module paths, or s54321 for VGG nets."
+        ),
     ] = "",
     check: Annotated[bool, typer.Option("--check", help="Also report conservation layer by layer.")] = False,
     bias: BiasOption = Bias.uniform,
@@ -100,7 +101,7 @@ def _run(request: ExplainRequest, folder: OutputFolder, current: Session) -> lis
     method = check_methods([request.method])[0]
     compared = check_methods(request.compare.split(",")) if request.compare else []
     if request.check and method != "frp":
-        raise OptionError(f"--check goes with --method frp; {method} does not promise to balance in every layer")
+        raise OptionError(f"--check only works with --method frp; maps of {method} need not add up in every layer")
     results = []
     with current.progress() as progress:
         task = progress.add_task("reading", total=len(request.images) + 2)
@@ -147,7 +148,7 @@ def _read(request: ExplainRequest, current: Session) -> tuple[Classifier, list[P
 
     if request.target != "auto" and request.top > 1:
         raise OptionError(
-            f"--top {request.top} goes with --target auto; --target {request.target} names the one class to explain"
+            f"--top {request.top} only works with --target auto; --target {request.target} already names the class to explain"
         )
     classifier = load_classifier(request.model, request.weights, request.dtype, current)
     pictures = [prepare(path, classifier.recipe) for path in request.images]

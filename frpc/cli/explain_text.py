@@ -42,17 +42,18 @@ def explain_text(
     model: Annotated[Path, typer.Option(help="Folder of a transformers model: config.json, tokenizer, model.safetensors.")],
     text: Annotated[list[str], typer.Option(help="A text; repeat for several.")],
     target: Annotated[
-        str, typer.Option(help="auto (the strongest class, or the likeliest next token), or a class or token by number or name.")
+        str,
+        typer.Option(help="auto (the strongest class, or the likeliest next token), or the number or name of a class or token."),
     ] = "auto",
-    out: Annotated[Path, typer.Option(help="An HTML file, or a folder for explanation.html; a JSON file goes beside it.")] = Path(
-        "frpc-text"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="An HTML file, or a folder for explanation.html; a JSON file is written next to it.")
+    ] = Path("frpc-text"),
     source: Annotated[
-        str | None, typer.Option(help="Module path whose output is explained; the token embedding if left out.")
+        str | None, typer.Option(help="Module whose output gets the relevance; by default the token embedding.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts after so many tokens.")] = None,
-    pieces: Annotated[bool, typer.Option("--pieces", help="Keep tokens apart instead of merging them to words.")] = False,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts after this many tokens.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show single tokens instead of merging them into words.")] = False,
     special: Annotated[bool, typer.Option(help="Show tokens that the tokenizer added, e.g. [CLS].")] = True,
     bias: BiasOption = Bias.uniform,
     dtype: DtypeOption = Dtype.float32,

@@ -57,15 +57,15 @@ def export(
     model: ModelOption,
     weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
     to: Annotated[Target, typer.Option(help="onnx (ONNX Runtime and others), aoti (AOTInductor), or torch (torch.export).")],
-    out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 of the other two.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 for the other two formats.")],
     targets: Annotated[
         TargetChoice,
         typer.Option(
-            help="The file takes one class a sample, several, a seed (weights of the output), or explains the top class."
+            help="What the file takes: one class per sample, several, a seed (weights of the output), or nothing (the top class)."
         ),
     ] = TargetChoice.one,
     method: Annotated[
-        str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, ..., or grad-cam; docs/methods.md.")
+        str, typer.Option(help="Method: frp, lid-ig, epsilon-plus, ..., or grad-cam; see docs/methods.md.")
     ] = "frp",
     layer: Annotated[str, typer.Option(help="With --method grad-cam: the layer, as a module path.")] = "",
     bias: BiasOption = Bias.uniform,
@@ -116,11 +116,11 @@ def _known(error: float) -> float | None:
 def _check(request: ExportRequest) -> None:
     suffix = ".onnx" if request.to is Target.onnx else ".pt2"
     if request.out.suffix != suffix:
-        raise OptionError(f"--out {request.out}: a file of --to {request.to.value} is named {suffix}")
+        raise OptionError(f"--out {request.out}: with --to {request.to.value} the file name must end in {suffix}")
     if not request.out.parent.is_dir():
-        raise OutputFolderError(f"--out {request.out}: there is no folder {request.out.parent}")
+        raise OutputFolderError(f"--out {request.out}: the folder {request.out.parent} does not exist")
     if (request.method == GRAD_CAM) != bool(request.layer):
-        raise OptionError("--layer goes with --method grad-cam, and --method grad-cam needs it")
+        raise OptionError("use --layer and --method grad-cam together: neither works without the other")
 
 
 def _compile(classifier: Classifier, dtype: Dtype, request: ExportRequest) -> Explainer:

@@ -70,18 +70,18 @@ def map_data(
     model: ModelOption,
     weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
     data: Annotated[Path, typer.Option(help="A folder of pictures, a Parquet file, or a folder of Parquet files.")],
-    out: Annotated[Path, typer.Option(help="Folder for the maps. Call again with the same to go on after a stop.")],
+    out: Annotated[Path, typer.Option(help="Folder for the maps. Re-run the same command to resume.")],
     target: Annotated[str, typer.Option(help="top (the predicted class of each picture), a class number or name.")] = "top",
-    label: Annotated[str | None, typer.Option(help="In place of --target: the Parquet column with each picture's class.")] = None,
+    label: Annotated[str | None, typer.Option(help="Instead of --target: the Parquet column with each picture's class.")] = None,
     column: Annotated[str, typer.Option(help="The Parquet column with the pictures.")] = "image",
-    method: Annotated[str, typer.Option(help="How to explain: frp, lid-ig, epsilon-plus, ...; docs/methods.md.")] = "frp",
+    method: Annotated[str, typer.Option(help="Method: frp, lid-ig, epsilon-plus, ...; see docs/methods.md.")] = "frp",
     bias: BiasOption = Bias.uniform,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that run at one time.")] = 8,
-    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a file; what a stop can cost.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of pictures in a batch.")] = 8,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pictures per file; an interrupted run loses at most this many.")] = 64,
     dtype: DtypeOption = Dtype.float32,
     png: Annotated[bool, typer.Option("--png", help="Also draw each map over its picture.")] = False,
     engine: Annotated[EngineChoice, typer.Option(help="local: this process; ray: a Ray cluster.")] = EngineChoice.local,
-    workers: Annotated[int, typer.Option(min=1, help="With --engine ray: processes that work.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="With --engine ray: number of worker processes.")] = 2,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,9 +122,11 @@ def _task(request: MapRequest) -> Task:
     from frpc.rules.sets.methods import method_named
 
     if request.label is not None and request.target != "top":
-        raise OptionError(f"--target {request.target} and --label {request.label}: give one of them")
+        raise OptionError(f"--target {request.target} and --label {request.label} were both given; give one of them")
     if request.out.resolve().is_relative_to(request.data.resolve()):
-        raise OptionError(f"--out {request.out} lies in --data {request.data}: what is written would be read as data")
+        raise OptionError(
+            f"--out {request.out} is inside --data {request.data}, so results would be read as data; choose another folder"
+        )
     samples = jobs.open_samples(request.data, request.column, request.label)
     return jobs.Task(
         samples=samples,

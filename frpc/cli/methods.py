@@ -56,7 +56,7 @@ def check_methods(names: Sequence[str]) -> list[str]:
         if name not in known:
             raise OptionError(f"method {name!r} is unknown; {nearest(name, known)}. docs/methods.md describes them.")
     if not found:
-        raise OptionError("no method is named")
+        raise OptionError("no method was given; name at least one, e.g. frp")
     return found
 
 
@@ -136,7 +136,7 @@ class Asker:
 
         layers = spatial_layers(explainer, x)
         if not layers:
-            raise OptionError("the model has no layer with places; class activation maps need one")
+            raise OptionError("the model has no spatial layer; class activation maps need one")
         return layers[-1]
 
     def _repeated(self, method: str, x: Tensor, target: Tensor) -> Said:

@@ -68,10 +68,10 @@ class Order(StrEnum):
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice if left out.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads; by default PyTorch's choice.")]
 BiasOption = Annotated[
     Bias,
-    typer.Option(help="The constants' share of the output: spread evenly, over the receptive field, or returned beside the map."),
+    typer.Option(help="The constants' share of the output: spread evenly, over the receptive field, or returned separately."),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the whole computation.")]
 
@@ -204,6 +204,6 @@ def _report(error: Exception, as_json: bool, code: int) -> None:
     kind = type(error).__name__
     if as_json:
         typer.echo(json.dumps({"error": {"kind": kind, "message": str(error), "exit_code": code}}, indent=2))
-    defect = "\nThis is a defect of frpc; please report it with the lines above." if code == INTERNAL else ""
+    defect = "\nThis is a bug in frpc; please report it with the lines above." if code == INTERNAL else ""
     typer.echo(f"{kind}: {error}{defect}", err=True)
     raise typer.Exit(code) from error

@@ -97,7 +97,7 @@ def itself(model: nn.Module, call: Callable[[], Any]) -> CaptureError | None:
             call()
     except Exception as own:
         return CaptureError(
-            f"{type(model).__name__} itself raises on these inputs, before anything is captured: {first_line(own)}\n"
+            f"{type(model).__name__} itself raises an error on these inputs, before capture: {first_line(own)}\n"
             f"  at {_user_line(own)}"
         )
     return None
@@ -115,7 +115,7 @@ def pass_failure(name: str, error: Exception) -> CompileError:
         place = f"\n  at {at.target} in {origin.module or '(top level)'}   {origin.where}   {origin.source}"
     return CompileError(
         f"pass {name} failed: {first_line(error)}{place}\n"
-        "  This is a defect of frpc. Write the line with other operators, or report it with the model."
+        "  This is a bug in frpc. Write the line with other operators, or report it with the model."
     )
 
 
@@ -155,21 +155,21 @@ _HINTS: tuple[tuple[Callable[[_Symptoms], bool], str], ...] = (
     ),
     (
         lambda seen: seen.inside("torch/distributions/"),
-        "torch.distributions looks at the values it is given: pass validate_args=False to the distribution.",
+        "torch.distributions checks the values of its arguments: pass validate_args=False to the distribution.",
     ),
     (
         lambda seen: seen.called("_detect_is_causal_mask"),
-        "nn.Transformer looks at the values of a mask to find out whether it is causal: say so with is_causal= (tgt_is_causal= "
+        "nn.Transformer looks at the values of a mask to find out whether it is causal: pass is_causal= (tgt_is_causal= "
         "and memory_is_causal= in a decoder), True or False.",
     ),
     (
         lambda seen: seen.says("__obj_flatten__", "PackedParams", "ScriptObject", "torch.classes"),
-        "Quantized modules keep weights in a packed form that torch.export does not take: explain the floating-point model that "
-        "was quantized.",
+        "Quantized modules keep weights in a packed form that torch.export does not support: explain the floating-point model "
+        "that was quantized.",
     ),
     (
         lambda seen: seen.says("torch.jit", "ScriptModule", "ScriptFunction", "RecursiveScriptModule"),
-        "A part of the model is TorchScript, which torch.export does not take: use the module it was made from.",
+        "A part of the model is TorchScript, which torch.export does not support: use the module it was made from.",
     ),
     (
         lambda seen: seen.inside("_higher_order_ops/") or seen.says("HigherOrderOperator", "torch.cond"),
@@ -178,16 +178,16 @@ _HINTS: tuple[tuple[Callable[[_Symptoms], bool], str], ...] = (
     ),
     (
         lambda seen: seen.says("numpy", "array interface", "__array__"),
-        "numpy does not see through tensors without values: write this line with torch operators.",
+        "numpy does not work with tensors that have no values during capture: write this line with torch operators.",
     ),
     (
         lambda seen: seen.says("does not require grad", "requires_grad", "autograd.grad"),
-        "The model differentiates inside forward, which is not captured: explain the function it differentiates.",
+        "The model computes gradients inside forward, which cannot be captured: explain the function it differentiates.",
     ),
     (
         lambda seen: seen.says("DataDependent", "data-dependent", "unbacked") and not seen.says("_is_all_true"),
         "Try: replace data-dependent Python branches and .item() by tensor operators (torch.where), and masks that choose "
-        "elements (x[mask], nonzero) by a product with the mask. Masks that the model holds as buffers may stay.",
+        "elements (x[mask], nonzero) by a product with the mask. Masks that are buffers of the model may stay.",
     ),
 )
 """Symptoms, and what to do about them; the first that fits is told."""

@@ -32,14 +32,14 @@ def snapshot(model: Any) -> nn.Module:
     name = type(model).__name__
     if lazy := [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]:
         raise InputError(
-            f"{name} has parameters without a shape yet ({', '.join(lazy[:3])}): call it once on an example, and compile it then."
+            f"{name} has parameters without a shape ({', '.join(lazy[:3])}): call it once on an example before compiling it."
         )
     try:
         with _Detached():
             copied = copy.deepcopy(model)
     except Exception as error:
         raise TrainingModeError(
-            f"{name} cannot be copied ({error}), so it cannot be put into evaluation mode without changing yours. Take off the "
+            f"{name} cannot be copied ({error}), so frpc cannot set a copy to evaluation mode. Remove from the "
             "module what cannot be copied (locks, files, generators), or define __deepcopy__."
         ) from error
     if isinstance(copied, fx.GraphModule) and not hasattr(type(copied), "training"):
@@ -50,7 +50,7 @@ def snapshot(model: Any) -> nn.Module:
     if training:
         raise TrainingModeError(
             f"{', '.join(training[:5])} of {name} stays in training mode after eval(): its train() is "
-            "overridden. Explain the model in evaluation mode: let train(False) reach every part."
+            "overridden. The model must be in evaluation mode: make train(False) reach every part."
         )
     return copied.requires_grad_(False)
 
@@ -75,12 +75,14 @@ def as_module(model: Any) -> nn.Module:
         CaptureError: if it is a TorchScript module.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("This is a TorchScript module, which torch.export does not take: compile the module it was made from.")
+        raise CaptureError(
+            "This is a TorchScript module, which torch.export does not support: compile the module it was made from."
+        )
     if isinstance(model, ExportedProgram):
         return model.module(check_guards=False)  # inputs are checked here
     if isinstance(model, nn.Module):
         return model
-    raise InputError(f"frpc.compile takes a module (nn.Module), and got {_what_else(model)}")
+    raise InputError(f"frpc.compile takes a module (nn.Module), but got {_what_else(model)}")
 
 
 def _what_else(model: Any) -> str:

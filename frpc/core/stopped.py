@@ -25,7 +25,7 @@ __all__ = ["Watching", "settle", "stopped_by", "watching"]
 
 aten = torch.ops.aten
 
-_WRITTEN = "written in place under torch.no_grad(): autograd goes on with what stood there before"
+_WRITTEN = "written in place under torch.no_grad(): autograd uses the value from before the write"
 _DETACHES = (torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -65,8 +65,8 @@ class Watching(TorchFunctionMode):
         written = [t for t, version in zip(given, before, strict=True) if _version(t) != version]
         if any(_version(t) != version for t, version in self.shared):
             raise CaptureError(
-                "The model writes in place into a value that was detached, or seen through a view under torch.no_grad(), and so "
-                "into two values at once. Gradient methods need them apart: use x.detach().clone()."
+                "The model writes in place into a value that was detached, or is a view made under torch.no_grad(), so it "
+                "changes two values at once. Gradient methods need separate values: use x.detach().clone()."
             )
         if torch.is_grad_enabled() or not given:
             return out

@@ -35,13 +35,13 @@ def demand_finite(compiled: Compiled, inputs: Sequence[Tensor], functional: Tens
     except RuntimeError:  # under torch.func.vmap the seed does not fit the samples of one call
         node, phase = None, "derivative"
     if node is None:
-        raise NonFiniteError("The relevance holds NaN or Inf: a derivative on the way from the output is infinite or NaN.")
+        raise NonFiniteError("The relevance contains NaN or Inf: a derivative on the path from the output is infinite or NaN.")
     origin = origin_of(node)
     raise NonFiniteError(
-        f"The relevance would hold NaN or Inf: the {phase} of {node.target} is infinite or NaN for this input\n"
+        f"The relevance would contain NaN or Inf: the {phase} of {node.target} is infinite or NaN for this input\n"
         f"    {origin.module or '(top level)'}   {origin.where}   {origin.source}\n"
-        "  Keep its operand away from that point, e.g. sqrt(x + 1e-12) or clamp(min=1e-6); or explain values with "
-        "frpc.rules.FRP(), which takes no derivatives."
+        "  Keep its operand away from that point, e.g. sqrt(x + 1e-12) or clamp(min=1e-6); or use "
+        "frpc.rules.FRP(), which does not use derivatives."
     )
 
 

@@ -24,9 +24,9 @@ def demand_samples(assignment: Assignment) -> None:
     for node in assignment.sources:
         if node not in assignment.batches or isinstance(node.meta.get("samples"), str):
             raise SourceError(
-                f"The source {describe(first_result(node.meta['val']))} cannot be shared out sample by sample: it cannot be told "
+                f"The source {describe(first_result(node.meta['val']))} cannot be split by sample: frpc cannot tell "
                 f"which of its elements belong to which sample.\n    {place_of(node)}\n"
-                "  Name another with source=, or keep samples first in it."
+                "  Choose another source with source=, or keep samples in its first dimension."
             )
 
 
@@ -52,9 +52,9 @@ def demand_path(assignment: Assignment, plan: Plan) -> None:
     what = f"the layer {plan.query.of}" if plan.query.of else "the output"
     places = "".join(f"\n    {place_of(node)}" for node in ends[:5]) or "\n    (it is computed from none of the sources)"
     raise SourceError(
-        f"No carried path leads from the sources ({', '.join(n.name for n in assignment.sources)}) to {what}: its map would owe "
-        f"everything to constants. The ways end at{places}\n  Name a source on the way with source=, or let fewer parts count as "
-        "constants."
+        f"No path carries relevance from the sources ({', '.join(n.name for n in assignment.sources)}) to {what}: its map would "
+        f"come only from constants. The paths end at{places}\n  Choose a source on the path with source=, or treat fewer parts "
+        "as constants."
     )
 
 
@@ -63,9 +63,9 @@ def unreached(assignment: Assignment, plan: Plan) -> list[Refusal]:
     if plan.query.layers:
         return []
     reaching = feeding(assignment, plan.result)
-    holds = "gradient is 0" if assignment.account.gradients else "map holds constants alone"
+    holds = "gradient is 0" if assignment.account.gradients else "map contains only constants"
     return [
-        Refusal("relevance", n.name, f"no carried path leads from it to what is explained: its {holds}")
+        Refusal("relevance", n.name, f"no path carries relevance to it from the explained output: its {holds}")
         for n in assignment.sources
         if n not in reaching
     ]

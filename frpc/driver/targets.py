@@ -43,8 +43,8 @@ def check_inputs(inputs: Sequence[Tensor], specs: Sequence[InputSpec]) -> None:
             raise EmptyBatchError(f"Input {spec.name!r} has no samples (shape {list(x.shape)}).")
         if spec.batch is not None and x.shape[0] != spec.batch:
             raise ShapeError(
-                f"Input {spec.name!r} has a batch of {x.shape[0]}; this model was captured with its batch fixed at {spec.batch} "
-                "(explainer.refusals says why)."
+                f"Input {spec.name!r} has a batch of {x.shape[0]}, but this model was captured with a fixed batch of "
+                f"{spec.batch} (explainer.refusals says why)."
             )
         batches.add(int(x.shape[0]))
         check_finite(x, spec.name)
@@ -76,7 +76,7 @@ def make_seed(target: Target | None, seed: Tensor | None, like: Tensor, batch: i
     if (target is None) == (seed is None) and not (target is None and sizes in ([], [1])):
         given = "neither" if target is None else "both"
         raise TargetError(
-            f"Give target= or seed= ({given} given): the output is {_outline(sizes)}, and one number of it is explained."
+            f"Give target= or seed= ({given} given): the output is {_outline(sizes)}, and only one number of it is explained."
         )
     if seed is not None:
         return _from_seed(seed, like, sizes, batch)
@@ -107,15 +107,15 @@ def _as_index(target: object, sizes: Sequence[int]) -> tuple[int, ...]:
             raise TypeError
         return tuple(operator.index(i) for i in entries)
     except TypeError as error:
-        raise TargetError(f"target={target!r} is no index: use an int, a tuple of ints, or a tensor of class indices.") from error
+        raise TargetError(
+            f"target={target!r} is not an index: use an int, a tuple of ints, or a tensor of class indices."
+        ) from error
 
 
 def _check_index(index: tuple[int, ...], sizes: Sequence[int]) -> None:
     if len(index) != len(sizes):
         how = "an int" if len(sizes) == 1 else f"a tuple of {len(sizes)} ints"
-        raise TargetError(
-            f"The output is {_outline(sizes)}: a target of it is {how}, not {index if len(index) != 1 else index[0]}."
-        )
+        raise TargetError(f"The output is {_outline(sizes)}: give target as {how}, not {index if len(index) != 1 else index[0]}.")
     for i, size in zip(index, sizes, strict=True):
         if not 0 <= i < size:
             raise TargetError(f"Target {i} is out of range: the output {_outline(sizes)} has indices 0 to {size - 1}.")
@@ -124,7 +124,7 @@ def _check_index(index: tuple[int, ...], sizes: Sequence[int]) -> None:
 def _from_list(targets: list[Any], like: Tensor, sizes: Sequence[int], batch: int) -> tuple[Tensor, bool]:
     """One target for each sample."""
     if len(targets) != batch:
-        raise TargetError(f"target lists {len(targets)} targets for {batch} samples: a list holds one for each sample.")
+        raise TargetError(f"target lists {len(targets)} targets for {batch} samples: give one for each sample.")
     seed = like.new_zeros([batch, *sizes])
     for sample, target in enumerate(targets):
         index = _as_index(target, sizes)
@@ -135,9 +135,7 @@ def _from_list(targets: list[Any], like: Tensor, sizes: Sequence[int], batch: in
 
 def _from_indices(target: Tensor, like: Tensor, sizes: Sequence[int], batch: int) -> tuple[Tensor, bool]:
     if target.is_floating_point() or target.dtype == torch.bool:
-        raise TargetError(
-            f"target is {target.dtype}; class indices are integers. For a linear functional of the output use seed=."
-        )
+        raise TargetError(f"target is {target.dtype}; give integer class indices, or use seed= for a weighted sum of outputs.")
     if len(sizes) != 1:
         raise TargetError(f"The output is {_outline(sizes)}: give target as a tuple of {len(sizes)} ints, or use seed=.")
     if target.dim() == 0:
@@ -175,8 +173,8 @@ def _from_seed(seed: Tensor, like: Tensor, sizes: Sequence[int], batch: int) -> 
     fits = list(seed.shape[2 if columns else 1 :]) == list(sizes) and seed.dim() > 0 and seed.shape[0] == batch
     if not fits or seed.numel() == 0:
         expected = f"{[batch, *sizes]} or {[batch, 'K', *sizes]}"
-        raise TargetError(f"seed has shape {list(seed.shape)}; the output takes {expected}.")
-    if not all_hold(torch.isfinite(seed), "seed holds NaN or Inf."):
-        raise NonFiniteError("seed holds NaN or Inf.")
+        raise TargetError(f"seed has shape {list(seed.shape)}; give {expected}, like the output.")
+    if not all_hold(torch.isfinite(seed), "seed contains NaN or Inf."):
+        raise NonFiniteError("seed contains NaN or Inf.")
     seed = seed.detach().to(device=like.device, dtype=like.dtype)
     return (seed.movedim(1, 0), True) if columns else (seed, False)

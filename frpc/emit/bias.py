@@ -34,7 +34,7 @@ def check_policy(name: str) -> BiasPolicy:
     for policy in POLICIES:
         if policy == name:
             return policy
-    raise OptionError(f"bias={name!r} is no policy; choose one of {', '.join(POLICIES)}.")
+    raise OptionError(f"bias={name!r} is unknown; choose one of {', '.join(POLICIES)}.")
 
 
 def field_constants(

@@ -114,7 +114,7 @@ class Plan:
             OptionError: on a plan whose program was not lowered, as it stands among the stages, or that Inductor runs.
         """
         if self.footprint is None:
-            raise OptionError("Memory is known once the program is lowered: ask explainer.plan. Inductor plans its own.")
+            raise OptionError("Memory is known only after lowering: use explainer.plan. With inductor it is not known.")
         return self.footprint.bytes(batch, columns)
 
     def __str__(self) -> str:
@@ -126,7 +126,8 @@ class Plan:
         if self.footprint is not None:
             one, two = self.peak_bytes_for(1), self.peak_bytes_for(2)
             lines.append(
-                f"memory beside parameters and inputs: {one / 1e6:.1f} MB a call, {(two - one) / 1e6:.1f} MB a further sample"
+                f"memory besides parameters and inputs: {one / 1e6:.1f} MB per call, {(two - one) / 1e6:.1f} MB per further "
+                "sample"
             )
         return "\n".join(lines)
 
@@ -172,8 +173,8 @@ def _demanded(assignment: Assignment, layer: str) -> fx.Node:
     assert node is not None, f"layer {layer} was checked when the query was made"
     if node in assignment.rules and assignment.rules[node].example.joined:
         raise OptionError(
-            f"{layer}: the rule {assignment.rules[node].rule.name} takes this layer and the activation behind it as one, so its "
-            "neurons have no relevance of their own; ask for the activation's."
+            f"{layer}: the rule {assignment.rules[node].rule.name} treats this layer and the activation after it as one, so its "
+            "neurons have no separate relevance; use the activation's layer name instead."
         )
     return node
 

@@ -86,7 +86,7 @@ def compile(
     rules, top = _rules_of(rule, method, seed)
     policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
     if policy == "receptive_field" and not rules.account.constants:
-        raise OptionError(f'bias="receptive_field": {rules.name} follows no constants, so there is nothing to place.')
+        raise OptionError(f'bias="receptive_field": {rules.name} does not track constants, so there is nothing to distribute.')
     query = Query(bias=policy, top=top)
     options = CompileOptions(
         rules, _names(constant) or (), _names(source), output, check_backend(backend, mode), check_strategy(strategy)
@@ -104,7 +104,7 @@ def _rules_of(rule: RuleSet | None, method: str | None, seed: Top | str | None) 
     if method is None:
         return rule or FRP(), as_top(seed or "logit")
     if rule is not None:
-        raise OptionError(f"Give rule= or method= (both given): method={method!r} is a rule set of its own.")
+        raise OptionError(f"Give rule= or method=, not both: method={method!r} already chooses a rule set.")
     found = method_named(method)
     return found.rules(), as_top(seed or found.top)
 

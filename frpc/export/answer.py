@@ -121,7 +121,7 @@ def _classes(question: Question, output: Tensor) -> int:
         return 0
     if output.dim() != 2:
         raise OptionError(
-            f'The output is {describe(output)}: one class index does not choose a number of it. Export with targets="seed"; '
+            f'The output is {describe(output)}: one class index does not select a number of it. Export with targets="seed"; '
             "explainer.seed_for(x, target=...) makes seeds."
         )
     return int(output.shape[1])
@@ -183,7 +183,7 @@ def _one_number(
     programs, question = explainer.programs, about.question
     if question.grad_cam and explainer.rules.account.gives != "multiplier":
         raise OptionError(
-            f"{explainer.rules.name} gives relevance, and class activation maps weigh channels by gradients. Compile the model "
+            f"{explainer.rules.name} gives relevance, but class activation maps need gradients. Compile the model "
             "with rule=frpc.rules.Gradient(times_input=False)."
         )
     layers = (question.grad_cam,) if question.grad_cam else question.at

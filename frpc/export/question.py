@@ -39,7 +39,7 @@ class Question:
         if self.targets not in TARGETS:
             raise OptionError(f"targets={self.targets!r} is unknown; choose {', '.join(TARGETS)}.")
         if sum(map(bool, (self.at, self.grad_cam, self.layer))) > 1:
-            raise OptionError("Give one of at=, grad_cam= and layer=: a file answers one question.")
+            raise OptionError("Give only one of at=, grad_cam= and layer=: a file computes one of them.")
 
     @property
     def columns(self) -> bool:
@@ -128,7 +128,7 @@ class Signature:
             window = tuple(tuple(axis) for axis in found.pop("window"))
             return cls(**{**found, "question": asked, "inputs": inputs, "outputs": tuple(found["outputs"]), "window": window})
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} does not say what it answers: its signature is damaged ({error}).") from error
+            raise InputError(f"{path} has a damaged signature ({error}); export it again.") from error
 
 
 def examples(inputs: Sequence[Input], batch: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -156,6 +156,6 @@ def described(name: str, x: torch.Tensor | None, shape: Sequence[int], dtype: to
     text = str(dtype).removeprefix("torch.")
     if x is None:
         if not dtype.is_floating_point:
-            raise InputError(f"Input {name!r} is {dtype}: give inputs=, an example whose range fresh ones are drawn from.")
+            raise InputError(f"Input {name!r} is {dtype}: give an example as inputs=, to draw new inputs from its range.")
         return Input(name, tuple(shape), text)
     return Input(name, tuple(shape), text, float(x.min()), float(x.max()))

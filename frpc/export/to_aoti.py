@@ -44,7 +44,7 @@ def aoti(
         InputError, LayerNameError, ExportError: see :func:`frpc.export.traced.traced`.
     """
     if Path(path).suffix != ".pt2":
-        raise OptionError(f"{path}: an AOTInductor package is named .pt2.")
+        raise OptionError(f"{path}: the name of an AOTInductor package must end in .pt2.")
     program, signature = traced(explainer, Question(targets, tuple(at), grad_cam, layer), inputs)
     settings = {"aot_inductor.metadata": {METADATA: signature.to_json()}}
     with warnings.catch_warnings():

@@ -52,7 +52,7 @@ def onnx(
     made = _translated(program, signature)
     foreign = {f"{node.domain}::{node.op_type}" for node in made.model.graph.all_nodes() if node.domain not in ("", "ai.onnx")}
     if foreign or made.model.functions:
-        raise ExportError(f"The ONNX file of {signature.model} would need operators beyond the standard: {sorted(foreign)}")
+        raise ExportError(f"The ONNX file of {signature.model} would need non-standard operators: {sorted(foreign)}")
     made.model.metadata_props[METADATA] = signature.to_json()
     made.save(str(path))
     return signature
@@ -72,7 +72,7 @@ def _translated(program: ExportedProgram, signature: Signature) -> Any:
                 custom_translation_table=translations(),
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"{signature.model} has no form in ONNX: {_last_line(error)}") from error
+            raise ExportError(f"{signature.model} cannot be written as ONNX: {_last_line(error)}") from error
     assert made is not None
     return made
 

@@ -41,7 +41,7 @@ def _traced(
     foreign = {str(n.target) for n in program.graph.nodes if getattr(n.target, "namespace", "aten") != "aten"}
     if foreign:
         raise ExportError(
-            f"The program of {made.signature.model} calls {', '.join(sorted(foreign))}, which other runtimes do not have: only "
-            "PyTorch's own operators can be exported. Write the layer in those, or keep it out of the exported model."
+            f"The program of {made.signature.model} calls {', '.join(sorted(foreign))}, which other runtimes do not have. Only "
+            "PyTorch's own operators can be exported. Write the layer with those, or leave it out of the exported model."
         )
     return program, made.signature

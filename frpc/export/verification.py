@@ -158,7 +158,7 @@ def verify(
             break
     report = _report(str(path), signature, found, sizes, bound)
     if any(bool(f.off.any()) for f in found):
-        raise VerificationError(f"{path} and its explainer say different things.\n{report}")
+        raise VerificationError(f"{path} and its explainer give different results.\n{report}")
     return report
 
 

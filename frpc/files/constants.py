@@ -122,12 +122,12 @@ def _read_entry(raw: Any, known: Mapping[str, Entry], device: torch.device, own_
 
     def found(kind: str, other: Any) -> Ref:
         if kind != "constant" or not isinstance(other, str) or other not in known:
-            raise FaultError(f"constant {name} computed from {show(other)}, which is no constant above it")
+            raise FaultError(f"constant {name} computed from {show(other)}, which is not a constant above it")
         return Ref(other)
 
     op = parts["op"]
     if not isinstance(op, str) or not _allowed(op, own_weights):
-        raise FaultError(f"constant {name} computed by {show(op)}, which is not among the operators that may do so")
+        raise FaultError(f"constant {name} computed by {show(op)}, which is not allowed for constants")
     args = tuple(read_value(a, found, device) for a in sequence(parts.get("args", [])))
     kwargs = record(parts.get("kwargs", {}), (), [a.name for a in schema_of(aten_operator(op)).arguments])
     item = parts.get("item")
@@ -157,7 +157,7 @@ def check_calls(entries: Sequence[Entry]) -> None:
     given, made = sum(e.bytes for e in entries if e.op is None), 0
     for entry in (e for e in entries if e.op is not None):
         if not _is_tensor_first(entry):
-            raise FaultError(f"constant {entry.name} computed by {entry.op} of no tensor")
+            raise FaultError(f"constant {entry.name} computed by {entry.op} without a tensor")
         found = _called(entry, known)
         made += _memory(found, known)
         if made > _LARGEST_GROWTH * given + _SPARE:
@@ -199,9 +199,9 @@ def _called(entry: Entry, known: Mapping[str, Tensor]) -> Tensor:
     try:
         found = called(entry, known)
     except Exception as error:  # whatever an operator makes of wrong arguments
-        raise FaultError(f"constant {entry.name}: {entry.op} fails on what it is given ({type(error).__name__})") from error
+        raise FaultError(f"constant {entry.name}: {entry.op} fails on its arguments ({type(error).__name__})") from error
     if not isinstance(found, Tensor):
-        raise FaultError(f"constant {entry.name}: {entry.op} gives no tensor")
+        raise FaultError(f"constant {entry.name}: {entry.op} does not return a tensor")
     return found
 
 
@@ -225,14 +225,14 @@ def originals(entries: Sequence[Entry], stored: Mapping[str, Tensor], model: Map
             raise FaultError(f"no tensor {show(name)} in {where}")
         if (tuple(value.shape), value.dtype) != (entry.shape, entry.dtype):
             raise FaultError(
-                f"tensor {show(name)} of {where} is {list(value.shape)} {value.dtype}, and the programs take "
+                f"tensor {show(name)} of {where} is {list(value.shape)} {value.dtype}, but the programs need "
                 f"{list(entry.shape)} {entry.dtype}"
             )
         if entry.model is not None and checksum(value) != entry.sha256:
-            raise FaultError(f"tensor {show(name)} of the model is not the one that was compiled: its values differ")
+            raise FaultError(f"tensor {show(name)} of the model differs from the one that was compiled")
         found[entry.name] = value.detach()
     if extra := [name for name in stored if name not in found]:
-        raise FaultError(f"a tensor {show(extra[0])} that no program takes")
+        raise FaultError(f"a tensor {show(extra[0])} that no program uses")
     return found
 
 

@@ -32,9 +32,9 @@ _LARGEST_DOCUMENT = 16 * 2**20
 _FORMAT, _DOCUMENT, _CHECKSUM = "frpc.format", "frpc.program", "frpc.sha256"
 
 
-def fail(path: object, why: str, fix: str = "Save it anew with explainer.save().") -> ProgramFileError:
+def fail(path: object, why: str, fix: str = "Save it again with explainer.save().") -> ProgramFileError:
     """The error for a file that cannot be taken."""
-    return ProgramFileError(f"{Path(str(path)).name} is no usable program file: {why}. {fix}")
+    return ProgramFileError(f"{Path(str(path)).name} is not a usable program file: {why}. {fix}")
 
 
 def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -47,13 +47,13 @@ def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     if len(text) > _LARGEST_DOCUMENT:
         raise ProgramFileError(
-            f"The programs take {len(text) / 2**20:.0f} MiB as text, and a file holds {_LARGEST_DOCUMENT >> 20}: save fewer."
+            f"The programs take {len(text) / 2**20:.0f} MiB as text, but a file can hold {_LARGEST_DOCUMENT >> 20}: save fewer."
         )
     kept = _apart({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     metadata = {_FORMAT: str(FORMAT), _DOCUMENT: text, _CHECKSUM: _digest(text, kept)}
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise OutputFolderError(f"{folder} is no folder: make it first.")
+        raise OutputFolderError(f"{folder} is not a folder: create it first.")
     unfinished = folder / f".{path.name}.{secrets.token_hex(4)}"
     try:
         save_file(kept, unfinished, metadata)
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             not what its checksum says.
     """
     if not path.is_file():
-        raise fail(path, "there is no such file" if not path.exists() else "it is no regular file", "Check the path.")
+        raise fail(path, "the file does not exist" if not path.exists() else "it is not a regular file", "Check the path.")
     _check_size(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -91,10 +91,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError, AttributeError) as error:
         raise fail(path, f"it cannot be read ({_short(error)})") from error
     if _digest(text, tensors) != metadata.get(_CHECKSUM):
-        raise fail(path, "its contents are not what its checksum says, so it was damaged or changed")
+        raise fail(path, "its contents do not match its checksum, so it was damaged or changed")
     document = _parsed(path, text)
     if not isinstance(document, dict):
-        raise fail(path, "its program is no JSON object")
+        raise fail(path, "its program is not a JSON object")
     return document, tensors
 
 
@@ -114,22 +114,22 @@ def _check_size(path: Path) -> None:
 def _text(path: Path, metadata: Mapping[str, str]) -> str:
     found = metadata.get(_FORMAT)
     if found != str(FORMAT):
-        what = "it was not written by frpc" if found is None else f"it has format {found[:20]!r}, this frpc reads {FORMAT}"
-        raise fail(path, what, "Save it anew with this version's explainer.save().")
+        what = "it was not written by frpc" if found is None else f"it has format {found[:20]!r}, but this version reads {FORMAT}"
+        raise fail(path, what, "Save it again with this version's explainer.save().")
     text = metadata.get(_DOCUMENT, "")
     if len(text) > _LARGEST_DOCUMENT:
-        raise fail(path, f"its program takes {len(text)} characters, more than {_LARGEST_DOCUMENT}")
+        raise fail(path, f"its program has {len(text)} characters, more than {_LARGEST_DOCUMENT}")
     return text
 
 
 def _parsed(path: Path, text: str) -> Any:
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON number")
+        raise ValueError(f"{word} is not a JSON number")
 
     try:
         return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # a ValueError, too: a number of 5000 digits
-        raise fail(path, f"its program is no JSON ({_short(error)})") from error
+        raise fail(path, f"its program is not valid JSON ({_short(error)})") from error
 
 
 def _short(error: Exception) -> str:

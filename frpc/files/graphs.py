@@ -119,7 +119,7 @@ def _demand_listed(program: fx.GraphModule) -> None:
     if not unknown:
         return
     own = [name for name in unknown if not name.startswith("aten.")]
-    why = "registered outside PyTorch, and a file must run where they are not" if own else "not among the operators of a file"
+    why = "registered outside PyTorch, but a file must run where they are not registered" if own else "not allowed in a file"
     raise FaultError(f"{', '.join(own or unknown)}: {why}")
 
 
@@ -197,7 +197,7 @@ class _Reader:
             try:
                 self._add(part, last=position == len(raw) - 1)
             except FaultError as fault:
-                raise FaultError(f"node {position} holds {fault}") from None
+                raise FaultError(f"node {position} contains {fault}") from None
         if not self.nodes or self.nodes[-1].op != "output":
             raise FaultError("a program without an output")
         return self.graph
@@ -228,7 +228,7 @@ class _Reader:
 
     def _input(self, name: str) -> fx.Node:
         if any(n.op not in ("placeholder",) for n in self.nodes):
-            raise FaultError("an input behind other nodes")
+            raise FaultError("an input after other nodes")
         return self.graph.create_node("placeholder", name, name=name)
 
     def _constant(self, constant: Any, name: str) -> fx.Node:
@@ -245,12 +245,12 @@ class _Reader:
         args = self._values(parts.get("args"))
         results = args[0] if len(args) == 1 and isinstance(args[0], list) else []
         if not last or len(results) < 2 or not all(isinstance(r, fx.Node) for r in results):
-            raise FaultError("an output that is no list of results, or not the last node")
+            raise FaultError("an output that is not a list of results, or not the last node")
         return self.graph.output(tuple(results))
 
     def _call(self, op: Any, parts: Mapping[str, Any], name: str) -> fx.Node:
         if not isinstance(op, str) or (op not in ARITHMETIC and not may_hold(op)):
-            raise FaultError(f"the operator {show(op)}, which no file may hold")
+            raise FaultError(f"the operator {show(op)}, which is not allowed in a file")
         function = operator_named(op)
         args = self._values(parts.get("args"))
         given = record(parts.get("kwargs", {}), (), _keywords(function))
@@ -261,7 +261,7 @@ class _Reader:
     def _check_arguments(self, op: str, function: Any, args: list[Any]) -> None:
         if function is operator.getitem:
             if len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not int:
-                raise FaultError("operator.getitem of something else than a result and a position")
+                raise FaultError("operator.getitem whose arguments are not a result and a position")
         elif isinstance(function, OpOverload):
             if len(args) > len(schema_of(function).arguments):
                 raise FaultError(f"{op} with {len(args)} arguments")
@@ -275,7 +275,7 @@ class _Reader:
 
     def _node(self, kind: str, place: Any) -> fx.Node:
         if kind != "node" or type(place) is not int or not 0 <= place < len(self.nodes):
-            raise FaultError(f"a reference to {kind} {show(place)}, which is none above it")
+            raise FaultError(f"a reference to {kind} {show(place)}, which does not exist above it")
         return self.nodes[place]
 
 

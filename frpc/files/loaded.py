@@ -155,8 +155,8 @@ class LoadedExplainer(nn.Module):
         if key not in self.sources:
             held = "; ".join(str(question) for place, question in self.sources if place == which)
             raise InputError(
-                f"The file holds no program for {key[1]} (it holds: {held}). Ask the explainer for that once, and save it "
-                "anew; columns=True saves the program for K targets."
+                f"The file has no program for {key[1]} (it has: {held}). Call the original explainer that way once, and save it "
+                "again; columns=True saves the program for K targets."
             )
         check_boxes(inputs, self._boxes())
         fixed = self.signatures[which].inputs[0].batch is not None
@@ -174,7 +174,7 @@ class LoadedExplainer(nn.Module):
         if found is None:
             if is_traced():
                 raise InputError(
-                    "This question was not asked yet: call the loaded explainer once before torch.compile traces it."
+                    "There is no program for these arguments yet: call the loaded explainer once before torch.compile traces it."
                 )
             with trace_lock, torch.no_grad():
                 found = self._ready.get(key)
@@ -264,8 +264,8 @@ class LoadedExplainer(nn.Module):
         probe = fn(torch.empty(0, device=self.signatures[0].output.device))
         if probe.dtype is not torch.float32:
             raise OptionError(
-                f"A loaded explainer computes in the types it was compiled for, and cannot become {probe.dtype}: compile the "
-                "model in that type, and save it."
+                f"A loaded explainer keeps the dtypes it was compiled for, and cannot be converted to {probe.dtype}: compile the "
+                "model in that dtype, and save it."
             )
         if probe.device != self.signatures[0].output.device:
             moved: dict[int, tuple[Tensor, Tensor]] = {}
@@ -278,8 +278,8 @@ class LoadedExplainer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise PickleRefusedError(
-            "A loaded explainer is not pickled: opening a pickle runs code. Give the path of its file to the other process, and "
-            "let it call frpc.load(path)."
+            "A loaded explainer cannot be pickled, because opening a pickle can run code. Pass the path of its file to the "
+            "other process, and call frpc.load(path) there."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadedExplainer:

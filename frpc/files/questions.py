@@ -51,7 +51,7 @@ def write_top(top: Top) -> dict[str, Any]:
     for name, known in TOPS.items():
         if type(top) is type(known):
             return {"name": name, **vars(top)}
-    raise FaultError(f"the start of relevance {type(top).__name__}, which is your own class")
+    raise FaultError(f"the start of relevance {type(top).__name__}, which is a custom class")
 
 
 def read_question(raw: Any) -> FileQuestion:

@@ -55,7 +55,7 @@ def load(
         with torch.no_grad():
             return _Document(document, device).build(tensors, weights, runs)
     except FaultError as fault:
-        raise fail(place, f"it holds {fault}") from fault
+        raise fail(place, f"it contains {fault}") from fault
 
 
 class _Document:
@@ -74,7 +74,7 @@ class _Document:
             raise FaultError(
                 "its own weights: load it without model= or state_dict="
                 if own
-                else "no weights, only what they are: give model= or state_dict= with those it was compiled for"
+                else "no weights, only a reference to them: give model= or state_dict= with the weights it was compiled for"
             )
         signatures = [self._signature(s) for s in sequence(self.raw["signatures"], 100)]
         if not signatures:
@@ -118,7 +118,7 @@ class _Document:
             raise FaultError(f"the device {show(parts['device'])}")
         device = self.wanted or torch.device(parts["device"])
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise FaultError('programs for a CUDA device, and there is none: load it with device="cpu"')
+            raise FaultError('programs for a CUDA device, but there is none: load it with device="cpu"')
         inputs = tuple(self._input(i, device) for i in sequence(parts["inputs"], 1000))
         if not inputs:
             raise FaultError("a program without inputs")

@@ -73,7 +73,7 @@ def read_value(raw: Any, names: Names, device: torch.device, depth: int = 0) -> 
         return integer(raw)
     if isinstance(raw, float):
         if not math.isfinite(raw):
-            raise FaultError("a number too large")
+            raise FaultError("a number that is too large")
         return raw
     if isinstance(raw, str):
         if raw not in WORDS:
@@ -81,7 +81,7 @@ def read_value(raw: Any, names: Names, device: torch.device, depth: int = 0) -> 
         return raw
     if isinstance(raw, list):
         if depth >= _DEEPEST:
-            raise FaultError(f"lists in more than {_DEEPEST} lists")
+            raise FaultError(f"lists nested more than {_DEEPEST} deep")
         return [read_value(r, names, device, depth + 1) for r in raw]
     if isinstance(raw, dict) and len(raw) == 1:
         return _read_named(*next(iter(raw.items())), names, device)
@@ -108,7 +108,7 @@ def integer(raw: Any, least: int = -_LARGEST, most: int = _LARGEST - 1) -> int:
         FaultError: it is none.
     """
     if type(raw) is not int or not least <= raw <= most:
-        raise FaultError(f"{show(raw)} where an integer from {least} to {most} belongs")
+        raise FaultError(f"{show(raw)} instead of an integer from {least} to {most}")
     return raw
 
 
@@ -119,7 +119,7 @@ def text(raw: Any, longest: int = 200) -> str:
         FaultError: it is none.
     """
     if not isinstance(raw, str) or len(raw) > longest or not raw.isprintable():
-        raise FaultError(f"{show(raw)} where one line of text of at most {longest} characters belongs")
+        raise FaultError(f"{show(raw)} instead of one line of text of at most {longest} characters")
     return raw
 
 
@@ -139,7 +139,7 @@ def sequence(raw: Any, most: int = 100_000) -> Sequence[Any]:
         FaultError: it is none, or longer than ``most``.
     """
     if not isinstance(raw, list) or len(raw) > most:
-        raise FaultError(f"{show(raw)} where a list of at most {most} entries belongs")
+        raise FaultError(f"{show(raw)} instead of a list of at most {most} entries")
     return raw
 
 
@@ -150,7 +150,7 @@ def record(raw: Any, required: Sequence[str], optional: Sequence[str] = ()) -> d
         FaultError: it is none, a key is missing, or there is another.
     """
     if not isinstance(raw, dict):
-        raise FaultError(f"{show(raw)} where an object belongs")
+        raise FaultError(f"{show(raw)} instead of an object")
     if missing := [k for k in required if k not in raw]:
         raise FaultError(f"an object without {missing[0]!r}")
     if foreign := [k for k in raw if k not in (*required, *optional)]:

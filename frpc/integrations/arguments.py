@@ -158,7 +158,7 @@ class AttributeCall:
             OptionError: for a size below 1.
         """
         if size is not None and size < 1:
-            raise OptionError(f"internal_batch_size={size}: at least one sample runs at a time.")
+            raise OptionError(f"internal_batch_size={size}: give at least 1.")
         step = size or max(self.count, 1)
         for start in range(0, max(self.count, 1), step):
             rows = slice(start, start + step)
@@ -179,8 +179,8 @@ def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, re
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             kind = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(
-                f"inputs[{position}] is {kind}; relevance is a share of floating-point tensors, batch first. Other arguments go "
-                "into additional_forward_args; of token indices frpc.compile(model) explains the embeddings."
+                f"inputs[{position}] is {kind}; give floating-point tensors, batch first. Other arguments go "
+                "into additional_forward_args; for token indices use frpc.compile(model), which explains the embeddings."
             )
     references = _references(explained, baselines) if referred else ()
     arguments = () if further is None else further if isinstance(further, tuple) else (further,)
@@ -216,7 +216,7 @@ def _read_target(target: Any, count: int) -> Any:
             return int(target)
         if target.dim() != 1 or len(target) != count:
             raise TargetError(
-                f"target has shape {list(target.shape)}; give one index, or one for each of {count} samples. For K targets a "
+                f"target has shape {list(target.shape)}; give one index, or one for each of {count} samples. For K targets per "
                 "sample call frpc.compile(model)(x, target=[B, K])."
             )
     if not isinstance(target, list):
@@ -226,7 +226,7 @@ def _read_target(target: Any, count: int) -> Any:
     if all(isinstance(one, tuple) for one in target):
         return target
     if any(isinstance(one, bool) or not isinstance(one, int) for one in target):
-        raise TargetError(f"target={target!r}: a list holds an int for each sample, or a tuple of ints for each.")
+        raise TargetError(f"target={target!r}: give a list with an int or a tuple of ints for each sample.")
     return torch.tensor(target)
 
 
@@ -251,9 +251,9 @@ def key_of(value: object, position: int, inside: bool = False) -> Any:
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return type(value), value
     raise InputError(
-        f"additional_forward_args[{position}] {'holds' if inside else 'is'} {type(value).__name__}. Tensors with a row for each "
-        "sample are inputs of the program; what else is given is compiled into it: other tensors, numbers, strings, None, and "
-        "lists, tuples and dicts of numbers and strings."
+        f"additional_forward_args[{position}] {'holds' if inside else 'is'} {type(value).__name__}. Tensors with one row per "
+        "sample are inputs of the program. Everything else is compiled into it and may be: other tensors, numbers, strings, "
+        "None, and lists, tuples and dicts of numbers and strings."
     )
 
 

@@ -108,7 +108,7 @@ def _decode(path: Path, content: bytes | None) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"no such image file: {path}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image that Pillow knows") from error
+        raise ImageError(f"{path} is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large: {error}") from error
     except ImageError:
@@ -122,7 +122,7 @@ def _resize_and_crop(image: Image.Image, recipe: Recipe, path: Path) -> Image.Im
     short, long = min(width, height), max(width, height)
     long_after = int(recipe.resize * long / short)
     if long_after > 100 * recipe.resize:
-        raise ImageError(f"{path} is {width} x {height}: too elongated to cut a {recipe.crop} x {recipe.crop} centre from")
+        raise ImageError(f"{path} is {width} x {height}: too narrow for a {recipe.crop} x {recipe.crop} crop; crop it first")
     size = (recipe.resize, long_after) if width <= height else (long_after, recipe.resize)
     resized = image if image.size == size else image.resize(size, Image.Resampling[recipe.resampling.upper()])
     left, top = (round((side - recipe.crop) / 2) for side in size)

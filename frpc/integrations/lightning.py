@@ -56,7 +56,7 @@ class LogRelevance(_lightning.Callback):
         name: str = "relevance",
     ) -> None:
         if every_n_epochs < 1:
-            raise OptionError(f"every_n_epochs={every_n_epochs}: at least 1.")
+            raise OptionError(f"every_n_epochs={every_n_epochs}: give at least 1.")
         if inputs.dim() not in (2, 4) or len(inputs) == 0:
             raise OptionError(f"inputs is {list(inputs.shape)}; a sheet shows pictures [n, C, H, W] or features [n, F].")
         self.inputs, self.targets, self.every_n_epochs = inputs, targets, every_n_epochs

@@ -37,7 +37,7 @@ class Explain:
 
     def __init__(self, method: str = "frp", *, bias: str | None = None, internal_batch_size: int | None = None) -> None:
         if internal_batch_size is not None and internal_batch_size < 1:
-            raise OptionError(f"internal_batch_size={internal_batch_size}: at least one sample runs at a time.")
+            raise OptionError(f"internal_batch_size={internal_batch_size}: give at least 1.")
         self.method, self.bias, self.internal_batch_size = method, bias, internal_batch_size
         self._compiled: WeakKeyDictionary[nn.Module, tuple[Any, Explainer]] = WeakKeyDictionary()
 

@@ -84,11 +84,11 @@ def class_index(text: str, names: Sequence[str]) -> int:
     if re.fullmatch(r"[+-]?\d+", text.strip()):
         if 0 <= (index := int(text)) < len(names):
             return index
-        raise TargetError(f"target {index} is out of range: the model has the classes 0 to {len(names) - 1}")
+        raise TargetError(f"target {index} is out of range: the model has classes 0 to {len(names) - 1}")
     lowered = [name.lower() for name in names]
     found = [index for index, name in enumerate(lowered) if name == text.strip().lower()]
     if not found:
-        raise TargetError(f"no class is named {text!r}; {nearest(text.lower(), lowered)}")
+        raise TargetError(f"there is no class named {text!r}; {nearest(text.lower(), lowered)}")
     if len(found) > 1:
         raise TargetError(f"the classes {', '.join(map(str, found))} are all named {text!r}; give the number")
     return found[0]
@@ -117,7 +117,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             start = file.read(4)
         if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
             raise WeightsError(
-                f"{path} is a pickle, and reading one can run any code in it; frpc reads safetensors only.\n"
+                f"{path} is a pickle, and opening a pickle can run code; frpc reads only safetensors.\n"
                 f"  Fix: {CONVERT.format(name=path.name, stem=path.stem)}"
             )
         return safetensors.torch.load_file(path)
@@ -182,7 +182,7 @@ def download_weights(name: str, *, progress: bool = True) -> dict[str, Tensor]:
         file = published.url.rsplit("/", 1)[-1]
         raise WeightsError(
             f"cannot get torchvision's weights from {published.url}: {error}\n"
-            f"  Fix: fetch that file where there is a network, and {CONVERT.format(name=file, stem=Path(file).stem)}; "
+            f"  Fix: download that file on a machine with network access, and {CONVERT.format(name=file, stem=Path(file).stem)}; "
             f"then pass --weights {Path(file).stem}.safetensors"
         ) from error
     return dict(state)

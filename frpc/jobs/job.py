@@ -63,7 +63,7 @@ def run(
         InputError: what the task asks for cannot be done.
     """
     if task.batch_size < 1 or task.store.size < 1:
-        raise OptionError(f"batch size {task.batch_size} and shard size {task.store.size} are at least 1.")
+        raise OptionError(f"batch size {task.batch_size} and shard size {task.store.size} must be at least 1.")
     with task.store.held({"model": dict(model), **settings(task)}) as store:
         done, damaged = store.examine()
         missing = [number for number in store.numbers() if number not in done]

@@ -71,7 +71,7 @@ def open_samples(path: str | Path, column: str = "image", label: str | None = No
         raise DataError(f"{path} is neither a folder nor a .parquet file")
     if label is not None:
         raise DataError(
-            f"{path} is a folder of pictures, which has no column {label!r}; name the class with --target, or give Parquet"
+            f"{path} is a folder of pictures, which has no column {label!r}; give the class with --target, or use Parquet files"
         )
     return Folder.of(path)
 
@@ -100,7 +100,7 @@ class Folder:
         found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
         names = sorted(name for name, file in found.items() if file.is_file() and not _hidden(name))
         if not names:
-            raise DataError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no .parquet files")
+            raise DataError(f"{path} contains no pictures ({', '.join(sorted(SUFFIXES))}) and no .parquet files")
         digest = hashlib.sha256()
         for name in names:
             digest.update(f"{name}\0{found[name].stat().st_size}\0".encode())
@@ -190,7 +190,7 @@ class Parquet:
                     first, count = first + rows, count + rows
             digest.update(f"{name}\0{file.stat().st_size}\0{first}\0".encode())
         if count == 0:
-            raise DataError(f"{root} holds no rows")
+            raise DataError(f"{root} has no rows")
         return cls(tuple(groups), column, label, digest.hexdigest())
 
     def __len__(self) -> int:
@@ -232,11 +232,13 @@ def _check_columns(file: Path, schema: Any, column: str, label: str | None) -> N
     if types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise DataError(f"column {column!r} of {file} is {kind}; pictures are kept encoded, as binary or as a struct with bytes")
+        raise DataError(
+            f"column {column!r} of {file} is {kind}; pictures must be encoded files, as binary or as a struct with bytes"
+        )
     if label is not None:
         kind = schema.field(label).type
         if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
-            raise DataError(f"column {label!r} of {file} is {kind}; a class is a whole number or a name")
+            raise DataError(f"column {label!r} of {file} is {kind}; a class must be an integer or a name")
 
 
 def _pyarrow(module: str) -> Any:

@@ -173,7 +173,7 @@ def _finite(ready: list[_ReadySample], tensors: dict[str, Tensor]) -> tuple[list
     whole = torch.stack([tensors[name].flatten(1).isfinite().all(1) for name in ("output", "relevance")]).all(0)
     kept = [one for one, good in zip(ready, whole.tolist(), strict=True) if good]
     bad = [one for one, good in zip(ready, whole.tolist(), strict=True) if not good]
-    failures = [Failure(one.index, one.name, "the output or its map holds NaN or Inf") for one in bad]
+    failures = [Failure(one.index, one.name, "the output or its map contains NaN or Inf") for one in bad]
     return kept, tensors if not bad else {name: tensor[whole] for name, tensor in tensors.items()}, failures
 
 

@@ -71,18 +71,21 @@ def layer_context(assignment: Assignment, layer: fx.Node, inputs: Sequence[Tenso
     account = assignment.account
     if account.gives == "multiplier":
         raise OptionError(
-            "Plain gradients are no maps that add up; compile with frpc.rules.Gradient(), which multiplies by the input."
+            "Plain gradients do not add up, so there are no maps of layers; compile with frpc.rules.Gradient(), which "
+            "multiplies by the input."
         )
     if account.reference is not None and account.reference.count > 1:
-        raise OptionError("Maps of layers are from one reference; compile with one of them.")
+        raise OptionError("Maps of layers need a single reference; compile with one of them.")
     if len(assignment.sources) != 1:
-        raise InputError("Maps of layers are over one input; this model has several. Use explainer.neurons().")
+        raise InputError("Maps of layers need a model with one input; this model has several. Use explainer.neurons().")
     source = assignment.sources[0]
     if source.op != "placeholder":
-        raise InputError("Maps of layers are over an input; this source is a layer. Use explainer.neurons().")
+        raise InputError("Maps of layers need an input as source; this source is a layer. Use explainer.neurons().")
     x = inputs[assignment.graph_module.graph.find_nodes(op="placeholder").index(source)].detach()
     if x.dim() > 4:
-        raise InputError(f"Maps of layers cover inputs with one or two spatial axes, not {x.dim() - 2}. Use explainer.neurons().")
+        raise InputError(
+            f"Maps of layers support inputs with one or two spatial axes, not {x.dim() - 2}. Use explainer.neurons()."
+        )
     module = assignment.graph_module
     constants = {str(n.target): fetch(module, str(n.target)) for n in module.graph.find_nodes(op="get_attr")}
     constants |= reference_constants(assignment)

@@ -31,8 +31,8 @@ def check_disk(maps: LayerMaps, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if maps.nbytes() > 0.9 * free:
         raise MemoryLimitError(
-            f"{maps.name}: the windows of {len(maps)} neurons take {human_bytes(maps.nbytes())}, "
-            f"and {existing} has {human_bytes(free)} free. Leave out --save, choose an earlier layer, or another folder."
+            f"{maps.name}: the windows of {len(maps)} neurons need {human_bytes(maps.nbytes())}, "
+            f"but {existing} has {human_bytes(free)} free. Leave out --save, or choose an earlier layer or another folder."
         )
 
 

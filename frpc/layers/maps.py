@@ -132,7 +132,7 @@ class LayerMaps:
     def _demand(self, size: int, what: str) -> None:
         if size > self.memory_limit:
             raise MemoryLimitError(
-                f"{self.name}: {what} of {len(self)} neurons take {human_bytes(size)}, over the limit of "
+                f"{self.name}: {what} of {len(self)} neurons need {human_bytes(size)}, but the limit is "
                 f"{human_bytes(self.memory_limit)}. Stream them: for block in maps.blocks(): ..., or raise memory_limit."
             )
 
@@ -152,12 +152,10 @@ class LayerMaps:
             index = (0, *index)
         if len(index) != len(sizes) + 1:
             wanted = ", ".join(["b", "c", "i", "j"][: len(sizes) + 1] if batch > 1 else ["c", "i", "j"][: len(sizes)])
-            raise TargetError(
-                f"{self.name} holds neurons {list(self.values.shape)}: index them as [{wanted}], not {list(index)}."
-            )
+            raise TargetError(f"{self.name} has neurons {list(self.values.shape)}: index them as [{wanted}], not {list(index)}.")
         for number, size in zip(index, self.values.shape, strict=True):
             if not 0 <= number < size:
-                raise TargetError(f"Neuron {list(index)} is out of range: {self.name} holds {list(self.values.shape)}.")
+                raise TargetError(f"Neuron {list(index)} is out of range: {self.name} has neurons {list(self.values.shape)}.")
         return index[0], index[1:]
 
     def _place(self, neuron: tuple[int, ...]) -> tuple[int, int, int]:
@@ -203,7 +201,7 @@ class LayerMaps:
     def channel(self, c: int) -> Tensor:
         """Returns the map of one channel, the sum of its neurons' maps, ``[B, H0, W0]`` (thesis eq. 3.22)."""
         if not 0 <= c < self.values.shape[1]:
-            raise TargetError(f"Channel {c} is out of range: {self.name} has {self.values.shape[1]}.")
+            raise TargetError(f"Channel {c} is out of range: {self.name} has channels 0 to {self.values.shape[1] - 1}.")
         return self._channels([c])[:, 0]
 
     def channels(self) -> Tensor:

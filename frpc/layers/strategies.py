@@ -88,8 +88,8 @@ class LayerPlan:
         if least <= _SMALL_RUN:
             return spans
         raise MemoryLimitError(
-            f"{self.layer}: one column of positions takes {human_bytes(least)} to compute, over the limit of "
-            f"{human_bytes(limit)}. Raise memory_limit, or ask for single neurons: explainer.neurons()."
+            f"{self.layer}: one column of positions needs {human_bytes(least)}, but the limit is "
+            f"{human_bytes(limit)}. Raise memory_limit, or explain single neurons with explainer.neurons()."
         )
 
     @property
@@ -140,7 +140,7 @@ def layer_maps(
     """
     if policy == "receptive_field":
         raise OptionError(
-            'Maps of whole layers know bias="uniform" and "separate"; use explainer.neurons() for "receptive_field".'
+            'Maps of whole layers support bias="uniform" and "separate"; for "receptive_field" use explainer.neurons().'
         )
     context = layer_context(assignment, layer, inputs)
     values, bias, ended = context.values, context.bias, context.ended
@@ -190,8 +190,7 @@ def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | No
         found.append(_weigh("forward", cells * batch * cost.flops, cells * batch * cost.bytes, calls * max(1.0, cells / 64)))
     elif strategy in ("forward", "windows"):
         raise OptionError(
-            f'strategy="{strategy}": {context.one_way} has no forward direction, it changes the transposed pass itself; '
-            'use strategy="transposed".'
+            f'strategy="{strategy}": {context.one_way} works only backwards from the output; use strategy="transposed".'
         )
     whole = float(context.values.numel() * cells * context.values.element_size())
     width = int(context.values.shape[-1]) if context.values.dim() > 2 else 1
@@ -203,7 +202,7 @@ def _choose(context: LayerContext, name: str, rows: Rows | None, ended: str | No
     candidates = tuple(sorted(found, key=lambda c: c.seconds))
     chosen, why = candidates[0].strategy, "the least work"
     if strategy != "auto":
-        chosen, why = _forced(strategy, candidates, ended), "asked for"
+        chosen, why = _forced(strategy, candidates, ended), "requested"
 
     def working(span: tuple[int, int]) -> float:
         if chosen != "windows" or rows is None:
@@ -223,7 +222,7 @@ def _forced(strategy: str, candidates: Sequence[Candidate], ended: str | None) -
         if candidate.strategy == strategy:
             return candidate.strategy
     if strategy == "windows":
-        raise OptionError(f'strategy="windows" cannot answer for this layer: windows end at {ended}.')
+        raise OptionError(f'strategy="windows" does not work for this layer: windows end at {ended}.')
     raise OptionError(f"strategy={strategy!r} is unknown for a layer; choose auto, {', '.join(LAYER_STRATEGIES)}.")
 
 

@@ -37,7 +37,7 @@ def comparison(image: Any, rows: Mapping[str, Mapping[str, Map]], *, cell: int =
     """
     methods = [list(maps) for maps in rows.values()]
     if not methods or not methods[0] or any(names != methods[0] for names in methods):
-        raise ShapeError("comparison needs at least one class, and the same methods for each")
+        raise ShapeError("comparison needs at least one class, and the same methods for each class")
     columns = len(methods[0]) + 1
     first = next(iter(rows.values()))
     shape = pixel_map(next(iter(first.values()))).shape

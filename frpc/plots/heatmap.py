@@ -137,7 +137,7 @@ def grid(
             f"got {len(maps)} maps, {len(pictures)} images, {len(names)} titles"
         )
     if columns < 1:
-        raise OptionError(f"columns={columns}: a row has at least one panel")
+        raise OptionError(f"columns={columns}: give at least 1")
     columns = min(columns, len(maps))
     rows = math.ceil(len(maps) / columns)
     width = PANEL * columns + BAR * (1 if shared_scale else columns)

@@ -62,7 +62,7 @@ def pixel_map(relevance: Tensor | NDArray[Any], *, cell: int = 1) -> Array:
             "choose one sample and one target, or use frpc.heatmap.grid"
         )
     if cell < 1:
-        raise OptionError(f"cell={cell}: the side of a cell is at least 1 pixel")
+        raise OptionError(f"cell={cell}: give at least 1 pixel")
     rows, columns = (np.arange(-(-side // cell)) * side // -(-side // cell) for side in values.shape)
     merged: Array = np.add.reduceat(np.add.reduceat(values, rows, axis=0), columns, axis=1)
     return merged
@@ -135,7 +135,7 @@ def finite(relevance: Tensor | NDArray[Any]) -> Array:
     values = relevance.detach().cpu().double().numpy() if isinstance(relevance, Tensor) else np.asarray(relevance)
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
-        raise NonFiniteError(f"the relevance map holds {int((~np.isfinite(values)).sum())} NaN or Inf values")
+        raise NonFiniteError(f"the relevance map contains {int((~np.isfinite(values)).sum())} NaN or Inf values")
     return values
 
 
@@ -166,12 +166,12 @@ def picture_array(image: Any) -> Array:
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
-        raise ImageError(f"a picture is [H, W], [H, W, 3], [3, H, W] or [1, H, W], got {list(np.shape(image))}")
+        raise ImageError(f"a picture must be [H, W], [H, W, 3], [3, H, W] or [1, H, W], got {list(np.shape(image))}")
     scaled: Array = pixels.astype(np.float64) / (255.0 if pixels.dtype == np.uint8 else 1.0)
     # Bicubic resizing overshoots a little; anything beyond is a normalised network input.
     if not np.isfinite(scaled).all() or scaled.min() < -0.1 or scaled.max() > 1.1:
         raise ImageError(
-            f"a picture has uint8 values or values in 0..1, these are {scaled.min():.3g}..{scaled.max():.3g}; "
-            "hand over the picture as it was before mean and standard deviation were applied"
+            f"a picture must have uint8 values or values in 0..1, got {scaled.min():.3g}..{scaled.max():.3g}; "
+            "pass the picture before normalization by mean and standard deviation"
         )
     return np.clip(scaled, 0.0, 1.0)

@@ -130,13 +130,15 @@ def find_sources(graph: fx.Graph, asked: Sequence[str] | None) -> tuple[fx.Node,
         tokens = _token_embeddings(graph, [n for n in placeholders if n not in floating])
         if not (floating or tokens):
             raise OptionError(
-                "No input is floating-point and none indexes an embedding: relevance is a share of values. Name the module whose "
-                "output is to be explained: source='path.of.module'."
+                "No input is floating-point and none indexes an embedding, so there is nothing to assign relevance to. Give the "
+                "module whose output should get the relevance: source='path.of.module'."
             )
         return tuple(floating + tokens)
     found = [n for name in asked for n in (floating if name == "input" else [_layer(graph, name)])]
     if not found:
-        raise OptionError('source="input": no input is floating-point; name the module that turns it into numbers.')
+        raise OptionError(
+            'source="input": no input is floating-point; give the module that converts it to floating-point numbers.'
+        )
     return tuple(n for n in graph.nodes if n in found)
 
 
@@ -146,7 +148,7 @@ def _layer(graph: fx.Graph, name: str) -> fx.Node:
         raise LayerNameError(f"source={name!r}: the model has no such layer; {nearest(name, list(known))}.")
     if not first_result(known[name].meta["val"]).is_floating_point():
         raise OptionError(
-            f"source={name!r}: its output is {known[name].meta['val'].dtype}, and relevance is a share of real numbers."
+            f"source={name!r}: its output is {known[name].meta['val'].dtype}, but relevance is defined only for real numbers."
         )
     return known[name]
 
@@ -161,9 +163,9 @@ def _token_embeddings(graph: fx.Graph, integers: Sequence[fx.Node]) -> list[fx.N
         elif node.target in EMBEDDING_BAGS and node.args[1] in tokens:
             place = origin_of(node)
             raise OptionError(
-                f"EmbeddingBag takes one list of tokens and offsets here, so that it has no batch of samples to explain:\n"
+                f"EmbeddingBag gets one list of tokens and offsets here, so there is no batch of samples to explain:\n"
                 f"    {place.module or '(top level)'}   {place.where}   {place.source}\n"
-                "  Give it a batch of bags instead, [B, L], the shorter ones filled up with its padding_idx: then every token "
+                "  Pass a batch of bags instead, [B, L], with the shorter ones padded with its padding_idx: then every token "
                 "has relevance, [B, L, D]."
             )
         elif traits_of(node.target).keeps_tokens and not first_result(node.meta["val"]).is_floating_point():

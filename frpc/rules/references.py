@@ -85,8 +85,8 @@ class Reference:
         for tensor in self.given:
             if list(tensor.shape[1:]) != list(shape):
                 raise ShapeError(
-                    f"The reference is {list(tensor.shape[1:])} a sample; input {name!r} is {list(shape)}. Give one like a "
-                    "sample of the input, or several as a list or as a batch."
+                    f"The reference has shape {list(tensor.shape[1:])} per sample, but input {name!r} has {list(shape)}. Give "
+                    "one like a sample of the input, or several as a list or as a batch."
                 )
         return [tensor.detach().to(dtype=dtype, device=device) for tensor in self.given]
 
@@ -104,7 +104,7 @@ def as_reference(reference: ReferenceLike | Reference) -> Reference:
             return Reference("zero" if reference == "zero" else "blur")
         raise OptionError(
             f"reference={reference!r} is unknown; choose zero or blur, or give tensors "
-            "(frpc.data_mean(batches) makes the data's mean)."
+            "(frpc.data_mean(batches) computes the mean of the data)."
         )
     tensors = [reference] if isinstance(reference, Tensor) else list(reference)
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):

@@ -134,13 +134,13 @@ class RuleTable:
 
     def add(self, new: Rule, override: bool = False) -> None:
         if new.op in self.rules and not override:
-            raise OptionError(f"{new.op} has a rule already ({self.rules[new.op].name}); pass override=True to replace it.")
+            raise OptionError(f"{new.op} already has a rule ({self.rules[new.op].name}); pass override=True to replace it.")
         self.rules[new.op] = new
         self.named[str(new.op)] = new.op
 
     def describe(self, op: OpOverload, traits: Traits) -> None:
         if op in self.rules or op in self.described:
-            raise OptionError(f"{op} has traits already: give all of them where its rule is registered.")
+            raise OptionError(f"{op} already has traits: give all of them when you register its rule.")
         self.described[op] = traits
         self.named[str(op)] = op
 
@@ -173,7 +173,7 @@ def _record(known: Traits, given: Mapping[str, Any]) -> Traits:
     """Adds traits to those that are known."""
     for name in given:
         if name not in NAMES:
-            raise OptionError(f"{name!r} is no trait of operators; {nearest(name, sorted(NAMES))}.")
+            raise OptionError(f"{name!r} is not a trait of operators; {nearest(name, sorted(NAMES))}.")
     return replace(known, **given)
 
 
@@ -208,7 +208,7 @@ def rule(
     def register(function: RuleFunction) -> RuleFunction:
         for op in ops:
             if not isinstance(op, OpOverload):
-                raise OptionError(f"{op} is no operator overload: name one, such as torch.ops.aten.mean.dim, not aten.mean.")
+                raise OptionError(f"{op} is not an operator overload: give one, such as torch.ops.aten.mean.dim, not aten.mean.")
             names = [a.name for a in schema_of(op).arguments]
             chosen = (carries,) if isinstance(carries, str) else tuple(carries or names[:1])
             unknown = [n for n in chosen if n not in names]

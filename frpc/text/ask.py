@@ -70,7 +70,7 @@ def explain(
     explainer = _compiled(model, inputs, options)
     wanted = target if isinstance(target, list) else [target]
     if not wanted:
-        raise InputError("Name at least one target.")
+        raise InputError("Give at least one target.")
     with torch.no_grad():
         output = explainer.predict(**inputs) if isinstance(inputs, dict) else explainer.predict(*inputs)
         asked = questions(output, readings, wanted, labels or _labels(model, output), tokenizer)
@@ -119,7 +119,7 @@ def _listed(
     rows: list[Any] = [tokens] if single else list(tokens)
     batch = ids.unsqueeze(0) if ids.dim() == 1 else ids
     if batch.dim() != 2 or [len(row) for row in rows] != [batch.shape[1]] * batch.shape[0]:
-        raise InputError(f"ids {list(ids.shape)} and tokens do not fit: give one string for each number, a list for each sample.")
+        raise InputError(f"ids {list(ids.shape)} and tokens do not match: give one string for each id, as one list per sample.")
     return (batch,), [listed(row, special=added) for row in rows], single
 
 
@@ -149,7 +149,7 @@ def _moved(inputs: Inputs, model: nn.Module) -> Inputs:
 def _compiled(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> Explainer:
     if isinstance(model, Explainer):
         if options:
-            raise InputError(f"{', '.join(options)}: options of compiling, but the explainer is compiled already.")
+            raise InputError(f"{', '.join(options)}: options for compiling, but the explainer is already compiled.")
         return model
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)

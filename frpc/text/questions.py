@@ -49,7 +49,7 @@ def questions(
         ShapeError: an output of another form.
     """
     if output.dim() not in (2, 3):
-        raise ShapeError(f"Texts are explained for outputs [B, C] or [B, T, V], not {list(output.shape)}.")
+        raise ShapeError(f"Texts can be explained for outputs [B, C] or [B, T, V], not {list(output.shape)}.")
     if labels is not None and len(labels) != output.shape[-1]:
         raise ShapeError(f"{len(labels)} labels for {output.shape[-1]} outputs.")
     one = _class_question if output.dim() == 2 else _token_question
@@ -100,8 +100,8 @@ def _token_id(text: str, tokenizer: Any) -> int:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = ", ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
         raise TargetError(
-            f"target {text!r} is not one token of this tokenizer but {pieces or 'none'}; give one of them, or a token's number. "
-            "A token that begins a word often has the space before it: ' word'."
+            f"target {text!r} is not a single token of this tokenizer but {pieces or 'none'}; give one of them, or a token's "
+            "number. A token that begins a word often has the space before it: ' word'."
         )
     return int(ids[0])
 

@@ -148,7 +148,7 @@ class TextExplanation:
         if self.reading.padding:
             lines.append(Line("padding", self.padding, f"{len(self.reading.padding)} positions, not shown"))
         if self.policy == "separate":
-            lines.append(Line("constants", self.bias, "kept apart from the tokens"))
+            lines.append(Line("constants", self.bias, "not part of the tokens' relevance"))
         return tuple(lines)
 
     def _total(self) -> tuple[Line, ...]:
@@ -228,7 +228,7 @@ def _one(relevance: Tensor, sample: int, column: int | None) -> NDArray[np.float
     if relevance.dim() != rank:
         form = "[B, T, E]" if column is None else "[B, K, T, E]"
         raise ShapeError(
-            f"A text's relevance is {form}, one vector for each token; this is {list(relevance.shape)}. "
+            f"The relevance of a text must be {form}, one vector per token; got {list(relevance.shape)}. "
             'Compile with source="path.of.the.embedding".'
         )
     return finite(relevance[sample] if column is None else relevance[sample, column])

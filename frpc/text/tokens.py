@@ -51,7 +51,7 @@ def listed(tokens: Sequence[str], mask: Sequence[bool] | None = None, special: C
         special: tokens that are no words of the text, e.g. ``["[CLS]", "[SEP]"]``.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise InputError('tokens is a list of strings, one for each position, e.g. ["play", "##ing"].')
+        raise InputError('tokens must be a list of strings, one for each position, e.g. ["play", "##ing"].')
     if mask is not None and len(mask) != len(tokens):
         raise ShapeError(f"The mask has {len(mask)} entries for {len(tokens)} tokens.")
     real = [at for at in range(len(tokens)) if mask is None or mask[at]]
@@ -74,7 +74,7 @@ def encode(tokenizer: Any, texts: Sequence[str], limit: int | None = None) -> tu
         ``input_ids`` and, if the tokenizer makes one, ``attention_mask``: ``[B, T]``.
     """
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError("Give at least one text, and none that is empty.")
+        raise InputError("Give at least one text; texts must not be empty.")
     limit = min(limit or UNLIMITED, tokenizer.model_max_length)
     encodings = [_encode_one(tokenizer, text, limit if limit < UNLIMITED else None) for text in texts]
     longest = max(len(encoding["input_ids"]) for encoding in encodings)
@@ -97,7 +97,7 @@ def _encode_one(tokenizer: Any, text: str, limit: int | None) -> Any:
     whole = tokenizer(text, verbose=False, **wanted)
     kept = tokenizer(text, truncation=True, max_length=limit, **wanted) if limit else whole
     if not kept["input_ids"]:
-        raise InputError(f"The tokenizer makes no tokens of {text!r}" + (f" within {limit}." if limit else "."))
+        raise InputError(f"The tokenizer makes no tokens from {text!r}" + (f" within {limit}." if limit else "."))
     kept["cut"] = len(whole["input_ids"]) - len(kept["input_ids"])
     return kept
 

@@ -101,9 +101,9 @@ def test_cam_is_grad_cam_where_pooling_and_one_linear_layer_follow() -> None:
 
 
 def test_cam_refuses_other_nets(explainer: frpc.Explainer) -> None:
-    with pytest.raises(OptionError, match="4 does not end in global average pooling and one linear layer"):
+    with pytest.raises(OptionError, match="4 is not followed by global average pooling and one linear layer"):
         cam.cam(explainer, X, "4", 0)
-    with pytest.raises(OptionError, match="Behind 1 the net is not linear: its channels have other weights at another input"):
+    with pytest.raises(OptionError, match="After 1 the net is not linear: the weights of its channels depend on the input"):
         cam.cam(pooled(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)), X, "1", 0)
 
 
@@ -135,7 +135,7 @@ def test_guided_grad_cam(explainer: frpc.Explainer) -> None:
     expected = guided(X, target=2).relevance * cam.grad_cam(explainer, X, "4", 2).on()[:, None]
     assert torch.allclose(found.relevance, expected, rtol=0, atol=TIGHT)
     assert torch.allclose(cam.guided_grad_cam(explainer, X, "4", 2).relevance, expected, rtol=0, atol=TIGHT)
-    with pytest.raises(OptionError, match=r'guided= has the rules Gradient; compile it with method="guided-backprop"'):
+    with pytest.raises(OptionError, match=r'guided= was compiled with Gradient; compile it with method="guided-backprop"'):
         cam.guided_grad_cam(explainer, X, "4", 2, guided=explainer)
 
 
@@ -164,8 +164,8 @@ def test_layers_without_places_are_refused(explainer: frpc.Explainer) -> None:
     for method in (cam.cam, cam.grad_cam, cam.grad_cam_plus_plus, cam.layer_cam, cam.guided_grad_cam, cam.score_cam):
         with pytest.raises(OptionError) as caught:
             method(explainer, X, "6", 0)
-        assert str(caught.value) == "6 gives [B, 6], which is no spatial map. Layers that have one: 0, 1, 2, 3, 4."
-    with pytest.raises(OptionError, match=r"2 gives \[B, 5, 1, 1\], which is no spatial map. Layers that have one: 0, 1\."):
+        assert str(caught.value) == "6 gives [B, 6], which is not a spatial map. Layers that return one:  0, 1, 2, 3, 4."
+    with pytest.raises(OptionError, match=r"2 gives \[B, 5, 1, 1\], which is not a spatial map. Layers that return one:  0, 1\."):
         cam.grad_cam(pooled(nn.Linear(5, 3)), X, "2", 0)
     with pytest.raises(LayerNameError, match="has no layer 'seven'"):
         cam.grad_cam(explainer, X, "seven", 0)
@@ -173,7 +173,7 @@ def test_layers_without_places_are_refused(explainer: frpc.Explainer) -> None:
         cam.grad_cam(explainer, X.flatten(1), "4", 0)
     with pytest.raises(TargetError, match="Give target= or seed="):
         cam.grad_cam(explainer, X, "4")
-    with pytest.raises(OptionError, match="FRP gives relevance, and gradients are averaged here"):
+    with pytest.raises(OptionError, match="FRP gives relevance, but this function averages gradients"):
         cam.grad_cam(frpc.compile(plain(), (X,)), X, "4", 0)
 
 

@@ -78,7 +78,7 @@ def test_stages_are_the_max_pools_in_order(explainer: frpc.Explainer) -> None:
 
 
 def test_scales_that_do_not_fit_are_refused(explainer: frpc.Explainer) -> None:
-    with pytest.raises(OptionError, match=r"0\.14 gives \[B, 4, 1, 1\], which is no spatial map"):
+    with pytest.raises(OptionError, match=r"0\.14 gives \[B, 4, 1, 1\], which is not a spatial map"):
         frpc.multiscale(explainer, X, 1)
     with pytest.raises(OptionError, match="Sequential has 0 max pools; the stages s1 to s5 are the five of a VGG net"):
         frpc.multiscale(frpc.compile(conv_net()), torch.randn(1, 3, 12, 12), 1)
@@ -149,13 +149,13 @@ def test_features_that_do_not_fit_are_refused() -> None:
         frpc.feature(model, "0", size=size)
     with pytest.raises(OptionError, match=r"\(channel and class_ given\)"):
         frpc.feature(model, "0", channel=1, class_=2, size=size)
-    with pytest.raises(OptionError, match="class_= lies at the model's output and takes no layer"):
+    with pytest.raises(OptionError, match="class_= is for the model's output and needs none"):
         frpc.feature(model, "0", class_=2, size=size)
     with pytest.raises(LayerNameError, match="has no layer '7'"):
         frpc.feature(model, "7", channel=2, size=size)
     with pytest.raises(TargetError, match=r"4 is out of range: 0 is \['B', 4, 10, 10\], with indices 0 to 3"):
         frpc.feature(model, "0", channel=4, size=size)
-    with pytest.raises(TargetError, match="a neuron of it is a tuple of 3 ints"):
+    with pytest.raises(TargetError, match="give a neuron as a tuple of 3 ints"):
         frpc.feature(model, "0", neuron=(1, 2), size=size)
     with pytest.raises(OptionError, match="steps=0: at least one step"):
         frpc.feature(model, "0", channel=1, size=size, steps=0)
@@ -219,7 +219,7 @@ def test_captum_is_asked_as_it_is() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(OptionError, match=r"captum\.attr has no such attribution"):
         baselines.attribute("Limes", model, x, 1)
-    with pytest.raises(ShapeError, match=r"parts is \[5, 5\]; a sample of x is \[3, 12, 12\]"):
+    with pytest.raises(ShapeError, match=r"parts has shape \[5, 5\], but a sample of x has shape \[3, 12, 12\]"):
         baselines.lime(model, x, 1, parts=torch.zeros(5, 5, dtype=torch.int64))
     with pytest.raises(TargetError, match="give an int or class indices"):
         baselines.feature_ablation(model, x, torch.tensor([1, 2, 0]), parts=parts)

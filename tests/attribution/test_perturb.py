@@ -153,7 +153,7 @@ def test_a_learnt_mask_hides_what_counts() -> None:
 
 
 def test_memory_sets_how_many_run_at_a_time(explainer: frpc.Explainer) -> None:
-    with pytest.raises(MemoryLimitError, match=r"One sample takes .* over the limit of 10 B"):
+    with pytest.raises(MemoryLimitError, match=r"One sample needs .*, but the limit is 10 B"):
         perturb.occlusion(explainer, X, WHICH, window=3, stride=2, memory_limit=10)
     whole = perturb.occlusion(explainer, X, WHICH, window=3, stride=2)
     few = perturb.occlusion(explainer, X, WHICH, window=3, stride=2, memory_limit=9000)
@@ -169,15 +169,15 @@ def test_what_does_not_fit_is_said(explainer: frpc.Explainer) -> None:
         perturb.occlusion(explainer, X, WHICH, window=3, stride=0)
     with pytest.raises(OptionError, match=r"masks=5, keep=0\.0: give at least one mask, and a probability above 0"):
         perturb.rise(explainer, X, WHICH, masks=5, keep=0.0)
-    with pytest.raises(OptionError, match="One mask is learnt for each sample"):
+    with pytest.raises(OptionError, match="one mask per sample"):
         perturb.meaningful_perturbation(net(), X, PAIRS)
     with pytest.raises(OptionError, match="choose logit or probability"):
         perturb.rise(explainer, X, WHICH, of="score")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"pictures \[B, C, H, W\] are expected here"):
         perturb.occlusion(explainer, X[0], WHICH)
-    with pytest.raises(ShapeError, match=r"The reference is \[2, 9, 7\] a sample"):
+    with pytest.raises(ShapeError, match=r"The reference has shape \[2, 9, 7\] per sample"):
         perturb.rise(explainer, X, WHICH, reference=X[:1, :, :, 1:])
-    with pytest.raises(OptionError, match="softmax is 1 whatever it is"):
+    with pytest.raises(OptionError, match="softmax is always 1"):
         perturb.occlusion(nn.Sequential(nn.Flatten(), nn.Linear(144, 1)).double().eval(), X, window=3)
 
 

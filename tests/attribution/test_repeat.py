@@ -117,7 +117,7 @@ def test_the_memory_limit_sets_the_batch(smooth: frpc.Explainer) -> None:
     assert found.internal_batch_size == 7
     assert repeat.integrated_gradients(smooth, X, PAIRS, steps=50, memory_limit=7 * one).internal_batch_size == 3
     assert repeat.integrated_gradients(smooth, X, 0, steps=2).internal_batch_size == 6  # no more than there are points
-    with pytest.raises(MemoryLimitError, match=r"One sample takes .* over the limit of"):
+    with pytest.raises(MemoryLimitError, match=r"One sample needs .*, but the limit is"):
         repeat.integrated_gradients(smooth, X, 0, memory_limit=one - 1)
 
 
@@ -168,7 +168,7 @@ def test_models_with_one_number_a_sample() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     found = repeat.integrated_gradients(Score().eval(), x, steps=4)
     assert torch.allclose(found.relevance, x**2, rtol=0, atol=TIGHT)
-    with pytest.raises(OptionError, match="softmax is 1 whatever it is"):
+    with pytest.raises(OptionError, match="softmax is always 1"):
         repeat.integrated_gradients(Score().eval(), x, of="probability")
 
 
@@ -198,32 +198,32 @@ def test_a_progress_bar_where_one_is_asked_for(smooth: frpc.Explainer, monkeypat
 
 
 def test_what_does_not_fit_is_said(smooth: frpc.Explainer) -> None:
-    with pytest.raises(OptionError, match=r"FRP gives relevance, and gradients are averaged here\. Give the model itself"):
+    with pytest.raises(OptionError, match=r"FRP gives relevance, but this function averages gradients\. Pass the model itself"):
         repeat.integrated_gradients(frpc.compile(net(), (X,)), X, 0)
     with pytest.raises(OptionError, match="choose gausslegendre, midpoint, trapezoid or right"):
         repeat.integrated_gradients(smooth, X, 0, quadrature="simpson")
     with pytest.raises(OptionError, match="steps=1: the trapezoid rule needs at least 2"):
         repeat.integrated_gradients(smooth, X, 0, steps=1, quadrature="trapezoid")
-    with pytest.raises(OptionError, match="2 references given; one is taken here"):
+    with pytest.raises(OptionError, match="2 references given; this function takes one"):
         repeat.integrated_gradients(smooth, X, 0, reference=X[:2])
-    with pytest.raises(ShapeError, match=r"The reference is \[2, 5, 6\] a sample"):
+    with pytest.raises(ShapeError, match=r"The reference has shape \[2, 5, 6\] per sample"):
         repeat.integrated_gradients(smooth, X, 0, reference=X[:1, :, 1:])
     with pytest.raises(OptionError, match="choose logit or probability"):
         repeat.smoothgrad(smooth, X, 0, of="loss")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="at least one sample and no negative deviation"):
+    with pytest.raises(OptionError, match="at least one sample and a deviation of at least 0"):
         repeat.smoothgrad(smooth, X, 0, stdev=-1.0)
     with pytest.raises(OptionError, match="choose mean, square or variance"):
         repeat.smoothgrad(smooth, X, 0, moment="median")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="each reference needs at least one place"):
+    with pytest.raises(OptionError, match="give at least one for each reference"):
         repeat.expected_gradients(smooth, X, 0, references=X, samples=0)
-    with pytest.raises(OptionError, match="at least one point runs at a time"):
+    with pytest.raises(OptionError, match="give at least 1"):
         repeat.smoothgrad(smooth, X, 0, internal_batch_size=0)
-    with pytest.raises(InputError, match=r"x is torch\.int64; what is varied here is one floating-point tensor"):
+    with pytest.raises(InputError, match=r"x is torch\.int64; give one floating-point tensor"):
         repeat.smoothgrad(smooth, X.long(), 0)
     with pytest.raises(TargetError, match="Give target= or seed="):
         repeat.smoothgrad(smooth, X)
     contrastive = frpc.compile(net(), (X,), rule=GRADIENT, seed="contrastive")
-    with pytest.raises(OptionError, match="Contrastive is the gradient of no number"):
+    with pytest.raises(OptionError, match="Contrastive is not the gradient of a number"):
         repeat.smoothgrad(contrastive, X, 0)
 
 

@@ -103,7 +103,7 @@ def test_any_number_of_bags() -> None:
 def test_bags_given_by_offsets_are_refused_by_name() -> None:
     """They have no batch of samples: the message says where the bag is, and what to give instead."""
     bag, tokens = Bag(mode="sum").eval(), torch.tensor([1, 2, 3])
-    expected = r"EmbeddingBag takes one list of tokens and offsets here.*\n    words   test_bags\.py:\d+   .*self\.words\(tokens"
+    expected = r"EmbeddingBag gets one list of tokens and offsets here.*\n    words   test_bags\.py:\d+   .*self\.words\(tokens"
     with pytest.raises(OptionError, match=expected):
         frpc.compile(bag, (tokens, torch.tensor([0, 1, 2])))
     with pytest.raises(ShapeError, match=r"different batch sizes: \[2, 6\].*EmbeddingBag: give it bags of one length, \[B, L\]"):

@@ -112,8 +112,8 @@ def test_explain_at_inner_layers(tmp_path: Path, photo, weights):
     [
         (("--method", "lid-gi"), "method 'lid-gi' is unknown; nearest names: lid-ig"),
         (("--compare", "frp,grad_kam"), "method 'grad-kam' is unknown; nearest names: grad-cam"),
-        (("--method", "lid-ig", "--check"), "--check goes with --method frp"),
-        (("--method", "grad-cam", "--layer", "classifier"), "classifier gives [B, 7], which is no spatial map"),
+        (("--method", "lid-ig", "--check"), "--check only works with --method frp"),
+        (("--method", "grad-cam", "--layer", "classifier"), "classifier gives [B, 7], which is not a spatial map"),
         (("--method", "frp", "--scales", "features.9"), "no layer 'features.9'"),
     ],
 )
@@ -317,7 +317,7 @@ def test_a_defect_has_its_own_exit_code(tmp_path: Path, photo, weights, monkeypa
     monkeypatch.setattr(frpc, "compile", broken)
     result = explain(image=photo, weights=weights, out=tmp_path / "out")
     assert result.exit_code == 70
-    assert f"{type(error).__name__}: boom\nThis is a defect of frpc" in result.stderr
+    assert f"{type(error).__name__}: boom\nThis is a bug in frpc" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -72,11 +72,11 @@ def test_class_activation_maps_as_text(weights: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "onnx", "--out", "model.pt2"), "--out model.pt2: a file of --to onnx is named .onnx"),
-        (("--to", "aoti", "--out", "model.onnx"), "--out model.onnx: a file of --to aoti is named .pt2"),
-        (("--to", "onnx", "--out", "nowhere/model.onnx"), "there is no folder nowhere"),
-        (("--to", "onnx", "--out", "model.onnx", "--method", "grad-cam"), "--method grad-cam needs it"),
-        (("--to", "onnx", "--out", "model.onnx", "--layer", "features.1"), "--layer goes with --method grad-cam"),
+        (("--to", "onnx", "--out", "model.pt2"), "--out model.pt2: with --to onnx the file name must end in .onnx"),
+        (("--to", "aoti", "--out", "model.onnx"), "--out model.onnx: with --to aoti the file name must end in .pt2"),
+        (("--to", "onnx", "--out", "nowhere/model.onnx"), "the folder nowhere does not exist"),
+        (("--to", "onnx", "--out", "model.onnx", "--method", "grad-cam"), "use --layer and --method grad-cam together"),
+        (("--to", "onnx", "--out", "model.onnx", "--layer", "features.1"), "use --layer and --method grad-cam together"),
         (("--to", "onnx", "--out", "model.onnx", "--method", "frpp"), "method='frpp' is unknown"),
     ],
 )

@@ -98,15 +98,15 @@ def test_labels_of_a_parquet_file(tmp_path: Path, weights: Path):
     result = run(weights, file, tmp_path / "out", "--column", "photo", "--label", "class")
     assert result.exit_code == 3
     assert "2 of 3 samples explained" in result.output
-    assert "failed: some.parquet:2: label 'tench': no class is named 'tench'" in result.output
+    assert "failed: some.parquet:2: label 'tench': there is no class named 'tench'" in result.output
     assert [entry.get("target") for entry, _ in jobs.read_results(tmp_path / "out")] == [2, 0, None]
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--target", "9"), "target 9 is out of range: the model has the classes 0 to 6"),
-        (("--target", "2", "--label", "class"), "--target 2 and --label class: give one of them"),
+        (("--target", "9"), "target 9 is out of range: the model has classes 0 to 6"),
+        (("--target", "2", "--label", "class"), "--target 2 and --label class were both given; give one of them"),
         (("--label", "class"), "is a folder of pictures, which has no column 'class'"),
         (("--method", "grad-cam"), "method='grad-cam' is unknown"),
     ],
@@ -120,7 +120,7 @@ def test_errors(tmp_path: Path, weights: Path, extra: tuple[str, ...], message: 
 def test_more_errors(tmp_path: Path, weights: Path):
     data = photos(tmp_path / "data", 2)
     for given, message in (
-        ((weights, data, data / "out"), "what is written would be read as data"),
+        ((weights, data, data / "out"), "so results would be read as data"),
         ((tmp_path / "none.safetensors", data, tmp_path / "out"), "cannot read"),
         ((weights, tmp_path / "no", tmp_path / "out"), "no such data"),
     ):

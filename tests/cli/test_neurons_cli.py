@@ -212,9 +212,9 @@ BAD_INPUT = {
     "folder is a file": (["--out", "text.png/results"], "OutputFolderError", "text.png is a file"),
     "neuron out of range": (["--neuron", "5,0,0"], "TargetError", "--neuron 5,0,0: features.3 holds neurons [5, 8, 8]"),
     "neuron of too few numbers": (["--neuron", "1"], "TargetError", "--neuron 1: features.3 holds neurons [5, 8, 8]"),
-    "neuron in words": (["--neuron", "1;2"], "OptionError", "--neuron 1;2: name a neuron by numbers"),
-    "negative neuron": (["--neuron", "-1,0,0"], "OptionError", "name a neuron by numbers"),
-    "bias": (["--bias", "receptive_field"], "OptionError", "--bias uniform and separate"),
+    "neuron in words": (["--neuron", "1;2"], "OptionError", "--neuron 1;2: give a neuron as numbers"),
+    "negative neuron": (["--neuron", "-1,0,0"], "OptionError", "give a neuron as numbers"),
+    "bias": (["--bias", "receptive_field"], "OptionError", "--bias uniform and --bias separate"),
 }
 
 
@@ -245,5 +245,5 @@ def test_a_defect_has_its_own_exit_code(options, monkeypatch):
     monkeypatch.setattr(frpc, "compile", broken)
     result = run(options)
     assert result.exit_code == 70
-    assert "This is a defect of frpc" in result.stderr
+    assert "This is a bug in frpc" in result.stderr
     assert not Path("out").exists()

@@ -197,7 +197,7 @@ def test_what_is_refused(bert, tmp_path):
     refused(run("--model", tmp_path / "none", *out), "WeightsError", "does not exist", "Nothing is downloaded")
     refused(run("--model", bert / "config.json", *out), "WeightsError", "is a file, not a model folder")
     bare = copy_of(bert, tmp_path / "bare", without="model.safetensors")
-    refused(run("--model", bare, *out), "WeightsError", "holds no safetensors file")
+    refused(run("--model", bare, *out), "WeightsError", "contains no safetensors file")
     (bare / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     refused(run("--model", bare, *out), "WeightsError", "only pytorch_model.bin: a pickle", "save_pretrained")
     masked = copy_of(bert, tmp_path / "masked", architectures=["BertForMaskedLM"])

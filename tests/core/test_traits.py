@@ -282,7 +282,7 @@ def test_implied_traits() -> None:
 def test_wrong_traits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TABLE, "rules", dict(TABLE.rules))
     monkeypatch.setattr(TABLE, "described", dict(TABLE.described))
-    with pytest.raises(OptionError, match=r"'nonegative' is no trait of operators; nearest names: nonnegative"):
+    with pytest.raises(OptionError, match=r"'nonegative' is not a trait of operators; nearest names: nonnegative"):
         elementwise(aten.special_entr.default, torch.special.entr, formula="", nonegative=True)
     with pytest.raises(OptionError, match="has traits already"):
         declare(aten.relu.default, gate=True)

@@ -53,11 +53,11 @@ def test_a_wrong_rule_does_not_compile(dtype: torch.dtype) -> None:
     with pytest.raises(ConservationError) as error:
         frpc.compile(net(), (X,), rule=frpc.rules.FRP(overrides={aten.relu.default: without_half}), dtype=dtype)
     first, second, place, remedy = str(error.value).splitlines()
-    assert re.match(r"The account does not balance: maps sum to \S+ where \S+ is explained \(sample \d\)\.", first)
-    assert first.endswith("of sum|V|, and no matter of rounding.")
-    assert second.startswith("  The rule 'without_half' of aten.relu.default accounts for ")
+    assert re.match(r"The map does not add up: it sums to \S+, but the explained number is \S+ \(sample \d\)\.", first)
+    assert first.endswith("of sum|V|; this is not a rounding error.")
+    assert second.startswith("  The rule 'without_half' of aten.relu.default passes on ")
     assert place.startswith("    1   ")
-    assert remedy.endswith("Mend it, or leave it out of overrides=; see docs/adding_a_rule.md.")
+    assert remedy.endswith("Fix it, or leave it out of overrides=; see docs/adding_a_rule.md.")
 
 
 def without_half(call: Call, a: Tensor) -> Affine:
@@ -163,8 +163,8 @@ class Fickle(nn.Module):
 
 
 FICKLE = {
-    "random": (lambda: 1 + random.random(), "the model gives another output at every call"),
-    "compiling": (lambda: 2.0 if torch.compiler.is_compiling() else 1.0, "computes something else than the model itself"),
+    "random": (lambda: 1 + random.random(), "the model's output changes from call to call"),
+    "compiling": (lambda: 2.0 if torch.compiler.is_compiling() else 1.0, "does not compute the same as the model itself"),
 }
 
 
@@ -295,7 +295,7 @@ def test_the_constants_share(bias: str) -> None:
     local, constant = (x * model.weight.detach()).abs().sum(), 4 * model.bias.detach().abs()
     explainer = frpc.compile(model, (x,), bias=bias)
     assert explainer.constants_share == pytest.approx(float(constant / (constant + local)))
-    assert f"constants have {explainer.constants_share:.0%}" in repr(explainer)
+    assert f"constants receive {explainer.constants_share:.0%}" in repr(explainer)
 
 
 def test_steps_leave_constants_alone() -> None:
@@ -307,7 +307,7 @@ def test_steps_leave_constants_alone() -> None:
 
     explainer = frpc.compile(Sign(), (X,))
     assert explainer.constants_share == 1
-    assert "constants have 100%" in repr(explainer)
+    assert "constants receive 100%" in repr(explainer)
 
 
 def test_batches_that_mix_only_where_they_are_large() -> None:

@@ -165,9 +165,9 @@ def test_class_names():
     assert pretrained.class_index("243", names) == pretrained.class_index("Bull Mastiff", names) == 243
     assert pretrained.class_names(2) == ["class 0", "class 1"]
     for text, message in {
-        "1000": "target 1000 is out of range: the model has the classes 0 to 999",
+        "1000": "target 1000 is out of range: the model has classes 0 to 999",
         "-1": "target -1 is out of range",
-        "bull mastif": "no class is named 'bull mastif'; nearest names: bull mastiff",
+        "bull mastif": "there is no class named 'bull mastif'; nearest names: bull mastiff",
         "cardigan": "the classes 264, 474 are all named 'cardigan'; give the number",
     }.items():
         with pytest.raises(TargetError, match=message):

@@ -173,7 +173,7 @@ def test_a_damaged_shard_is_done_again_and_said(tmp_path: Path, data: Path, fini
     shards[1].write_bytes(shards[2].read_bytes())  # another shard's, whole
     summary = jobs.run(task_of(data, tmp_path), {"name": "tiny"})
     assert [problem.split(":")[0] for problem in summary.damaged] == ["00000.safetensors", "00001.safetensors"]
-    assert "does not hold the samples 4 to 7 once each" in summary.damaged[1] and summary.resumed == 2
+    assert "does not contain the samples 4 to 7 exactly once" in summary.damaged[1] and summary.resumed == 2
     assert contents(tmp_path) == contents(finished)
 
 
@@ -181,9 +181,9 @@ def test_another_job_is_refused(data: Path, finished: Path):
     with pytest.raises(OptionError) as caught:
         jobs.run(task_of(data, finished, batch_size=2, method="lid-ig"), {"name": "tiny"})
     assert str(caught.value) == (
-        f"{finished} holds another job:\n"
+        f"{finished} contains a different job:\n"
         '  method: "frp" there, "lid-ig" asked for\n  bias: "uniform" there, null asked for\n  batch_size: 3 there, 2 asked for\n'
-        "  Ask for the same to go on with it, or choose another --out"
+        "  Use the same options to resume it, or choose another --out"
     )
 
 
@@ -196,14 +196,14 @@ def test_changed_data_is_another_job(tmp_path: Path, finished: Path):
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path, data: Path):
     task = task_of(data, tmp_path)
-    with task.store.held({}), pytest.raises(OptionError, match="another process works in"), task.store.held({}):
+    with task.store.held({}), pytest.raises(OptionError, match="another process is writing to"), task.store.held({}):
         pass
 
 
 def test_shards_without_a_manifest_are_refused(tmp_path: Path, data: Path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.safetensors").write_bytes(b"")
-    with pytest.raises(OptionError, match=r"holds shards and no manifest\.json"):
+    with pytest.raises(OptionError, match=r"contains shards but no manifest\.json"):
         jobs.run(task_of(data, tmp_path), {})
 
 
@@ -243,7 +243,7 @@ def test_a_map_that_is_not_finite_is_a_failure(tmp_path: Path, data: Path):
         return model, recipe
 
     summary = jobs.run(replace(task_of(data, tmp_path), load=overflowing), {})
-    assert {f.reason for f in summary.failures if f.name != "a/002.png"} == {"the output or its map holds NaN or Inf"}
+    assert {f.reason for f in summary.failures if f.name != "a/002.png"} == {"the output or its map contains NaN or Inf"}
     assert len(summary.failures) == 10
 
 
@@ -284,7 +284,7 @@ def test_parquet_gives_what_files_give(tmp_path: Path, table: Path):
     assert whole[7].content == picture(7)
     summary = jobs.run(task_of(table, tmp_path / "out", size=5, target="label", label="label"), {})
     assert [(f.name, f.reason.split(";")[0]) for f in summary.failures] == [
-        ("one.parquet:1", "label 9: target 9 is out of range: the model has the classes 0 to 4"),
+        ("one.parquet:1", "label 9: target 9 is out of range: the model has classes 0 to 4"),
         ("one.parquet:3", "the sample has no label"),
         ("two.parquet:1", "column 'image' is empty"),
     ]
@@ -301,8 +301,8 @@ def test_parquet_gives_what_files_give(tmp_path: Path, table: Path):
     ("arguments", "message"),
     [
         (("picture",), "has no column 'picture'; known names: image, label"),
-        (("label",), "column 'label' of .* is int64; pictures are kept encoded"),
-        (("image", "image"), "column 'image' of .* is struct<.*>; a class is a whole number or a name"),
+        (("label",), "column 'label' of .* is int64; pictures must be encoded files"),
+        (("image", "image"), "column 'image' of .* is struct<.*>; a class must be an integer or a name"),
     ],
 )
 def test_parquet_errors(table: Path, arguments, message: str):

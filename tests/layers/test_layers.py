@@ -198,7 +198,7 @@ def test_a_run_holds_no_more_than_the_plan_says(parts: int, monkeypatch: pytest.
 def test_a_limit_below_one_column_is_refused(net: tuple[frpc.Explainer, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     explainer, x = net
     monkeypatch.setattr("frpc.layers.strategies._SMALL_RUN", 0.0)
-    with pytest.raises(MemoryLimitError, match=r"5: one column of positions takes .* to compute, over the limit of 1\.0 kB\."):
+    with pytest.raises(MemoryLimitError, match=r"5: one column of positions needs .*, but the limit is 1\.0 kB\."):
         list(explainer.layer("5", x, strategy="windows").blocks(1000))
 
 
@@ -265,7 +265,7 @@ def test_streamed_blocks_are_the_whole_layer(net: tuple[frpc.Explainer, Tensor],
 def test_over_the_limit_is_refused_with_size_and_remedy(net: tuple[frpc.Explainer, Tensor]) -> None:
     explainer, x = net
     maps = explainer.layer("5", x, strategy="windows", memory_limit=30_000)
-    with pytest.raises(MemoryLimitError, match=r"MB, over the limit of 30\.0 kB\. Stream them: for block in maps\.blocks"):
+    with pytest.raises(MemoryLimitError, match=r"MB, but the limit is 30\.0 kB\. Stream them: for block in maps\.blocks"):
         maps.dense()
     with pytest.raises(MemoryLimitError):
         _ = maps.local

@@ -46,7 +46,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     [
         ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of auto, aten, triton, inductor"),
         ({"mode": "fast"}, "mode='fast' is unknown; choose one of latency, throughput"),
-        ({"backend": "triton"}, 'backend="triton" cannot be had here: the model is on cpu; kernels are for CUDA devices'),
+        ({"backend": "triton"}, 'backend="triton" is not available: the model is on cpu; kernels are for CUDA devices'),
         ({"dtype": torch.int32}, "dtype=torch.int32 is no floating-point type"),
     ],
 )
@@ -101,7 +101,7 @@ def test_another_dtype_inside(dtype: torch.dtype) -> None:
     assert relative(found.relevance, exact.relevance) <= (0.2 if dtype is torch.bfloat16 else 1e-6)
     assert explainer.conservation is not None
     assert explainer.conservation <= 4 * max(unit, torch.finfo(torch.float32).eps)  # rounded where it meets the input
-    assert "conserves to" in repr(explainer)
+    assert "conservation error" in repr(explainer)
     assert next(model.parameters()).dtype == torch.float32
     assert type(model) is nn.Sequential
 
@@ -168,7 +168,7 @@ def test_the_plan_tells_its_memory() -> None:
     explainer = frpc.compile(net(), (X,))
     plan = explainer.plan
     assert plan.peak_bytes == plan.peak_bytes_for(1, 1)
-    assert "memory beside parameters and inputs" in str(plan)
+    assert "memory besides parameters and inputs" in str(plan)
     stage = next(s.program for s in explainer.stages if s.name == "plan")
     with pytest.raises(OptionError, match="once the program is lowered"):
         _ = stage.peak_bytes

@@ -87,7 +87,7 @@ def test_norms() -> None:
         assert reasons(one) == {
             "norm_gate at native_layer_norm": "it normalizes 2 dimensions",
             "norm_gate at sqrt": "an RMS norm in another form than x * rsqrt(mean(x^2) + eps) over the last dimension",
-            "norm_gate at sqrt_1": "a layer norm written out in single operators; nn.LayerNorm has a kernel",
+            "norm_gate at sqrt_1": "a layer norm written as single operators; nn.LayerNorm has a kernel",
             "norm_gate at rsqrt": "a group norm, or one of channels: the kernel normalizes the last dimension",
         }
     assert fused["launches"] == {"norm_gate": 1, "norm_pull": 1}
@@ -111,7 +111,7 @@ def test_typical_nets() -> None:
     for one in found[4:]:
         assert one["launches"] == {"smooth_gate": 1, "relu_gate": 1, "gated": 1, "conv_relevance": 2}
         refused = reasons(one)
-        bits = "it multiplies by a coefficient; a ReLU's bits are read in a launch of their own"
+        bits = "it multiplies by a coefficient; a ReLU's bits are read in a separate launch"
         assert refused.pop("conv_relevance at convolution_3") == bits
         assert [*refused] == [f"conv_transposed_gate at convolution{n}" for n in ("", "_1", "_2")], "values, not relevance"
     assert [one["columns"] for one in found] == [False, True] * 3
@@ -191,7 +191,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     program = fx.symbolic_trace(torch.nn.Identity())
     with pytest.raises(OptionError) as error:
         kernel_lowering.use_kernels(program)
-    assert str(error.value) == f'backend="triton" cannot be had here: {reason}'
+    assert str(error.value) == f'backend="triton" is not available: {reason}'
     assert kernel_lowering.why_not(torch.device("cuda")) == reason
 
 

@@ -178,7 +178,7 @@ def test_bad_input_says_what_is_wrong(tmp_path: Path, relevance, photo):
         heatmap.overlay(photo, torch.zeros(2, 3, 15, 20))
     with pytest.raises(NonFiniteError, match="1 NaN or Inf"):
         heatmap.overlay(photo, torch.tensor([[0.0, float("nan")]]))
-    with pytest.raises(ImageError, match=r"before mean and standard deviation"):
+    with pytest.raises(ImageError, match=r"before normalization by mean and standard deviation"):
         heatmap.overlay(3 * photo, relevance)
     with pytest.raises(ImageError, match=r"got \[7, 15, 20\]"):
         heatmap.overlay(np.zeros((7, 15, 20)), relevance)

@@ -270,11 +270,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "method beside rule": (
         {"method": "lid-ig", "rule": LRP()},
-        r"Give rule= or method= \(both given\): method='lid-ig' is a rule set",
+        r"Give rule= or method=, not both: method='lid-ig' already chooses a rule set",
     ),
     "place for no constants": (
         {"rule": LRP(), "bias": "receptive_field"},
-        r"LRP follows no constants, so there is nothing to place",
+        r"LRP does not track constants, so there is nothing to distribute",
     ),
 }
 
@@ -291,7 +291,7 @@ def test_options_of_rule_sets() -> None:
     for make, message in (
         (lambda: LID(steps=0), "steps=0: give at least one point"),
         (lambda: SoftmaxIntegrated(0), "steps=0: the path needs at least one point"),
-        (lambda: RectifiedGradient(q=1.0), r"q=1\.0: the part that is held back lies in \[0, 1\)"),
+        (lambda: RectifiedGradient(q=1.0), r"q=1\.0: the fraction to set to 0 must be in \[0, 1\)"),
         (lambda: RectifiedGradient(q=-0.1), r"q=-0\.1"),
         (lambda: LID("mean"), r"reference='mean' is unknown; choose zero or blur, or give tensors \(frpc\.data_mean"),
         (lambda: LID([]), 'reference= takes "zero", "blur", a tensor'),
@@ -304,14 +304,16 @@ def test_options_of_rule_sets() -> None:
 
 def test_a_reference_of_another_shape() -> None:
     model, x = net("max pool")
-    with pytest.raises(ShapeError, match=r"The reference is \[2, 5, 6\] a sample; input 'input_?1?' is \[2, 6, 6\]"):
+    with pytest.raises(
+        ShapeError, match=r"The reference has shape \[2, 5, 6\] per sample, but input 'input_?1?' has \[2, 6, 6\]"
+    ):
         compiled(model, x, rule=LID(randn(1, 2, 5, 6)))
 
 
 def test_sets_that_do_not_go_together() -> None:
     """Values and increments, relevance and plain gradients mean different things by a multiplier."""
     for one, base in ((LID(), LRP()), (LRP(), LID()), (Gradient(times_input=False), Gradient()), (LID("blur"), LID())):
-        with pytest.raises(OptionError, match=r"at '0' and .* do not go together: one explains values, the other increments"):
+        with pytest.raises(OptionError, match=r"at '0' and .* cannot be combined: one explains values, the other increments"):
             compose({"0": one}, default=base)
     with pytest.raises(OptionError, match=r"compose takes patterns or operators -> rule sets, not '0' -> str"):
         compose({"0": "flat"})

@@ -109,7 +109,7 @@ def test_a_jump_is_reported(case: Case) -> None:
 def test_orders_need_steps(case: Case) -> None:
     """Sorting has no closed average: refused in words, and by n points complete in the limit."""
     module, inputs, reference = module_of(case.id), case.inputs(), case.inputs(1, seed=9)
-    with pytest.raises(UnsupportedOpError, match=r"which elements it takes changes .* give steps, LID\(steps=10\)"):
+    with pytest.raises(UnsupportedOpError, match=r"which elements it selects changes .* give steps, LID\(steps=10\)"):
         frpc.compile(module, inputs, rule=LID())
     missing = [check_complete(module, inputs, reference, LID(steps=n), 1e-12) for n in (3, 60)]
     assert missing[1] <= 0.05 and missing[1] < missing[0]

@@ -274,7 +274,7 @@ def test_box_that_the_input_leaves() -> None:
 
 
 def test_alpha_and_beta_that_do_not_conserve() -> None:
-    with pytest.raises(OptionError, match=r"alpha=2\.0, beta=0\.5: both are at least 0, and alpha - beta is 1"):
+    with pytest.raises(OptionError, match=r"alpha=2\.0, beta=0\.5: both must be at least 0, with alpha - beta = 1"):
         AlphaBeta(2.0, 0.5)
     with pytest.raises(OptionError, match="both are at least 0"):
         AlphaBeta(0.5, -0.5)
@@ -283,7 +283,7 @@ def test_alpha_and_beta_that_do_not_conserve() -> None:
 def test_first_layer_rules_elsewhere_are_refused() -> None:
     """A rule that does not look at values cannot stand between layers: there is no multiplier for it to hand on."""
     model, x = net("mlp")
-    with pytest.raises(UnsupportedOpError, match="only a layer that reads the input can take it"):
+    with pytest.raises(UnsupportedOpError, match="it can only be used for a layer that reads the input"):
         compiled(model, x, rule=frpc.rules.compose({"2": _FlatEverywhere()}, default=LRP()))
 
 

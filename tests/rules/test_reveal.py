@@ -192,6 +192,6 @@ def test_it_adds_up_in_a_convolutional_net_in_both_directions() -> None:
 def test_neurons_with_two_multipliers_have_no_relevance() -> None:
     x = randn(1, 4)
     explainer = frpc.compile(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double(), method="deeplift-reveal-cancel")
-    with pytest.raises(OptionError, match=r"^0: the rule reveal_cancel takes this layer and the activation behind it as one"):
+    with pytest.raises(OptionError, match=r"^0: the rule reveal_cancel treats this layer and the activation after it as one"):
         explainer.at("0", x, target=0)
     assert explainer.at("1", x, target=0)["1"].shape == (1, 3)

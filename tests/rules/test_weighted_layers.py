@@ -149,7 +149,7 @@ class Attends(nn.Module):
 def test_what_comes_from_the_input_is_no_weight(product: Callable[[Tensor, Tensor], Tensor]) -> None:
     """However a product of values is written, rules for weights refuse it; AttnLRP has a rule."""
     model, x = Attends(product).double(), randn(2, 3, 4)
-    with pytest.raises(UnsupportedOpError, match="what this multiplies by is computed from the input"):
+    with pytest.raises(UnsupportedOpError, match="both factors are computed from the input"):
         frpc.compile(model, x, rule=EpsilonPlus())
     assert frpc.compile(model, x, rule=AttnLRP())(x, seed=randn(2, 3, 4)).relevance.shape == x.shape
 
@@ -158,6 +158,6 @@ def test_a_rule_for_the_first_layer_wants_one() -> None:
     """Behind a function of the input no layer reads the input: the first layer's rule must not vanish in silence."""
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 3)).double()
     for rules in (Flat(), ZBox(low=-1.0, high=1.0), WSquare(), frpc.rules.EpsilonPlusFlat()):
-        with pytest.raises(OptionError, match="no layer reads the input"):
+        with pytest.raises(OptionError, match="no layer with weights reads the input"):
             frpc.compile(model, randn(2, 4), rule=rules)
     assert frpc.compile(model, randn(2, 4), rule=LRP())(randn(2, 4), target=0).relevance.shape == (2, 4)

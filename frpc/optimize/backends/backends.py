@@ -85,7 +85,7 @@ def lower_program(program: fx.GraphModule, backend: Backend) -> Lowered:
         return Lowered(lowered, (), (), ())
     reason = kernel_lowering.why_not(_device(program)) if backend.name in ("auto", "triton") else None
     if backend.name == "triton" and reason is not None:
-        raise OptionError(f'backend="triton" cannot be had here: {reason}. backend="auto" takes what there is.')
+        raise OptionError(f'backend="triton" is not available: {reason}. backend="auto" uses what is available.')
     if backend.name == "aten" or reason is not None:
         passes = lower.QUICK if backend.mode == "latency" else lower.PASSES
         found = [refusal for one in run_passes(passes, lowered) for refusal in one]

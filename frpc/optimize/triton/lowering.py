@@ -82,5 +82,5 @@ def _load() -> dict[str, Any]:
     """Imports the kernels, which registers their operators."""
     reason = why_missing()
     if reason:
-        raise OptionError(f'backend="triton" cannot be had here: {reason}')
+        raise OptionError(f'backend="triton" is not available: {reason}')
     return {name: importlib.import_module(f"{NAMESPACE}.{name}") for name in KERNELS}

@@ -182,6 +182,6 @@ def written_out(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
         if norms:
             yield root, "a group norm, or one of channels: the kernel normalizes the last dimension"
         elif spread.target is aten.var.correction or x.target is aten.sub.Tensor:
-            yield root, "a layer norm written out in single operators; nn.LayerNorm has a kernel"
+            yield root, "a layer norm written as single operators; nn.LayerNorm has a kernel"
         else:
             yield root, "an RMS norm in another form than x * rsqrt(mean(x^2) + eps) over the last dimension"

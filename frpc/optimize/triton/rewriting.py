@@ -176,7 +176,7 @@ class Rewriting:
             self.fuse(reader, views, base.target, g, winner, bits, *geometry)
             return
         if is_convolution(base, transposed=False):
-            self.refuse("conv_relevance", base, "it multiplies by a coefficient; a ReLU's bits are read in a launch of their own")
+            self.refuse("conv_relevance", base, "it multiplies by a coefficient; a ReLU's bits are read in a separate launch")
         out = self.put(reader, self.ops.gated.default, self.flat(reader, v, gate.dim()), bits)
         replace(reader, self.unflat(reader, out, v, [int(n) for n in gate.shape[1:]]))
 

@@ -61,7 +61,7 @@ def along(call: Call, a: Tensor) -> int:
     dim = back(call.args["dim"], a.dim())
     refuse_batch(a, [dim])
     if call.args["dtype"] not in (None, a.dtype):
-        raise RuleDeclinedError("it multiplies in another type: convert first, x.to(dtype).prod(dim)")
+        raise RuleDeclinedError("it multiplies in another dtype: convert first, x.to(dtype).prod(dim)")
     return dim
 
 

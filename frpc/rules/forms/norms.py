@@ -206,7 +206,9 @@ def vector_norm(
     dims = from_end(dim, a.dim())
     refuse_batch(a, dims)
     if not 1 <= order < math.inf:
-        raise RuleDeclinedError(f"a norm of order {order} has no such account: write it out, as x.abs().amax(dim) for order inf")
+        raise RuleDeclinedError(
+            f"a norm of order {order} is not supported: write it with other operators, e.g. x.abs().amax(dim) for order inf"
+        )
     part = over(a, _kept(call.value, dims, keepdim))  # Euler: |a|_p = sum_i a_i d|a|_p/da_i
     coefficient = part if order == 2 else part.sgn() * part.abs() ** (order - 1)
     return Affine({"self": weighed_sum(call, coefficient, dims, keepdim)})

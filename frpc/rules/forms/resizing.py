@@ -84,7 +84,7 @@ def _sampled_sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -
 )
 def grid_sampler(call: Call, a: Tensor, grid: Tensor, *options: object) -> Affine:
     if not call.carries("input"):
-        raise RuleDeclinedError("only the places where it reads a constant come from the input")
+        raise RuleDeclinedError("only the positions at which it reads a constant come from the input")
 
     def sample(u: Tensor) -> Tensor:  # samples have their own grids, channels do not: columns count as channels
         lead = u.shape[: u.dim() - a.dim()]

@@ -106,7 +106,7 @@ def _indexed(indices: Sequence[Tensor | None], rank: int) -> Callable[[Tensor], 
     """
     given = [i for i in indices if i is not None]
     if any(i.dtype in (torch.bool, torch.uint8) for i in given):
-        raise RuleDeclinedError("a mask chooses how many elements there are: use torch.where, or indices")
+        raise RuleDeclinedError("the number of elements depends on a mask: use torch.where, or indices")
     places = [d for d, i in enumerate(indices) if i is not None]
     apart = places[-1] - places[0] + 1 != len(places)
     count = max(i.dim() for i in given)

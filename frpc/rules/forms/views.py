@@ -259,7 +259,7 @@ def as_strided(call: Call, a: Tensor, size: Sequence[int], stride: Sequence[int]
         step = step * n
     whole = not offset and str(step) == str(a.numel()) and a.is_contiguous()
     if not whole or [str(s) for s in stride] != expected:
-        raise RuleDeclinedError("it reads memory at addresses, not values by index: use slices, unfold or reshape")
+        raise RuleDeclinedError("it reads memory by address, not by index: use slices, unfold or reshape")
     return Affine({"self": LinearOp(_reshaped(call, a), a.shape, call.value.shape)})
 
 

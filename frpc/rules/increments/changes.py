@@ -115,7 +115,7 @@ def _averaged(call: Call, path: Path, count: int, at: Callable[..., Tensor], *na
     if path.steps is not None:
         nodes = [(k / path.steps, 1.0 / path.steps) for k in range(1, path.steps + 1)]
     elif count > MOST_FACTORS:
-        raise RuleDeclinedError(f"{count} factors have no exact average of their own: give steps, LID(steps=10)")
+        raise RuleDeclinedError(f"there is no exact average for {count} factors: give steps, LID(steps=10)")
     else:
         times, weights = np.polynomial.legendre.leggauss((count + 1) // 2)
         nodes = [(0.5 * (1.0 + float(t)), 0.5 * float(w)) for t, w in zip(times, weights, strict=True)]

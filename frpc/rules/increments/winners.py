@@ -96,7 +96,7 @@ def ordered(call: Call, path: Path) -> Affine:
     if call.reference is None:
         return Affine(standard(call).terms)
     if path.steps is None:
-        raise RuleDeclinedError("which elements it takes changes on the way from the reference: give steps, LID(steps=10)")
+        raise RuleDeclinedError("which elements it selects changes on the path from the reference: give steps, LID(steps=10)")
     return _at_points(call, path, standard)
 
 

@@ -87,7 +87,9 @@ class Layer:
         if self.added is None:
             return Affine({self.name: linear_map}, direct=direct, joined=joined)
         if direct or joined:
-            raise RuleDeclinedError("what is added to the layer comes from the input too: write the product and the sum apart")
+            raise RuleDeclinedError(
+                "what is added to the layer comes from the input too: write the product and the sum as two operators"
+            )
         return Affine({self.name: linear_map, self.added[0]: self.added[1]})
 
 
@@ -117,7 +119,7 @@ def layer_of(call: Call) -> Layer:
     name, other = (second, first) if left else (first, second)
     a, weight = given[name], given[other]
     if call.op is aten.linear.default and left:
-        raise RuleDeclinedError("its weights come from the input, and what they multiply does not: write it as a matrix product")
+        raise RuleDeclinedError("its weights come from the input, but what they multiply does not: write it as a matrix product")
     plain = not left and weight.dim() == 2 and a.dim() > 1
     if plain and call.op is not aten.linear.default:
         weight = weight.t()

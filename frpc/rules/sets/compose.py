@@ -127,7 +127,7 @@ def compose(choices: Mapping[Any, RuleSet], default: RuleSet | None = None) -> R
             other.spelled_out,
         ):
             raise OptionError(
-                f"{chosen.name} at {key!r} and {base.name} do not go together: one explains values, the other increments or "
-                "gradients. Give both the same reference, or compile them apart."
+                f"{chosen.name} at {key!r} and {base.name} cannot be combined: one explains values, the other increments or "
+                "gradients. Give both the same reference, or compile them separately."
             )
     return _Composed(tuple(choices.items()), base)

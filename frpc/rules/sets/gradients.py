@@ -94,7 +94,7 @@ class RectifiedGradient(Gradient):
 
     def __post_init__(self) -> None:
         if not 0 <= self.q < 1:
-            raise OptionError(f"q={self.q}: the part that is held back lies in [0, 1).")
+            raise OptionError(f"q={self.q}: the fraction to set to 0 must be in [0, 1).")
 
     def rule_for(self, site: Site) -> Rule | None:
         """Returns the Jacobian, at ReLUs the one with a threshold."""

@@ -76,7 +76,7 @@ class _Layers(RuleSet):
         """Returns the layer rule for layers with weights; activations pass, max pools give to the winner."""
         if site.weighted and site.by_value:
             raise RuleDeclinedError(
-                f"{self.name} shares relevance out by a layer's weights, and what this multiplies by is computed from the input: "
+                f"{self.name} distributes relevance by a layer's weights, but here both factors are computed from the input: "
                 "AttnLRP has a rule for products of two values"
             )
         return self.layer_rule(site) if site.weighted else _passing(site.op)
@@ -128,7 +128,7 @@ class AlphaBeta(_Layers):
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
-            raise OptionError(f"alpha={self.alpha}, beta={self.beta}: both are at least 0, and alpha - beta is 1.")
+            raise OptionError(f"alpha={self.alpha}, beta={self.beta}: both must be at least 0, with alpha - beta = 1.")
 
     def layer_rule(self, site: Site) -> Rule:
         rule = lrp.alpha_beta(self.alpha, self.beta, self.stabilizer)

@@ -55,8 +55,8 @@ class DeepLiftRevealCancel(LID):
         if site.before or not traits_of(site.op).elementwise:
             return None
         return (
-            "it gets the rescale rule; reveal-cancel is for an activation that reads a layer with weights, where nothing else "
-            "reads that layer and its neurons are not themselves explained"
+            "it gets the rescale rule; reveal-cancel needs an activation that is the only reader of a layer with weights "
+            "whose neurons are not explained themselves"
         )
 
 

@@ -139,7 +139,7 @@ def check_boxes(inputs: Sequence[Tensor], boxes: Sequence[Box]) -> None:
             under, above = float(whole(low - x).max()), float(whole(x - high).max())
             where = f"{under:.3g} below low" if under >= above else f"{above:.3g} above high"
             raise InputError(
-                f"The z-box rule is for inputs between low and high; this one goes {where}. Give the bounds of your "
+                f"The z-box rule needs inputs between low and high; this one goes {where}. Give the bounds of your "
                 "preprocessing, for a normalized photo low = -mean/std and high = (1 - mean)/std."
             )
 
