@@ -1,7 +1,7 @@
 """Every exception frpc raises.
 
-All derive from :class:`FrpcError`. :class:`InputError` and its children mean *the caller's input* is at fault and say what to
-change; the others say what the compiler could not do with the model.
+All derive from :class:`FrpcError`. :class:`InputError` and its subclasses are about *the caller's arguments* and say what to
+change. The others say what frpc could not do with the model.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ class FrpcError(Exception):
 
 
 class InputError(FrpcError):
-    """What the caller handed in does not fit; the message says what would."""
+    """An argument is wrong; the message says what is allowed."""
 
 
 class ShapeError(InputError):
-    """A tensor has another shape, or another number of inputs came, than the program was compiled for."""
+    """A tensor has a different shape than the program was compiled for, or the number of inputs is different."""
 
 
 class DtypeError(InputError):
-    """A tensor has another dtype than the program was compiled for."""
+    """A tensor has a different dtype than the program was compiled for."""
 
 
 class DeviceError(InputError):
-    """A tensor lives on another device than the program."""
+    """A tensor is on a different device than the program."""
 
 
 class NonFiniteError(InputError):
-    """An input holds NaN or Inf: no account of it could sum to anything."""
+    """An input contains NaN or Inf, so a map could not sum to the output."""
 
 
 class EmptyBatchError(InputError):
@@ -91,15 +91,15 @@ class OptionError(InputError):
 
 
 class SourceError(OptionError):
-    """What relevance is asked about cannot be explained: it is no real number, or no path leads from it to the output."""
+    """The source of relevance cannot be explained: it is not a real number, or no path leads from it to the output."""
 
 
 class MemoryLimitError(InputError):
-    """What is asked for would not fit into the memory limit; the message gives its size and how to stream it."""
+    """The result would not fit into the memory limit; the message gives its size and how to stream it."""
 
 
 class DataError(InputError):
-    """A data set is missing, empty, or not laid out as a job reads it."""
+    """A data set is missing, empty, or not in a form that a job can read."""
 
 
 class ImageError(InputError):
@@ -111,11 +111,11 @@ class WeightsError(InputError):
 
 
 class ProgramFileError(InputError):
-    """A program file is damaged, of another version or unknown to frpc in its contents, or something cannot be saved in one."""
+    """A program file is damaged, of another version or has unknown contents, or something cannot be saved in one."""
 
 
 class PickleRefusedError(FrpcError, PicklingError):
-    """An explainer is not pickled: a pickle runs code when it is opened. ``explainer.save`` writes a file that does not."""
+    """An explainer cannot be pickled, because opening a pickle can run code. Use ``explainer.save`` instead."""
 
 
 class OutputFolderError(InputError):
@@ -135,27 +135,27 @@ class CaptureError(FrpcError):
 
 
 class BatchError(FrpcError):
-    """The model does not treat samples apart, or does not return one result for each sample."""
+    """One sample affects the result of another, or the model does not return one result per sample."""
 
 
 class TrainingModeError(FrpcError):
-    """The model, or one of its operators, keeps behaving as in training."""
+    """The model, or one of its operators, stays in training mode."""
 
 
 class CompileError(FrpcError):
-    """The compiled program disagrees with the model."""
+    """The output of the compiled program differs from the model's."""
 
 
 class ConservationError(CompileError):
-    """Maps do not sum to what they explain, by more than rounding can explain; names the rule that is wrong."""
+    """A map does not add up to the explained number, by more than rounding error; names the rule that is wrong."""
 
 
 class ExportError(FrpcError):
-    """A program has no form in the format it was to be written in; the message says what has none."""
+    """A program cannot be written in the chosen format; the message says which part cannot."""
 
 
 class VerificationError(CompileError):
-    """An exported file disagrees with its explainer; the message holds the comparison."""
+    """The results of an exported file differ from its explainer's; the message contains the comparison."""
 
 
 class RuleDeclinedError(FrpcError):
@@ -163,23 +163,23 @@ class RuleDeclinedError(FrpcError):
 
 
 class SamplesUnknownError(RuleDeclinedError):
-    """A rule would do, and the samples in its operator's result cannot be told apart."""
+    """There is a rule, but frpc cannot tell which elements of the result belong to which sample."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One node that carries relevance and has no way to do it.
+    """One node that carries relevance but has no rule that can be used.
 
     Attributes:
         node: name of the graph node.
         op: the operator, e.g. ``aten.cumsum.default``.
-        reason: why it cannot carry, in a few words.
+        reason: why it cannot carry relevance, in a few words.
         module: module path of the call.
         where: ``file:line`` of the user's code.
         source: that line's text.
         shape: dtype and shape of the result.
-        fix: what to do, where a rule for the operator is not the answer.
-        samples: it is not for want of a rule: its samples cannot be told apart.
+        fix: what to do, if registering a rule does not help.
+        samples: the operator has a rule, but its samples cannot be separated.
     """
 
     node: str
@@ -198,8 +198,8 @@ class UnsupportedOpError(FrpcError):
 
     Attributes:
         gaps: every :class:`Gap`, in graph order.
-        total: how many nodes ought to carry.
-        cure: how the gaps may count as constants instead, or that they cannot.
+        total: how many nodes should carry relevance.
+        cure: how to treat the gaps as constants instead, or that this is not possible.
     """
 
     def __init__(self, gaps: Sequence[Gap], total: int, cure: str = "") -> None:
@@ -230,7 +230,7 @@ def _describe_gaps(gaps: Sequence[Gap], total: int, cure: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Says which of ``known`` look like ``name``, as the tail of an error message."""
+    """Returns which of ``known`` look like ``name``, as the end of an error message."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     if close:

@@ -153,7 +153,7 @@ def _up_to(model: nn.Module, x: Tensor, layer: str | None) -> fx.GraphModule:
 
 
 def _check(part: fx.GraphModule, x: Tensor, index: tuple[int, ...], layer: str | None) -> None:
-    """Refuses a place that is not in the output."""
+    """Raises an error for an index that is not in the output."""
     with torch.no_grad():
         sizes = list(part(x).shape[1:])
     where = layer or "the model's output"

@@ -1,4 +1,4 @@
-"""`frpc explain`: photos in; classes, maps, pictures and the balance of every account out."""
+"""`frpc explain`: explains photos; writes classes, maps, pictures and the conservation error of each map."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def explain(
     """Explain what a trained torchvision classifier sees in photos.
 
     For each photo: a picture of each map, the unrounded maps (.npz), and a JSON file with the strongest classes, the
-    explained ones, how exactly each map sums to its logit, and timings. --compare adds one sheet with a column for each method.
+    explained ones, how exactly each map sums to its logit, and timings. --compare adds a sheet with one column per method.
     """
     request = ExplainRequest(model, weights, image, target, top, cell, check, bias, dtype, method, compare, layer, scales)
     with session(as_json, threads) as current:

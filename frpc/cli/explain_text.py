@@ -1,4 +1,4 @@
-"""`frpc explain-text`: texts in; coloured words, an HTML page and the balance of every account out."""
+"""`frpc explain-text`: explains texts as coloured words, an HTML page and sums that add up to the output."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def explain_text(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain which words a transformers classifier or language model goes by.
+    """Explain which words decide the output of a transformers classifier or language model.
 
-    For each text: its words in colour, red for what speaks for the output and blue for what speaks against it, and the account
+    For each text: its words in colour, red for words that raise the output and blue for words that lower it, and the sum
     that adds up to the output. All texts go into one HTML page and one JSON file. Nothing is downloaded.
     """
     request = ExplainTextRequest(model, text, target, source, device, max_length, pieces, special, bias, dtype)
@@ -106,7 +106,7 @@ def _run(request: ExplainTextRequest, current: Session) -> tuple[list[TextExplan
 
 
 def _quietly(load: Any) -> TextModel:
-    """Loads without the library's progress bars and advice, of which errors are the part that matters here."""
+    """Loads without the library's progress bars and warnings; errors are still shown."""
     from frpc.text.directory import library
 
     logging = library().utils.logging
@@ -132,7 +132,7 @@ def _settings(request: ExplainTextRequest, loaded: TextModel) -> dict[str, Any]:
 
 
 def _describe(found: TextExplanation) -> dict[str, Any]:
-    """One text's account, ready for JSON; nothing rounded."""
+    """One text's numbers, ready for JSON; nothing rounded."""
     return {
         "text": found.reading.text,
         "target": found.target,

@@ -76,7 +76,7 @@ def export(
     """Write a torchvision classifier with its explanations as one file for another runtime, and compare the two.
 
     The file takes pictures, any number at a time, and the classes to explain, and gives the logits, the maps and the constants'
-    share of them. Of .pt2 files, open only your own: they can run code.
+    share of them. Opening a .pt2 file can run code, so open only your own.
     """
     with session(as_json, threads) as current:
         import frpc.export

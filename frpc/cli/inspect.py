@@ -26,7 +26,7 @@ def examine(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List every operator of a model with its rule, or why it has none. Exit code 1 if there are gaps."""
+    """List every operator of a model with its rule, or the reason it has none. Exit code 1 if an operator has no rule."""
     with session(as_json, threads) as current:
         import frpc
 

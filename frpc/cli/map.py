@@ -1,4 +1,4 @@
-"""`frpc map`: a folder of pictures or Parquet files explained from end to end, in shards that survive a kill."""
+"""`frpc map`: explains a folder of pictures or Parquet files, in shards, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = 10
 
 
 class EngineChoice(StrEnum):
-    """Where shards are done."""
+    """Where shards are computed."""
 
     local = "local"
     ray = "ray"
@@ -85,7 +85,7 @@ def map_data(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a data set in batches; go on where a stopped job was. Exit code 3: done, but some samples failed (index.jsonl)."""
+    """Explain a data set in batches; re-run to resume. Exit code 3: done, but some samples failed (see index.jsonl)."""
     with session(as_json, threads) as current:
         request = MapRequest(
             model, weights, data, out, target, column, label, method, bias, batch_size, shard_size, dtype, png, engine, workers

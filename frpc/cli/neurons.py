@@ -82,7 +82,7 @@ def neurons(
 
     For each layer: a picture with the maps of its strongest channels and of single neurons, each with the window of the
     photo it sees. By default the neurons are the strongest of each channel shown. Several layers get one more picture, with
-    a neuron of each whose window the border does not cut, if there is one.
+    one neuron of each, if possible one whose window lies inside the photo.
     """
     with session(as_json, threads) as current:
         from frpc.plots.outputs import OutputFolder

@@ -84,7 +84,7 @@ class Plan:
         result: the node whose neurons are explained.
         wanted: nodes whose pulled relevance the program returns.
         pulled: nodes relevance is pulled through.
-        footprint: the memory a run takes, known once the program is lowered; not with Inductor.
+        footprint: the memory a run takes, known known only after lowering; not with Inductor.
     """
 
     query: Query

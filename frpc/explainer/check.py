@@ -1,4 +1,4 @@
-"""Conservation, checked layer by layer at one input: does every operator pass on what it received?"""
+"""Checks conservation layer by layer for one input: does every operator pass on all the relevance it receives?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerConservation:
 
 @dataclass(frozen=True)
 class Conservation:
-    """What :func:`check` found; prints as a table.
+    """The result of :func:`check`; prints as a table.
 
     Attributes:
         error: end to end, the largest ``|sum V - y| / sum |V|`` over samples.
@@ -69,16 +69,16 @@ def check(
 ) -> Conservation:
     """Reports conservation end to end and for every layer.
 
-    The end-to-end figure is the compiled program's; the figures of the layers come from running the same rules operator by
-    operator. Sums are taken in float64, so that the rounding of the check itself does not count.
+    The end-to-end error is that of the compiled program. The errors of the layers come from running the same rules operator by
+    operator. Sums are computed in float64, so that the rounding of the check itself does not count.
 
     Args:
         explainer: a compiled explainer.
-        inputs, named, target, seed: as for calling it, with one target a sample.
+        inputs, named, target, seed: as in a call of the explainer, with one target per sample.
 
     Raises:
-        TargetError: for several targets a sample.
-        OptionError: for rule sets that do not account for the whole output: what theirs leave out is the explanation's ``bias``.
+        TargetError: for several targets per sample.
+        OptionError: for rule sets that do not explain the whole output; ``explanation.bias`` has what they leave out.
     """
     if not explainer.rules.account.constants:
         raise OptionError(

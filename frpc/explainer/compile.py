@@ -1,4 +1,4 @@
-"""`frpc.compile`: a model and what is chosen for it become an explainer."""
+"""`frpc.compile`: makes an explainer from a model and options."""
 
 from __future__ import annotations
 
@@ -39,49 +39,49 @@ def compile(
     dtype: torch.dtype | None = None,
     verify: str = "first",
 ) -> Explainer:
-    """Compiles a model into an explainer: its output and an account of it that sums to the output.
+    """Compiles a model into an explainer, which returns the model's output and a relevance map that sums to it.
 
     Args:
-        model: any module that ``torch.export`` captures. It is copied in evaluation mode; yours is not touched, and later
-            changes to it do not reach the explainer.
-        inputs: example inputs, batch first, a mapping of them for models called with keywords; with them everything is
-            compiled now. Without, at the first call, and again for inputs of other shapes.
+        model: any module that ``torch.export`` can capture. It is copied in evaluation mode; yours is not changed, and later
+            changes to it do not affect the explainer.
+        inputs: example inputs, batch first; a mapping for models called with keywords. With them, the program for one target is
+            compiled now; without them, at the first call, and again for inputs of other shapes.
         rule: the rule set (:mod:`frpc.rules`); forward relevance propagation by default.
-        method: instead of a rule set, a method by its name in the papers, e.g. ``"sig-lid-ig"``; ``frpc.methods()`` lists them.
+        method: instead of a rule set, the name of a method, e.g. ``"sig-lid-ig"``; ``frpc.methods()`` lists them.
         seed: where relevance starts at the output: ``"logit"`` (default), ``"probability"``, ``"contrastive"``, ... or a
             :class:`~frpc.rules.top.Top`.
-        source: what relevance is spread over: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
+        source: what gets the relevance: ``"input"``, or module paths (``"model.embed_tokens"``), whose output is then
             explained. By default all floating-point inputs, and for integer inputs the embeddings they index.
         bias: where the constants' share goes: ``"uniform"`` over all cells (thesis eq. 3.7), ``"receptive_field"``, or
-            ``"separate"``, beside the map. Rule sets that follow no constants leave what they absorb beside the map by default.
-        strategy: how neurons of inner layers are answered (:meth:`Explainer.layer`, :meth:`Explainer.neurons`) where the
-            question does not say: ``"auto"`` by cost, or ``"windows"``, ``"forward"`` or ``"transposed"``. Relevance of the
+            ``"separate"``, returned separately. Rule sets that do not track constants default to ``"separate"``.
+        strategy: how to compute maps of inner neurons (:meth:`Explainer.layer`, :meth:`Explainer.neurons`), unless the
+            call says otherwise: ``"auto"`` by cost, or ``"windows"``, ``"forward"`` or ``"transposed"``. Relevance of the
             input, for one target or K, is always one transposed pass.
-        constant: module path patterns (``"layers.*.attn"``) whose results count as constants.
+        constant: module path patterns (``"layers.*.attn"``) whose results are treated as constants.
         output: which output to explain, for models that return several: a key, an attribute or a position; ``logits`` by
-            default where there are any.
-        backend: who runs the program: ``"aten"``, PyTorch's own operators; ``"triton"``, hand-written kernels on CUDA devices;
-            ``"inductor"``, ``torch.compile``; ``"auto"`` takes kernels on CUDA and ``aten`` elsewhere
+            default, if there is one.
+        backend: how the program runs: ``"aten"``, PyTorch's own operators; ``"triton"``, hand-written CUDA kernels;
+            ``"inductor"``, ``torch.compile``; ``"auto"``, kernels on CUDA and ``aten`` elsewhere
             (:mod:`frpc.optimize.backends.backends`).
-        mode: ``"latency"`` makes a call short; ``"throughput"`` is for large batches: a third of the memory on a CPU, no
+        mode: ``"latency"`` is for short calls; ``"throughput"`` is for large batches: a third of the memory on a CPU, no
             recordings to replay on CUDA devices (:class:`frpc.optimize.backends.backends.Backend`).
-        dtype: what the model computes in, e.g. ``torch.bfloat16``; inputs stay in the caller's type, and output and maps come
-            in it, or in float64 if that is inside. What it costs stands in ``explainer.conservation``.
-        verify: ``"first"`` holds every program against the model once, on the example inputs or at its first call: outputs,
-            whether samples are treated apart, and whether its account balances (:mod:`frpc.driver.verify`). ``"always"`` does
-            so, and checks the account of every call, which comes as ``explanation.conservation``; ``"never"`` runs nothing but
+        dtype: the dtype the model computes in, e.g. ``torch.bfloat16``. Inputs keep their dtype; output and maps have the same
+            dtype, or float64 if the model computes in float64. ``explainer.conservation`` has the resulting error.
+        verify: ``"first"`` compares every program with the model once, on the example inputs or at its first call: outputs,
+            independence of samples, and conservation (:mod:`frpc.driver.verify`). ``"always"`` also checks conservation at
+            every call and returns the error as ``explanation.conservation``. ``"never"`` runs nothing but
             the program.
 
     Raises:
         CaptureError: if ``torch.export`` cannot capture the model.
-        BatchError: if the model does not treat samples apart, or does not give one result for each sample.
-        CompileError: if the program's output is not the model's.
-        ConservationError: if maps do not sum to what they explain by more than rounding can explain; names the wrong rule.
-        SourceError: if no carried path leads from the sources to the output.
+        BatchError: if one sample affects the result of another, or the model does not return one result per sample.
+        CompileError: if the program's output differs from the model's.
+        ConservationError: if maps do not add up to the explained number, beyond rounding; names the wrong rule.
+        SourceError: if no path carries relevance from the sources to the output.
         UnsupportedOpError: if operators have no rule; names all of them.
         TrainingModeError: if the model cannot be evaluated deterministically.
-        OptionError: for an unknown method, seed, policy or backend, a method beside a rule set, or a backend that is not
-            to be had here.
+        OptionError: for an unknown method, seed, policy or backend, for both a method and a rule set, or for a backend that is
+            not available.
     """
     rules, top = _rules_of(rule, method, seed)
     policy = check_policy(bias or ("uniform" if rules.account.constants else "separate"))
@@ -100,7 +100,7 @@ def compile(
 
 
 def _rules_of(rule: RuleSet | None, method: str | None, seed: Top | str | None) -> tuple[RuleSet, Top]:
-    """Reads which rules are meant, and where relevance starts."""
+    """Returns the rule set, and where relevance starts."""
     if method is None:
         return rule or FRP(), as_top(seed or "logit")
     if rule is not None:

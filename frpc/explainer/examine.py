@@ -1,4 +1,4 @@
-"""Coverage of a model before compiling: which nodes carry relevance by which rule, and what is missing."""
+"""Coverage of a model before compiling: which nodes carry relevance, by which rule, and which rules are missing."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ Rewrite = Callable[[fx.GraphModule], None]
 
 @dataclass(frozen=True, eq=False)
 class Exportable:
-    """What is handed to an exporter.
+    """The input of an exporter.
 
     Attributes:
         module: tensors in, tensors out.
-        example: what it takes, two samples (or as many as are fixed).
-        signature: what it takes and gives.
+        example: example inputs, two samples (or the fixed number of samples).
+        signature: its inputs and outputs.
     """
 
     module: nn.Module
@@ -58,7 +58,7 @@ class About:
 
 
 class Answer(nn.Module):
-    """Takes the inputs and a target (or seed), and gives what the explainer gives.
+    """Takes the inputs and a target (or seed), and returns what the explainer returns.
 
     Shapes: ``target [B]`` or ``[B, K]``, ``seed [B, *O]``; relevance like the input, ``[B, ...]`` or ``[B, K, ...]``; bias
     ``[B]`` or ``[B, K]``.
@@ -97,7 +97,7 @@ class Answer(nn.Module):
         return seed.scatter(-1, index, 1.0) + torch.where(strange, torch.nan, 0.0).to(self.dtype)
 
     def _run(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the program; maps are averaged over reference inputs where there are several."""
+        """Runs the program; with several reference inputs, maps are averaged over them."""
         results = []
         for which, count in enumerate(self.counts):
             others = [getattr(self, f"reference_{which}_{position}") for position in range(count)]
@@ -112,7 +112,7 @@ class Answer(nn.Module):
 
 
 def _classes(question: Question, output: Tensor) -> int:
-    """How many numbers of the output a target chooses from; 0 where a seed says what is explained.
+    """The number of outputs that a target chooses from; 0 with a seed.
 
     Raises:
         OptionError: if the output is not ``[B, C]``.
@@ -130,11 +130,11 @@ def _classes(question: Question, output: Tensor) -> int:
 def exportable(
     explainer: Explainer, question: Question, inputs: Sequence[Tensor] | None, rewrites: Sequence[Rewrite] = ()
 ) -> Exportable:
-    """Returns the module that answers a question, with an example of what it takes and a description.
+    """Returns the module that computes a question, with example inputs and a description.
 
     Args:
         explainer: compiled, or with ``inputs`` to compile it for.
-        question: what is asked.
+        question: what to compute.
         inputs: an example, batch first; drawn at random if left out.
         rewrites: passes over the program's graph before it is traced; each keeps the function.
 
@@ -234,7 +234,7 @@ def _functional(compiled: Compiled) -> fx.GraphModule:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """A tensor that is a part of another, or a view of it, as one of its own: files store what lies in memory."""
+    """Copies a tensor that is a part or a view of another: files would store all of the memory behind it."""
     whole = value.is_contiguous() and value.numel() * value.element_size() == value.untyped_storage().nbytes()
     return value if whole else value.clone(memory_format=torch.contiguous_format)
 

@@ -15,7 +15,7 @@ __all__ = ["LayerAnswer"]
 
 
 class LayerAnswer(nn.Module):
-    """Takes the input and gives every neuron's value, its window of the input, and the constants' share of it.
+    """Takes the input and returns every neuron's value, its window of the input, and its constants' share.
 
     Windows that do not count are computed as well: which those are depends on the input, and a fixed program cannot.
 

@@ -1,4 +1,4 @@
-"""What an exported program is asked, and what it takes and gives: written into the file, so that a file explains itself."""
+"""What an exported program computes, with its inputs and outputs: written into the file, so that a file describes itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TARGETS: tuple[Targets, ...] = ("one", "several", "seed", "top")
 
 @dataclass(frozen=True)
 class Question:
-    """What an exported program is asked.
+    """What an exported program computes.
 
     Attributes:
         targets: ``one`` class index a sample, ``[B]``; ``several``, ``[B, K]``; a ``seed``, a linear functional of the output,
             ``[B, *O]``; or ``top``: the class of the largest output, found by the program itself.
         at: module paths whose relevance is wanted instead of the input's.
         grad_cam: module path of the layer whose class activation map is wanted instead.
-        layer: module path of the layer of which every neuron is explained; takes no target.
+        layer: module path of the layer whose neurons are all explained; needs no target.
     """
 
     targets: Targets = "one"
@@ -67,7 +67,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """What an exported file takes and gives, in order.
+    """Inputs and outputs of an exported file, in order.
 
     Attributes:
         frpc: the version that wrote it.
@@ -75,11 +75,11 @@ class Signature:
         rules: name of the rule set.
         bias: where constants go.
         device: the kind of device it runs on.
-        question: what it is asked.
+        question: what it computes.
         batch: the fixed number of samples, or None where any is taken.
-        inputs: what it takes before the target or seed.
+        inputs: its inputs before the target or seed.
         classes: how many outputs a target chooses from; 0 where none is taken.
-        outputs: names of what it gives.
+        outputs: names of its outputs.
         window: of a layer's neurons, along rows and columns: ``(jump, offset, side)``.
     """
 
@@ -97,13 +97,13 @@ class Signature:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of everything it takes."""
+        """Names of all inputs."""
         asked = {"one": ("target",), "several": ("target",), "seed": ("seed",), "top": ()}[self.question.targets]
         return (*(i.name for i in self.inputs), *(() if self.question.layer else asked))
 
     @property
     def free(self) -> dict[str, dict[int, str]]:
-        """Which sizes of what it takes are free: axis and name."""
+        """Which sizes of the inputs are free: axis and name."""
         found = {name: {} if self.batch is not None else {0: "batch"} for name in self.names}
         if self.question.columns and not self.question.layer:
             found["target"][1] = "targets"
@@ -118,7 +118,7 @@ class Signature:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-            InputError: if the text is no signature.
+            InputError: if the text is not a signature.
         """
         try:
             found = json.loads(text)

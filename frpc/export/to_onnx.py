@@ -43,7 +43,7 @@ def onnx(
 
     Raises:
         PackageError: without the extra ``frpc[export]``.
-        ExportError: if an operator has no form in ONNX.
+        ExportError: if an operator cannot be written in ONNX.
         InputError, OptionError, LayerNameError: see :func:`frpc.export.traced.traced`.
     """
     for name in ("onnx", "onnxscript"):
@@ -61,7 +61,7 @@ def onnx(
 def _translated(program: ExportedProgram, signature: Signature) -> Any:
     """Translates a traced program.
 
-    The exporter's own rewriting takes longer than all else for long programs, and runtimes simplify what they load anyway.
+    The exporter's own rewriting takes longest for long programs, and runtimes simplify what they load anyway.
     """
     with warnings.catch_warnings(), trace_lock:
         warnings.simplefilter("ignore")  # of its own deprecated calls

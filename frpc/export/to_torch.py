@@ -38,10 +38,10 @@ def torch_export(
         path: the file to write.
         inputs: an example whose range :func:`~frpc.export.verify` draws from; needed for inputs of integers.
         targets: ``one`` a sample, ``[B]``; ``several``, ``[B, K]``; a ``seed``, ``[B, *O]``; or nothing: ``top`` explains the
-            predicted class, which is found on the way.
+            predicted class, which the file computes itself.
         at: layers whose relevance is wanted instead of the input's.
         grad_cam: layer whose class activation map is wanted instead.
-        layer: layer of which every neuron is explained, at the example's size.
+        layer: the layer whose neurons are all explained, at the example's size.
 
     Raises:
         InputError, OptionError, LayerNameError, CompileError: see :func:`frpc.export.traced.traced`.

@@ -19,7 +19,7 @@ __all__ = ["traced"]
 def traced(
     explainer: Explainer, question: Question, inputs: Sequence[Tensor] | None, rewrites: Sequence[Rewrite] = ()
 ) -> tuple[ExportedProgram, Signature]:
-    """Traces the answer to a question, with a free batch, and a free number of targets where there are several.
+    """Traces the computation of a question, with a free batch, and with a free number of targets if there are several.
 
     Raises:
         ExportError: if the graph holds an operator that is not PyTorch's own.

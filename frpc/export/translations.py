@@ -12,7 +12,7 @@ __all__ = ["translations"]
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Returns how operators are written in place of the exporter's own way; needs onnxscript."""
+    """Returns replacements for the exporter's own translations of operators; needs onnxscript."""
     from onnxscript import ir
     from onnxscript import opset18 as op
 
@@ -26,7 +26,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> tuple[Any, Any]:
         """One pool, the winners counted within their own plane: ONNX counts through the whole tensor.
 
-        The exporter's own way runs a second pool to learn where each plane begins.
+        The exporter's own translation runs a second pool to find where each plane begins.
         """
         pair = [list(values) * 2 if len(values) == 1 else list(values) for values in (kernel_size, stride, padding, dilation)]
         kernel, step, border, spread = pair

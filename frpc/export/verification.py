@@ -56,12 +56,12 @@ class Report:
 
     Attributes:
         path: the file.
-        signature: what it answers.
+        signature: what it computes.
         rows: one for each result.
         samples: how many were compared.
         edges: how many of them lie on an edge.
         batches: the batch sizes.
-        conservation: largest ``|sum V - y| / sum|V|`` in the file's own results; None where maps do not account for the output.
+        conservation: largest ``|sum V - y| / sum|V|`` in the file's own results; None if maps do not explain the whole output.
         bound: what errors were held to.
     """
 
@@ -113,7 +113,7 @@ def open_file(path: str | Path) -> tuple[Run, Signature]:
     """Opens an exported file for running: tensors in, tensors out.
 
     Raises:
-        InputError: if it is no file that frpc exports.
+        InputError: if it is not a file that frpc exports.
     """
     if Path(path).suffix == ".onnx":
         return run_onnx(path)
@@ -136,9 +136,9 @@ def verify(
 
     Args:
         path: the file.
-        explainer: what it was exported from.
+        explainer: the explainer it was exported from.
         batches: batch sizes to try; a file with a fixed one is tried with that.
-        targets: K, where the file takes several targets.
+        targets: K, if the file takes several targets.
         bound: relative L1 that samples are held to; the module's text says what becomes of those on an edge.
         rounds: how often at most fresh samples are drawn, until as many as the batches hold lie off all edges.
         seed: of the random inputs and targets.
@@ -217,7 +217,7 @@ class _Asker:
         return _Found(errors, edge, far & ~edge, self._conservation(found, asked))
 
     def _asked(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What is asked beside the inputs, by name: random classes, or a random functional of the output."""
+        """Arguments in addition to the inputs, by name: random classes, or a random weight for each output."""
         asked, signature = self.signature.question, self.signature
         batch = len(inputs[0])
         if asked.layer:
@@ -275,7 +275,7 @@ class _Asker:
         return x * (1 + roundings * torch.finfo(x.dtype).eps * noise)
 
     def _conservation(self, found: Sequence[Tensor], asked: dict[str, Tensor]) -> float | None:
-        """Largest ``|sum V - y| / sum|V|`` of the file's own results, where maps account for the whole output."""
+        """Largest ``|sum V - y| / sum|V|`` of the file's own results, if maps explain the whole output."""
         question, target = self.signature.question, asked.get("target")
         if target is None or question.at or question.grad_cam or not self.explainer.rules.account.constants:
             return None

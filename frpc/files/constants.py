@@ -39,7 +39,7 @@ class Entry:
 
     Attributes:
         name: its name, also that of its tensor in the file.
-        dtype, shape: what it must be.
+        dtype, shape: the required dtype and shape.
         model: its name in the model, for one that is read there.
         sha256: checksum of the model's tensor.
         op: operator that computes it.
@@ -91,7 +91,7 @@ def read_entries(raw: Any, device: torch.device, own_weights: bool) -> list[Entr
 
     Args:
         raw: parsed JSON.
-        device: where they are to live.
+        device: the device for them.
         own_weights: the file holds its weights, and only lays them out.
 
     Raises:
@@ -143,7 +143,7 @@ def _read_entry(raw: Any, known: Mapping[str, Entry], device: torch.device, own_
 
 
 def _allowed(op: str, own_weights: bool) -> bool:
-    """Says whether constants may be computed by an operator: by movement, from a model's tensors also in other ways."""
+    """Says whether an operator may compute constants: by moving elements, and from a model's tensors also by other operators."""
     return may_hold(op, "layout" if own_weights else "constants")
 
 
@@ -170,7 +170,7 @@ def check_calls(entries: Sequence[Entry]) -> None:
 
 
 def _memory(found: Tensor, known: Mapping[str, Tensor]) -> int:
-    """Bytes that a result needs beside what is there: none for a view."""
+    """Additional bytes that a result needs: none for a view."""
     place = found.untyped_storage()
     shared = any(storage_of(found) == storage_of(value) for value in known.values())
     return 0 if shared else place.nbytes()

@@ -1,6 +1,6 @@
 """A program file on disk: one safetensors file with a JSON document in its metadata and a checksum over both.
 
-The checksum finds accidents and careless changes. It is no signature: whoever changes a file on purpose can compute it anew,
+The checksum detects accidental changes. It is not a signature: whoever changes a file on purpose can compute it again,
 so everything read is checked as if a stranger had written it.
 """
 
@@ -25,7 +25,7 @@ from frpc.errors import OutputFolderError, ProgramFileError
 __all__ = ["FORMAT", "checksum", "fail", "read", "write"]
 
 FORMAT = 1
-"""Version of the format; a file of another one is refused."""
+"""Version of the format; a file of another version is an error."""
 
 _LARGEST_HEADER = 32 * 2**20
 _LARGEST_DOCUMENT = 16 * 2**20
@@ -42,7 +42,7 @@ def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
     Raises:
         ProgramFileError: the document is too large for a header.
-        OutputFolderError: there is no such folder.
+        OutputFolderError: the folder does not exist.
     """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     if len(text) > _LARGEST_DOCUMENT:
@@ -63,7 +63,7 @@ def write(path: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors that share memory with another: safetensors takes none that do."""
+    """Copies tensors that share memory with another: safetensors does not accept them."""
     found, seen = {}, set()
     for name, value in tensors.items():
         place = value.untyped_storage().data_ptr()
@@ -99,7 +99,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_size(path: Path) -> None:
-    """Refuses a file that ends in its header, or has too large a one, before anything is taken into memory."""
+    """Raises an error if the file ends in its header or the header is too large, before anything is loaded."""
     with path.open("rb") as file:
         start, length = file.read(8), path.stat().st_size
     if len(start) < 8:

@@ -1,4 +1,4 @@
-"""From the tensors of compiled programs to a file's constants: what is stored, what a model has, what is computed again."""
+"""From the tensors of compiled programs to a file's constants: stored, taken from the model, or computed again."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class _Gathering:
         return tuple((k, self._shallow(v)) for k, v in value.items()) if isinstance(value, Mapping) else (type(value), value)
 
     def place(self, lineage: Lineage, hint: str) -> str:
-        """Adds a constant and what it is computed from, unless there is one of its value; returns its name."""
+        """Adds a constant and what it is computed from, unless there is one with the same value; returns its name."""
         number = self.number(lineage)
         if number not in self.placed:
             self.placed[number] = self._add(lineage, hint)
@@ -153,7 +153,7 @@ class _Gathering:
         return may_hold(str(lineage.op), "layout") and self._reachable(lineage.args[0])
 
     def _reachable(self, lineage: Lineage) -> bool:
-        """Says whether a value can be had: it is a tensor of a program, or computed from such."""
+        """Says whether a value is available: it is a tensor of a program, or computed from such tensors."""
         if self.number(_bare(lineage)) in self.values or isinstance(lineage, Literal):
             return True
         if isinstance(lineage, Original):

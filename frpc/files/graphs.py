@@ -101,7 +101,7 @@ def _size(size: Any, symbols: Mapping[Any, int]) -> int:
 
 
 SYMBOLS = (10007, 10009)
-"""Primes that stand for the batch and for K in the sizes of results; sizes of tensors have no such factors."""
+"""Primes that represent the batch and K in the sizes of results; sizes of tensors have no such factors."""
 
 
 def _line(words: str) -> str:
@@ -129,7 +129,7 @@ def read_program(raw: Any, constants: Collection[str], device: torch.device) -> 
     Args:
         raw: parsed JSON.
         constants: names of constants.
-        device: where it is to run.
+        device: the device to run on.
 
     Raises:
         FaultError: something in it is not on the list, or does not hang together.
@@ -177,7 +177,7 @@ class _Examples:
         return self.known[key]
 
     def size(self, number: int) -> Any:
-        """A size with symbols in place of the primes that stand for them."""
+        """A size with symbols instead of the primes that represent them."""
         found: Any = 1
         for prime, symbol in zip(SYMBOLS, self.symbols, strict=True):
             while number and number % prime == 0:
@@ -197,7 +197,7 @@ class _Reader:
             try:
                 self._add(part, last=position == len(raw) - 1)
             except FaultError as fault:
-                raise FaultError(f"node {position} contains {fault}") from None
+                raise FaultError(f"{fault} (node {position})") from None
         if not self.nodes or self.nodes[-1].op != "output":
             raise FaultError("a program without an output")
         return self.graph
@@ -284,7 +284,7 @@ def _keywords(function: Any) -> list[str]:
 
 
 def _check_convolution(args: list[Any]) -> None:
-    """Refuses geometry that libraries for convolutions are not made for."""
+    """Raises an error for geometry that convolution libraries do not support."""
     stride, padding, dilation, transposed, output_padding, groups = args[3:] if len(args) == 9 else [None] * 6
     for numbers, least in ((stride, 1), (padding, 0), (dilation, 1), (output_padding, 0)):
         if not isinstance(numbers, list) or not 1 <= len(numbers) <= 3:

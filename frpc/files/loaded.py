@@ -34,7 +34,7 @@ class FileSignature:
     """Inputs that programs take, and the output they explain.
 
     Attributes:
-        inputs: what is expected of each input.
+        inputs: the requirements of each input.
         output: an output without samples.
         shown: the output in words.
     """
@@ -46,7 +46,7 @@ class FileSignature:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says beside its programs; bounds of inputs name constants."""
+    """What a file contains besides its programs; bounds of inputs are names of constants."""
 
     frpc: str
     model: str
@@ -63,7 +63,7 @@ class StoredProgram:
 
     Attributes:
         graph: its calls; ``get_attr`` nodes name constants.
-        references: constants it takes beside the inputs, for each reference input that maps are averaged over.
+        references: constants it takes in addition to the inputs, for each reference input that maps are averaged over.
     """
 
     graph: fx.Graph
@@ -83,7 +83,7 @@ Key = tuple[int, FileQuestion]  # which signature, and what is asked
 
 
 class LoadedExplainer(nn.Module):
-    """An explainer read from a file by :func:`frpc.load`; answers what it was saved with.
+    """An explainer read from a file by :func:`frpc.load`; runs the programs it was saved with.
 
     ``loaded(x, target=3)`` returns an :class:`~frpc.driver.explanation.Explanation`, as :class:`frpc.Explainer` does.
     """
@@ -124,7 +124,7 @@ class LoadedExplainer(nn.Module):
         seed: Tensor | Top | str | None = None,
         **named: Tensor,
     ) -> LayerRelevance:
-        """Returns the relevance of inner layers, where the explainer was asked for just these before it was saved."""
+        """Returns the relevance of inner layers, if exactly these were used before the explainer was saved."""
         names = (layers,) if isinstance(layers, str) else tuple(layers)
         _, results, columns = self._answered(names, inputs, named, target, seed)
         return layer_relevance_of(results, columns, names)
@@ -164,7 +164,7 @@ class LoadedExplainer(nn.Module):
         return inputs, run(self._program(key), inputs, functional, self._references(key), form), columns
 
     def _program(self, key: Key) -> Program:
-        """What runs: torch.compile has its own way with operators, and gets those that are in the file."""
+        """The program that runs; torch.compile gets the operators as they are in the file."""
         found = self._prepared(key)
         return found.portable if is_traced() else found.run
 

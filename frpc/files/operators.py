@@ -1,6 +1,6 @@
 """The closed list of what a program file may hold: operators, words, element types, memory formats.
 
-A file names them; nothing else in it reaches Python. Operators are PyTorch's own, and only those whose traits say so; none is
+A file names them; nothing else in it reaches Python. Only operators of PyTorch whose traits allow it may be used; none is
 looked up by a name that a file makes up. Compiled programs hold no other operators: a test compares.
 """
 

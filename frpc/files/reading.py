@@ -1,4 +1,4 @@
-"""Reading: a file's document becomes an explainer, every part checked before anything is made of it."""
+"""Reading: makes an explainer from a file's document; every part is checked before it is used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(
         path: the file.
         model: the serving model, for a file saved with ``weights="reference"``; or its ``state_dict``.
         state_dict: tensors by name, instead of a model.
-        device: where to run; where it was compiled by default.
+        device: the device to run on; by default the one it was compiled for.
         backend, mode: who runs the programs; see :func:`frpc.compile`.
 
     Raises:

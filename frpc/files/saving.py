@@ -61,7 +61,7 @@ def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path
 
 
 def _demand_samples_first(programs: Programs, saved: Sequence[Saved]) -> None:
-    """Refuses programs whose maps do not hold samples first: a file has no words for where they are.
+    """Raises an error for programs whose maps do not have samples first: a file cannot describe another place.
 
     Raises:
         ProgramFileError: names the source or the layer.

@@ -1,4 +1,4 @@
-"""Arguments of calls as JSON: numbers and lists stand for themselves, everything else is an object with one key that names it."""
+"""Arguments of calls as JSON: numbers and lists as they are, everything else as an object with one key that names it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMED: Mapping[str, Mapping[str, Any]] = {"dtype": DTYPES, "memory_format": MEM
 _FLOATS: Mapping[str, float] = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 Names = Callable[[str, Any], Any]
-"""Resolves a reference: its kind (``node`` or ``constant``), and what stands behind it."""
+"""Resolves a reference: its kind (``node`` or ``constant``), and the value it refers to."""
 
 
 class FaultError(Exception):
@@ -31,10 +31,10 @@ def write_value(value: Any, reference: Callable[[Any], dict[str, Any] | None]) -
 
     Args:
         value: the argument.
-        reference: how what stands for a tensor is written; None for what does not.
+        reference: how a reference to a tensor is written; None for anything else.
 
     Raises:
-        FaultError: the file has no way to hold it.
+        FaultError: a file cannot contain it.
     """
     if (found := reference(value)) is not None:
         return found
@@ -61,7 +61,7 @@ def read_value(raw: Any, names: Names, device: torch.device, depth: int = 0) -> 
     Args:
         raw: parsed JSON.
         names: see :data:`Names`.
-        device: the device the program is read for; that of the file gives way to it.
+        device: the device the program is read for; it replaces the device in the file.
         depth: lists around it.
 
     Raises:
@@ -159,7 +159,7 @@ def record(raw: Any, required: Sequence[str], optional: Sequence[str] = ()) -> d
 
 
 def show(value: Any) -> str:
-    """Writes a value in a message, cut where it is long."""
+    """Writes a value in a message, truncated if it is long."""
     try:
         written = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits

@@ -1,9 +1,9 @@
 """Captum's calling convention: ``from frpc.integrations.captum import FRP`` in place of ``from captum.attr import
 IntegratedGradients``.
 
-``FRP(model).attribute(inputs, baselines, target, ...)`` takes what Captum's methods take and returns what they return. Captum
-itself is not needed, and its ``NoiseTunnel`` and metrics take these objects as they take its own. The model is copied in
-evaluation mode at the first call, and again where its weights have changed since (but for writes through ``.data``, which torch
+``FRP(model).attribute(inputs, baselines, target, ...)`` takes and returns the same as Captum's methods. Captum
+itself is not needed, and its ``NoiseTunnel`` and metrics accept these objects like its own. The model is copied in
+evaluation mode at the first call, and again if its weights have changed since (except by writes through ``.data``, which torch
 does not count).
 """
 
@@ -54,12 +54,12 @@ Result: TypeAlias = Any  # what the inputs were, a tensor or a tuple of them; wi
 
 
 class Propagation:
-    """What all methods share: a model, and one program for each arrangement of arguments.
+    """Base of all methods: a model, and one program for each arrangement of arguments.
 
     Args:
         forward_func: a module, its ``forward``, or a function of tensors that returns ``[B, ...]``.
-        rule: how relevance is shared.
-        increments: how it is shared where there are baselines; the same by default.
+        rule: how relevance is distributed.
+        increments: how it is distributed if there are baselines; the same by default.
     """
 
     multiplies_by_inputs = True
@@ -79,7 +79,7 @@ class Propagation:
         self, attributions: Inputs, start_point: Baselines, end_point: Inputs, target: Targets = None,
         additional_forward_args: Any = None,
     ) -> Tensor:  # fmt: skip
-        """``sum R - (f(x) - f(x_ref))`` for each sample, ``[B]``; what Captum's ``NoiseTunnel`` asks for."""
+        """``sum R - (f(x) - f(x_ref))`` for each sample, ``[B]``; used by Captum's ``NoiseTunnel``."""
         asked = self._settled(read(end_point, start_point, target, additional_forward_args, True))
         return self._delta(asked, attributions if isinstance(attributions, tuple) else (attributions,))
 
@@ -264,7 +264,7 @@ class Saliency(Propagation):
 
 
 class GuidedBackprop(_OfInput):
-    """Gradients, at every ReLU what is positive alone; functional and reused ReLUs too."""
+    """Gradients, of which every ReLU passes only the positive part; functional and reused ReLUs too."""
 
     multiplies_by_inputs = False
 
@@ -308,7 +308,7 @@ class LRP(Propagation):
 
 
 class IntegratedGradients(Propagation):
-    """``(x - baseline) * mean of df/dx`` on the way between, by a quadrature, as Captum's; :class:`LID` needs no steps.
+    """``(x - baseline) * mean of df/dx`` on the path between, by a quadrature, as in Captum; :class:`LID` needs no steps.
 
     Source: Sundararajan et al. 2017.
     """
@@ -327,7 +327,7 @@ class IntegratedGradients(Propagation):
         Args:
             inputs, baselines, target, additional_forward_args, internal_batch_size, return_convergence_delta: as for
                 :meth:`FRP.attribute`; baselines zero by default.
-            n_steps: points on the way; one runs at a time.
+            n_steps: points on the path; one runs at a time.
             method: a quadrature of :func:`frpc.repeat.integrated_gradients`.
         """
         asked = self._settled(read(inputs, baselines, target, additional_forward_args, True))

@@ -49,7 +49,7 @@ class Picture:
     """A picture as the model sees it.
 
     Attributes:
-        path: where it came from.
+        path: the file it was read from.
         pixels: float32 ``[1, 3, H, W]``, normalised: the model's input.
         crop: the same region as a PIL image, for display.
     """
@@ -63,8 +63,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The whole file decoded as RGB: upright by its EXIF tag, transparency over white, the first frame of several.
 
     Args:
-        path: the file; where there is ``content``, its name in messages alone.
-        content: the file's bytes, where they were read before.
+        path: the file; with ``content``, only its name in messages.
+        content: the file's bytes, if they were read before.
 
     Raises:
         ImageError: missing, a folder, unreadable, not an image, truncated, absurdly large, or with 32-bit pixels,

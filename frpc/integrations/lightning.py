@@ -37,11 +37,11 @@ class LogRelevance(_lightning.Callback):
         every_n_epochs: how often.
         method: a name of :func:`frpc.rules.sets.methods`.
         module: path of the part of the Lightning module to explain, e.g. ``"net"``; the module itself by default.
-        folder: where sheets go without a logger that takes them; ``relevance`` in the trainer's folder by default.
+        folder: where sheets are written if no logger takes them; ``relevance`` in the trainer's folder by default.
         name: what the picture is called in loggers.
 
     Raises:
-        OptionError: for less than one epoch, or inputs that are no pictures or features.
+        OptionError: for less than one epoch, or inputs that are not pictures or features.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
     from frpc.integrations import quantus as ours
     quantus.MaxSensitivity()(model, x_batch, y_batch, explain_func=ours.Explain("lid-ig"), device="cpu")
 
-:func:`explain` compiles at every call. Metrics that ask many times about one model want :class:`Explain`, which compiles once,
+:func:`explain` compiles at every call. For metrics that explain one model many times use :class:`Explain`, which compiles once,
 and again where weights have changed, as metrics of randomisation change them. Quantus itself is not needed.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["Explain", "explain"]
 
 
 class Explain:
-    """Explains batches of arrays by one method; what it compiles is kept as long as the model lives.
+    """Explains batches of arrays with one method; compiled programs are kept as long as the model exists.
 
     Args:
         method: a name of :func:`frpc.rules.sets.methods`.

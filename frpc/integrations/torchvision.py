@@ -144,7 +144,7 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str 
     """
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(unused))}
     given = {OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in used.items()}
-    # A state dict carries its format version with it, and torchvision's MNASNet refuses one without.
+    # A state dict contains its format version, and torchvision's MNASNet does not accept one without.
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in wanted]

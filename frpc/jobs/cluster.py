@@ -18,7 +18,7 @@ __all__ = ["run_on_ray"]
 
 
 class _Actor:
-    """One worker of the cluster, with a model of its own."""
+    """One worker of the cluster, with its own model."""
 
     def __init__(self, task: Task, threads: int) -> None:
         torch.set_num_threads(threads)  # Ray gives a worker one; results have the bits of as many as the job was started with
@@ -68,7 +68,7 @@ def run_on_ray(task: Task, missing: Sequence[int], advance: Callable[[int, int],
 
 
 def _cause(error: Exception) -> Exception:
-    """What a worker raised, if it was said on purpose."""
+    """The error a worker raised, if it is one of frpc's."""
     seen: BaseException | None = error
     while seen is not None:
         for found in (seen, getattr(seen, "cause", None)):

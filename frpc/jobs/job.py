@@ -1,4 +1,4 @@
-"""A job from beginning to end: what is there is kept, what is missing is done, and the index is written."""
+"""A job from beginning to end: keeps finished shards, computes missing ones, and writes the index."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(
 
     Args:
         task: what to do, and where.
-        model: what the manifest says of the model; a job goes on only with the same.
+        model: what the manifest says about the model; a job can only be resumed with the same.
         engine: ``"local"``, this process; ``"ray"``, the workers of a Ray cluster.
         workers: how many of these.
         begin: called with the number of samples that were done before.
@@ -60,7 +60,7 @@ def run(
 
     Raises:
         OptionError: the folder holds another job, or another process works there.
-        InputError: what the task asks for cannot be done.
+        InputError: for a task that cannot be done.
     """
     if task.batch_size < 1 or task.store.size < 1:
         raise OptionError(f"batch size {task.batch_size} and shard size {task.store.size} must be at least 1.")

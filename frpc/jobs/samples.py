@@ -23,10 +23,10 @@ class Sample:
     """One picture, still encoded.
 
     Attributes:
-        name: where it came from, relative to the data.
-        content: its bytes, or None where they cannot be read.
+        name: its path, relative to the data.
+        content: its bytes, or None if they cannot be read.
         problem: why not.
-        label: what the data says about it, where a column was asked for.
+        label: its class according to the data, if a label column was chosen.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Parquet:
         """Reads the files' tables of contents.
 
         Raises:
-            DataError: a file is damaged, lacks a column or keeps something else there, or there are no rows.
+            DataError: a file is damaged, has no such column or other contents in it, or there are no rows.
             PackageError: pyarrow is not installed.
         """
         pyarrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")

@@ -1,4 +1,4 @@
-"""One layer at one input: its values, their bias field, the affine forms behind it, and its windows where there are any."""
+"""One layer at one input: its values, their bias field, the affine forms before it, and its windows, if there are any."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerContext:
         assignment: rules of the graph.
         maps: affine form, at this input, of every node up to the layer.
         layer: the layer's node.
-        x: the input's value, ``[B, C, *spatial]``; what it is above the reference in rule sets of increments.
+        x: the input's value, ``[B, C, *spatial]``; in rule sets of increments, its difference to the reference.
         values: the layer's values, or their increments.
         bias: the constants' share of each, like values; 0 in rule sets that follow no constants.
         nodes: the nodes with rules, up to the layer.

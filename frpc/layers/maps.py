@@ -241,14 +241,14 @@ class LayerMaps:
                 values = self._spatial(self.values)[:, :, first:last, span[0] : span[1]]
                 bias = self._spatial(self.bias)[:, :, first:last, span[0] : span[1]]
                 block = [Block((first, last), span, band, values, bias, self.window)]
-                del band  # from now on the caller's alone: what he lets go is free before the next is computed
+                del band  # only the caller holds it now, so its memory can be freed before the next one is computed
                 yield block.pop()
 
     def _spatial(self, field: Tensor) -> Tensor:
         return field.reshape([*field.shape[:2], *self.positions])
 
     def residual(self) -> Tensor:
-        """Returns the conservation error of every neuron, ``|sum V - z| / sum |V|``, like values; streams where it must."""
+        """Returns the conservation error of every neuron, ``|sum V - z| / sum |V|``, like values; streams if necessary."""
         out = torch.zeros([*self.values.shape[:2], *self.positions], dtype=torch.float64)
         if self._held is not None or self.nbytes() <= self.memory_limit:
             rows, columns = self.positions

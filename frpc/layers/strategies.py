@@ -39,11 +39,11 @@ _SMALL_RUN = 1e8  # bytes
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to answer for the layer.
+    """One possible strategy for the layer.
 
     Attributes:
         strategy: ``windows``, ``forward`` (dense columns, thesis algorithm 1) or ``transposed`` (one pass a neuron).
-        flops, bytes: what it costs.
+        flops, bytes: its cost.
         seconds: the cost model's weight of the two; a comparison, not a promise.
     """
 
@@ -78,7 +78,7 @@ class LayerPlan:
         A run of one column is taken however small the limit, if it needs no more than a few bands of small layers.
 
         Raises:
-            MemoryLimitError: if even one column takes more; says how much.
+            MemoryLimitError: if even one column needs more; says how much.
         """
         for parts in range(1, self.width + 1):
             spans = list(pairwise(round(k * self.width / parts) for k in range(parts + 1)))

@@ -25,7 +25,7 @@ Map = Tensor | NDArray[Any]
 
 
 def comparison(image: Any, rows: Mapping[str, Mapping[str, Map]], *, cell: int = 1) -> Figure:
-    """Draws methods beside each other.
+    """Draws several methods side by side.
 
     Args:
         image: as for :func:`frpc.heatmap.overlay`.

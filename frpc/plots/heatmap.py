@@ -60,7 +60,7 @@ def overlay(
     Args:
         image: PIL image, ``[H, W]``, ``[H, W, 3]``, ``[3, H, W]`` or ``[1, H, W]``, uint8 or in 0..1; None for the map
             alone. Its size may differ from the map's: the map is stretched over it.
-        relevance: ``[H, W]`` or ``[C, H, W]``. ``[F]`` has no picture and gets :func:`bars`.
+        relevance: ``[H, W]`` or ``[C, H, W]``. For ``[F]`` use :func:`bars`.
         title: a line above.
         unit: what the colour bar counts, e.g. "logit".
         cell: side of the squares over which relevance is summed for display; 1 shows every pixel.

@@ -70,7 +70,7 @@ class Portrait:
     """One map of a sheet.
 
     Attributes:
-        name: what it explains, e.g. ``channel 17`` or ``(17, 5, 6)``.
+        name: the explained channel or neuron, e.g. ``channel 17`` or ``(17, 5, 6)``.
         value: the number explained.
         relevance: its pixel map ``[H0, W0]``.
         box: the neuron's window; None for a channel.
@@ -118,7 +118,7 @@ def neuron_sheet(
     """The input, maps of channels over it, and maps of neurons in their windows; as figures 3.2-3.11 of the thesis.
 
     Each section has one scale, symmetric about 0, with its colour bar. The scale of neurons is taken inside their windows,
-    since everything outside is 0 but for constants. Small windows are shown a second time, enlarged.
+    since everything outside is 0 except for constants. Small windows are shown a second time, enlarged.
 
     Args:
         image: as for :func:`frpc.heatmap.overlay`; None for maps alone.
@@ -199,7 +199,7 @@ def depth_sheet(image: Any, neurons: Mapping[str, Portrait], *, title: str, unit
 
 
 def _part(boxes: Sequence[Box], cells: Sequence[int]) -> float:
-    """How much of the input's side the largest window takes."""
+    """The side of the largest window as a fraction of the input's side."""
     return max(max(box.height / cells[0], box.width / cells[1]) for box in boxes)
 
 

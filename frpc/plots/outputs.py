@@ -48,7 +48,7 @@ class OutputFolder:
         return self.file(name, lambda path: path.write_text(content, encoding="utf-8"))
 
     def json(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Writes a JSON file; NaN and Inf, which JSON lacks, are refused."""
+        """Writes a JSON file; NaN and Inf, which JSON does not have, raise an error."""
         return self.text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def arrays(self, name: str, **arrays: NDArray[Any]) -> Path:

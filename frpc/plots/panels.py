@@ -39,7 +39,7 @@ TITLE, SMALL = 9.0, 7.0  # points
 
 
 def pixel_map(relevance: Tensor | NDArray[Any], *, cell: int = 1) -> Array:
-    """Channel sum of a map, then the sum over ``cell`` x ``cell`` squares; the total stays what it was.
+    """Channel sum of a map, then the sum over ``cell`` x ``cell`` squares; the total does not change.
 
     Where ``cell`` does not divide a side, its cells differ by a pixel, so that the map can be drawn evenly.
 
@@ -83,7 +83,7 @@ def draw_picture(axes: Axes, image: Any, *, title: str | None = None) -> None:
 def draw_map(
     axes: Axes, image: Any, values: Array, limit: float, *, title: str | None = None, caption: str | None = None
 ) -> None:
-    """A pixel map on a scale of ``-limit .. limit``: over the grey picture where there is one, else on white.
+    """A pixel map on a scale of ``-limit .. limit``: over the grey picture if there is one, else on white.
 
     Args:
         axes: where to draw.

@@ -39,10 +39,10 @@ class Affine:
 
     Attributes:
         terms: a linear map for each carried operand.
-        constant: ``c``, broadcastable to the result; None where it is zero, and in rule sets that do not follow constants.
+        constant: ``c``, broadcastable to the result; None if it is zero, and in rule sets that do not track constants.
         direct: the pulled value is the operands' relevance itself, not a multiplier of it: rules of a first layer, which share
             relevance out without looking at the input's value.
-        joined: the maps go through the function behind the call too, so that its result has no multiplier of its own.
+        joined: the maps include the function after the call, so the call's result has no separate multiplier.
     """
 
     terms: Mapping[Operand, LinearMap]
@@ -61,9 +61,9 @@ class Call:
         out: its result; for operators with several results the tuple of them, of which the first carries.
         carried: the operands that carry relevance.
         reference: the same call at the reference input, in rule sets that explain increments; its batch is 1 or the call's.
-        positive: the operands that are known to be nowhere negative.
-        rectified: the result goes to ReLUs and nowhere else, so that nothing is pulled to its negative elements.
-        behind: the function of one number that alone reads the result, where there is one and the result is not explained.
+        positive: the operands that are known to be nonnegative everywhere.
+        rectified: only ReLUs read the result, so nothing is pulled to its negative elements.
+        behind: the function of one number that is the only reader of the result, if there is one and the result is not explained.
     """
 
     op: OpOverload
@@ -98,7 +98,7 @@ class Rule:
         carries: names of the arguments that may carry relevance.
         formula: ``M`` and ``c`` in one line of text, for the rule table.
         source: paper and equation.
-        traits: what is true of the operator beside its rule.
+        traits: other facts about the operator.
     """
 
     op: OpOverload
@@ -118,13 +118,13 @@ class Rule:
 
 @dataclass
 class RuleTable:
-    """Rules by operator. Registering an operator twice is refused unless ``override`` says so.
+    """Rules by operator. Registering an operator twice is an error unless ``override`` is true.
 
     Attributes:
         rules: the rules, each with the traits of its operator.
         described: traits of operators that have no rule.
         named: operators of either kind by their names.
-        refused: operators that can have no rule, and why.
+        refused: operators that cannot have a rule, and why.
     """
 
     rules: dict[OpOverload, Rule] = field(default_factory=dict)
@@ -195,13 +195,13 @@ def rule(
         carries: names of the arguments that may carry relevance; by default the first tensor argument.
         formula: ``M`` and ``c`` in words, shown in tables.
         source: where the rule comes from.
-        override: replace an existing rule. What was known of the operator stays known, but for ``linear``.
-        traits: what is true of the operator, by the names of :class:`~frpc.core.traits.Traits`: ``elementwise=True``,
+        override: replace an existing rule. The operator keeps its traits, except ``linear``.
+        traits: facts about the operator, by the names of :class:`~frpc.core.traits.Traits`: ``elementwise=True``,
             ``linear=True`` (M is the Jacobian, so that gradients and increments can use the rule too), ``nonnegative=always`` ...
-            What is not given is taken to be false.
+            Traits that are not given are assumed to be false.
 
     Raises:
-        OptionError: for something that is no operator overload, an argument the operator does not have, a trait that does not
+        OptionError: for something that is not an operator overload, an argument the operator does not have, a trait that does not
             exist, or a second rule.
     """
 
@@ -256,7 +256,7 @@ def linear_op(
         op: the operator.
         function: ``function(call, a, *arguments)`` returns the linear function, which takes ``[*L, *a.shape]``.
         formula: M in text.
-        pool: the function treats samples apart and takes no column dimensions itself: fold them into the batch.
+        pool: the function treats samples independently but does not take column dimensions: fold them into the batch.
         traits: what else is true of the operator, see :func:`rule`.
     """
     kind = Pool if pool else LinearOp

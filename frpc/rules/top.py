@@ -1,4 +1,4 @@
-"""Where relevance starts: what is said of the output before anything is pulled back.
+"""Where relevance starts: the multiplier of the output, before anything is pulled back.
 
 A *top* turns a target into the multiplier ``G`` of the logits. The relevance of logit i is then ``G_i (z_i - z_ref,i)``, with a
 reference of 0 in rule sets that have none. For a target class c the seed ``w`` is 1 at c and 0 elsewhere; every formula is
@@ -44,7 +44,7 @@ class Top:
         """Returns the multiplier of the logits.
 
         Shapes: seed ``[*K, B, *O]``, output ``[B, *O]``, reference like the output or with a batch of 1; returns the seed's.
-        Classes lie along dimension 1 of the output, the last one where it has three (tokens).
+        Classes are along dimension 1 of the output, or along the last one if it has three dimensions (tokens).
         """
         raise TypeError(f"{type(self).__name__} says nothing of the output")
 
@@ -59,7 +59,7 @@ def _increment(output: Tensor, reference: Tensor | None) -> Tensor:
 
 
 def _per_unit(relevance: Tensor, output: Tensor) -> Tensor:
-    """``R / z``: a multiplier that stands for a given relevance.
+    """``R / z``: the multiplier that gives a certain relevance.
 
     The divisor is kept away from 0 (sgn 0 = +1) by a millionth of the largest logit, in float64 by 1e-12 of it.
     """
@@ -124,7 +124,7 @@ class Contrastive(Top):
 
 @dataclass(frozen=True)
 class SoftmaxGradient(Top):
-    """SG: the gradient of the probability as relevance, ``R_i = dP_c/dz_i``; vanishes where the model is sure.
+    """SG: the gradient of the probability as relevance, ``R_i = dP_c/dz_i``; close to 0 if the model is confident.
 
     Source: SGLRP, S 26; L 10.
     """
@@ -138,7 +138,7 @@ class SoftmaxGradient(Top):
 
 @dataclass(frozen=True)
 class SoftmaxTaylor(Top):
-    """ST: ``R_i = dP_c/dz_i dz_i``, the first-order account of the probability.
+    """ST: ``R_i = dP_c/dz_i dz_i``, the first-order approximation of the probability.
 
     Source: LID paper, section 3.1.
     """

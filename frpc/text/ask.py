@@ -1,4 +1,4 @@
-"""From a text to its explanation: tokenise, compile where needed, choose what is asked, read the relevance off."""
+"""From a text to its explanation: tokenize, compile if needed, choose the targets, compute the relevance."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def explain(
     Args:
         model: an explainer, or a model, which is then compiled for these inputs. A transformers model is compiled without
             its cache of keys and values.
-        tokenizer: of the transformers library; pairs of texts are not asked for.
+        tokenizer: of the transformers library; pairs of texts are not supported.
         text: one, or several, which become one batch, padded at the end.
         target: "auto" or None for the strongest class, or for the likeliest next token after the text's last one; a class
             or token by number or name; ``(t, v)`` for entry v at position t of an output ``[B, T, V]``. A list asks for
@@ -51,7 +51,7 @@ def explain(
         ids: ``[T]`` or ``[B, T]``.
         tokens: the strings of ``ids``, a list for each sample (one list for one sample).
         labels: names of the outputs; by default those of the model's configuration.
-        max_length: most tokens of a text; by default what tokenizer and model allow. Longer texts are cut, and say so.
+        max_length: maximum number of tokens; by default what tokenizer and model allow. Longer texts are cut, with a remark.
         special: whether tokens that the tokenizer added are shown.
         added: with ``tokens``: which strings the tokenizer added, e.g. ``["[CLS]", "[SEP]"]``.
         options: for :func:`frpc.compile`, where a model is given.
@@ -124,7 +124,7 @@ def _listed(
 
 
 def _positions(model: nn.Module) -> int | None:
-    """How many positions a transformers model has, where its configuration says so."""
+    """The number of positions of a transformers model, if its configuration has it."""
     count = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return count if isinstance(count, int) and count > 0 else None
 
@@ -155,7 +155,7 @@ def _compiled(model: nn.Module, inputs: Inputs, options: dict[str, Any]) -> Expl
     cached = getattr(config, "use_cache", None)
     if config is None or not cached:
         return compile(model, inputs, **options)
-    config.use_cache = False  # a cache of keys and values is an output nobody asks for; frpc keeps a copy of the model
+    config.use_cache = False  # a cache of keys and values would be an unneeded output; frpc keeps a copy of the model
     try:
         return compile(model, inputs, **options)
     finally:

@@ -47,7 +47,7 @@ def bars(sheet: Sheet, unit: str) -> Figure:
 
 
 def _chosen(sheet: Sheet) -> tuple[list[Word], list[Word]]:
-    """The words with bars of their own, in reading order, and the others."""
+    """The words that get a separate bar, in reading order, and the others."""
     words = list(sheet.words)
     if len(words) <= MOST:
         return words, []

@@ -126,7 +126,7 @@ def _check_weights(folder: Path, kind: str) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Refuses a tokenizer that was made of nothing: without its files the library makes one that knows no word."""
+    """Raises an error for an empty tokenizer: without its files the library makes one without any words."""
     files = sorted({name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)})
     if files and not any((folder / name).is_file() for name in files):
         raise WeightsError(
@@ -138,7 +138,7 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _check_known(transformers: Any, config: dict[str, Any], architecture: str) -> None:
-    """Refuses what only the folder's own code defines."""
+    """Raises an error for models that only code in the folder defines."""
     if not hasattr(transformers, architecture):
         own = "; its code in the folder (auto_map) is not run" if "auto_map" in config else ""
         raise ModelNameError(f"transformers {transformers.__version__} has no {architecture}{own}.")

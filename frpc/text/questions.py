@@ -1,4 +1,4 @@
-"""Which number of a model's output is asked about: a class, or a token at a position."""
+"""Which number of a model's output to explain: a class, or a token at a position."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def questions(
         readings: the B texts.
         wanted: each None or "auto" (the largest), a class number or name, a token's number or text, or ``(t, v)``.
         labels: names of the classes, or of the V entries.
-        tokenizer: names the V entries where there are no labels.
+        tokenizer: names the V entries if there are no labels.
 
     Raises:
         TargetError: out of range, or a name that is none, or several.

@@ -1,4 +1,4 @@
-"""An explained text: its tokens and words with their relevance, and the account that adds up to the output."""
+"""An explained text: its tokens and words with their relevance, and the lines that add up to the output."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class TextExplanation:
         relevance: of each position of the model's input, summed over the embedding, ``[T]``, float64; padding included.
         output: the explained number.
         bias: the constants' share of it.
-        question: what was asked.
+        question: the explained number.
         policy: where the constants' share went; with ``"separate"`` it is in no token.
         magnitude: ``sum |V|`` over all embedding elements, the measure of errors.
-        special: whether tokens that the tokenizer added ([CLS], <s>) are shown; the account counts them in any case.
+        special: whether tokens that the tokenizer added ([CLS], <s>) are shown; the sum counts them in any case.
 
     Units: relevance, bias and magnitude have the unit of the output.
     """
@@ -94,7 +94,7 @@ class TextExplanation:
 
     @property
     def total(self) -> float:
-        """What tokens, padding and constants kept apart add up to."""
+        """The sum of tokens, padding and separate constants."""
         return math.fsum(self.relevance.tolist()) + (self.bias if self.policy == "separate" else 0.0)
 
     @property
@@ -103,20 +103,20 @@ class TextExplanation:
         return abs(self.total - self.output) / self.magnitude
 
     def without_special(self) -> TextExplanation:
-        """The same with the tokenizer's own tokens hidden; the account keeps their sum."""
+        """The same with the tokenizer's own tokens hidden; the sum still counts them."""
         return dataclasses.replace(self, special=False)
 
     # ---- pictures -----------------------------------------------------------------------------------------------
 
     def sheet(self, pieces: bool = False) -> Sheet:
-        """What all pictures show; ``pieces`` keeps tokens apart instead of merging them to words."""
+        """The content of all pictures; ``pieces`` shows tokens instead of merging them into words."""
         tokens = tuple(token for token in self.tokens if self.special or not token.special)
         words = tokens if pieces else tuple(word for word in self.words if self.special or not word.special)
         heading = f"{self.question.heading}: {self.output:+.5g}".replace("-", "−")
         return Sheet(heading, words, tokens, self._parts(), self._total(), self._remarks())
 
     def to_rich(self, pieces: bool = False) -> Group:
-        """For a rich console: coloured words, the scale, the strongest words, the account."""
+        """For a rich console: coloured words, the scale, the strongest words, the sum."""
         return terminal.rendered(self.sheet(pieces))
 
     def __rich__(self) -> Group:

@@ -35,7 +35,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the account: a name, a number, and what to know about it."""
+    """One line of the sum: a name, a number, and a remark."""
 
     name: str
     value: float
@@ -52,7 +52,7 @@ class Sheet:
         tokens: the same, piece by piece.
         parts: lines that add up to the total.
         total: their sum, and the output it should be.
-        remarks: sentences below the account.
+        remarks: sentences below the sum.
     """
 
     heading: str
@@ -84,7 +84,7 @@ class Sheet:
 
 
 def colours(strength: float) -> tuple[str, str] | None:
-    """Background and letters for a strength in -1..1; None where there is nothing to colour."""
+    """Colours of background and letters for a strength in -1..1; None for no colour."""
     if abs(strength) < FAINT:
         return None
     share = 0.08 + 0.87 * abs(strength)
@@ -94,7 +94,7 @@ def colours(strength: float) -> tuple[str, str] | None:
 
 
 def plain(sheet: Sheet) -> str:
-    """A table without colour: every word and its relevance, then the account."""
+    """A table without colour: every word and its relevance, then the sum."""
     shown = [(word.text, signed(word.relevance)) for word in sheet.words]
     account = [(line.name, signed(line.value) + (f"  {line.note}" if line.note else "")) for line in sheet.parts + sheet.total]
     width = max(len(name) for name, _ in shown + account)

@@ -1,4 +1,4 @@
-"""An explained text in a terminal: coloured words, the scale, the account."""
+"""An explained text in a terminal: coloured words, the scale, the sum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 8  # cells of the scale on either side of 0
 
 
 def rendered(sheet: Sheet) -> Group:
-    """The sheet for :class:`rich.console.Console`; readable without colours too, since the strongest words stand below."""
+    """The sheet for :class:`rich.console.Console`; readable without colours too, since the strongest words are listed below."""
     return Group(
         Text(sheet.heading, style="bold"),
         Text(),

@@ -23,13 +23,13 @@ class Reading:
 
     Attributes:
         pieces: its tokens as the tokenizer writes them, without padding.
-        positions: where each stands in the model's input.
+        positions: the position of each in the model's input.
         special: which of them the tokenizer added.
         spans: its words, as runs over ``pieces``.
         padding: positions of the input that hold none of them.
         cut: tokens left out because the text was too long.
-        text: the text itself, where it is known.
-        unknown: how many tokens stand for something that the tokenizer does not know.
+        text: the text itself, if it is known.
+        unknown: number of tokens for text that the tokenizer does not know.
     """
 
     pieces: tuple[str, ...]
@@ -48,7 +48,7 @@ def listed(tokens: Sequence[str], mask: Sequence[bool] | None = None, special: C
     Args:
         tokens: as a tokenizer writes them; marks of WordPiece, byte-level BPE and SentencePiece join them to words.
         mask: False where a position is padding.
-        special: tokens that are no words of the text, e.g. ``["[CLS]", "[SEP]"]``.
+        special: tokens that are not words of the text, e.g. ``["[CLS]", "[SEP]"]``.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError('tokens must be a list of strings, one for each position, e.g. ["play", "##ing"].')

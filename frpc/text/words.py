@@ -68,7 +68,7 @@ class Span:
     Attributes:
         text: as a reader would spell it.
         tokens: its positions.
-        special: whether the tokenizer added it ([CLS], <s>), so that it is no word of the text.
+        special: whether the tokenizer added it ([CLS], <s>), so that it is not a word of the text.
         space: whether a space goes before it.
     """
 
@@ -101,11 +101,11 @@ def spans(
 
     Args:
         pieces: as the tokenizer writes them.
-        special: which of them the tokenizer added; each of these stands alone.
+        special: which of them the tokenizer added; these are never merged.
         marks: how the pieces show where words begin.
         word_ids: the tokenizer's own count of words. A piece whose mark begins a word does so in any case: tokenizers
             that do not cut at spaces count a whole text as one word.
-        offsets: where each piece stands in the text, for its spaces.
+        offsets: where each piece is in the text, for its spaces.
         spell: pieces of a word to text, e.g. ``tokenizer.convert_tokens_to_string``; without it marks are taken off.
     """
     groups: list[list[int]] = []

@@ -164,12 +164,12 @@ def test_layers_without_places_are_refused(explainer: frpc.Explainer) -> None:
     for method in (cam.cam, cam.grad_cam, cam.grad_cam_plus_plus, cam.layer_cam, cam.guided_grad_cam, cam.score_cam):
         with pytest.raises(OptionError) as caught:
             method(explainer, X, "6", 0)
-        assert str(caught.value) == "6 gives [B, 6], which is not a spatial map. Layers that return one:  0, 1, 2, 3, 4."
-    with pytest.raises(OptionError, match=r"2 gives \[B, 5, 1, 1\], which is not a spatial map. Layers that return one:  0, 1\."):
+        assert str(caught.value) == "6 gives [B, 6], which is not a spatial map. Layers that return one: 0, 1, 2, 3, 4."
+    with pytest.raises(OptionError, match=r"2 gives \[B, 5, 1, 1\], which is not a spatial map. Layers that return one: 0, 1\."):
         cam.grad_cam(pooled(nn.Linear(5, 3)), X, "2", 0)
     with pytest.raises(LayerNameError, match="has no layer 'seven'"):
         cam.grad_cam(explainer, X, "seven", 0)
-    with pytest.raises(ShapeError, match=r"x is \[2, 144\]; pictures \[B, C, H, W\] are expected here"):
+    with pytest.raises(ShapeError, match=r"x is \[2, 144\]; give pictures \[B, C, H, W\]"):
         cam.grad_cam(explainer, X.flatten(1), "4", 0)
     with pytest.raises(TargetError, match="Give target= or seed="):
         cam.grad_cam(explainer, X, "4")

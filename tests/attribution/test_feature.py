@@ -153,7 +153,7 @@ def test_features_that_do_not_fit_are_refused() -> None:
         frpc.feature(model, "0", class_=2, size=size)
     with pytest.raises(LayerNameError, match="has no layer '7'"):
         frpc.feature(model, "7", channel=2, size=size)
-    with pytest.raises(TargetError, match=r"4 is out of range: 0 is \['B', 4, 10, 10\], with indices 0 to 3"):
+    with pytest.raises(TargetError, match=r"4 is out of range: 0 has shape \['B', 4, 10, 10\], with indices 0 to 3"):
         frpc.feature(model, "0", channel=4, size=size)
     with pytest.raises(TargetError, match="give a neuron as a tuple of 3 ints"):
         frpc.feature(model, "0", neuron=(1, 2), size=size)
@@ -217,7 +217,7 @@ def test_captum_is_asked_as_it_is() -> None:
     first = baselines.shapley_values(model, x, 1, parts=parts, samples=2, random_seed=3)
     assert torch.equal(first.relevance, baselines.shapley_values(model, x, 1, parts=parts, samples=2, random_seed=3).relevance)
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(OptionError, match=r"captum\.attr has no such attribution"):
+    with pytest.raises(OptionError, match=r"captum\.attr has no method of that name"):
         baselines.attribute("Limes", model, x, 1)
     with pytest.raises(ShapeError, match=r"parts has shape \[5, 5\], but a sample of x has shape \[3, 12, 12\]"):
         baselines.lime(model, x, 1, parts=torch.zeros(5, 5, dtype=torch.int64))

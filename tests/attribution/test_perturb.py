@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_said(explainer: frpc.Explainer) -> None:
         perturb.occlusion(explainer, X, WHICH, window=10)
     with pytest.raises(OptionError, match="stride=4 leaves out pixels between windows of 3; give at most 3"):
         perturb.occlusion(explainer, X, WHICH, window=3, stride=4)
-    with pytest.raises(OptionError, match="stride=0: at least one row and one column"):
+    with pytest.raises(OptionError, match="stride=0: give at least one row and one column"):
         perturb.occlusion(explainer, X, WHICH, window=3, stride=0)
     with pytest.raises(OptionError, match=r"masks=5, keep=0\.0: give at least one mask, and a probability above 0"):
         perturb.rise(explainer, X, WHICH, masks=5, keep=0.0)
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_said(explainer: frpc.Explainer) -> None:
         perturb.meaningful_perturbation(net(), X, PAIRS)
     with pytest.raises(OptionError, match="choose logit or probability"):
         perturb.rise(explainer, X, WHICH, of="score")  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match=r"pictures \[B, C, H, W\] are expected here"):
+    with pytest.raises(ShapeError, match=r"give pictures \[B, C, H, W\]"):
         perturb.occlusion(explainer, X[0], WHICH)
     with pytest.raises(ShapeError, match=r"The reference has shape \[2, 9, 7\] per sample"):
         perturb.rise(explainer, X, WHICH, reference=X[:1, :, :, 1:])

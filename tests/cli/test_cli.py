@@ -140,7 +140,7 @@ def test_explain_writes_pictures_raw_maps_and_json(tmp_path: Path, photo, weight
     assert max(entry["conservation_error"] for entry in record["explained"]) <= 1e-6
     assert set(record["seconds"]) == {"read", "compile", "explain"}
     assert max(row["error"] for row in record["layers"]) <= 1e-6
-    for expected in ("class", "map sum", "photo.top3.png", "least exact of"):
+    for expected in ("class", "map sum", "photo.top3.png", "largest errors of"):
         assert expected in result.stdout
 
 
@@ -220,7 +220,7 @@ def test_doctor():
     assert (result.exit_code, printed["self_check"]["ok"]) == (0, True)
     assert printed["packages"]["torch"]
     text = run("doctor")
-    assert "balanced" in text.stdout
+    assert "passed" in text.stdout
     assert "cpu" in text.stdout
 
 
@@ -243,7 +243,7 @@ BAD_INPUT = {
     "truncated picture": (["--image", "half.png"], "ImageError", "truncated"),
     "target out of range": (["--target", "1000"], "TargetError", "target 1000 is out of range"),
     "unknown class": (["--target", "bull mastif"], "TargetError", "nearest names: bull mastiff"),
-    "top with a target": (["--target", "3", "--top", "2"], "OptionError", "--top 2 goes with --target auto"),
+    "top with a target": (["--target", "3", "--top", "2"], "OptionError", "--top 2 only works with --target auto"),
     "too many targets": (["--top", "1001"], "OptionError", "the model has 1000 classes"),
     "folder is a file": (["--out", "text.png/results"], "OutputFolderError", "text.png is a file"),
 }

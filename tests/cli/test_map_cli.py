@@ -128,7 +128,7 @@ def test_more_errors(tmp_path: Path, weights: Path):
         assert result.exit_code == 2 and message in result.output
     assert run(weights, data, tmp_path / "out").exit_code == 0
     changed = run(weights, data, tmp_path / "out", "--method", "gradient")
-    assert changed.exit_code == 2 and 'method: "frp" there, "gradient" asked for' in changed.output
+    assert changed.exit_code == 2 and 'method: "frp" in the folder, "gradient" requested' in changed.output
 
 
 # Twenty kills -----------------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_windows_larger_than_the_disk_are_refused(tmp_path: Path, monkeypatch):
     maps = frpc.compile(load_digit_net()).layer("conv2", load_digits()[0][:1].float() / 255)
     check_disk(maps, tmp_path / "not" / "yet")
     monkeypatch.setattr(layerfiles.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(MemoryLimitError, match=r"conv2: the windows of .* neurons take .* has 1.0 kB free"):
+    with pytest.raises(MemoryLimitError, match=r"conv2: the windows of .* neurons need .* has 1.0 kB free"):
         check_disk(maps, tmp_path)
 
 
@@ -210,8 +210,8 @@ BAD_INPUT = {
     "not a picture": (["--image", "text.png"], "ImageError", "is not an image"),
     "missing weights": (["--weights", "none.safetensors"], "WeightsError", "no such weights file"),
     "folder is a file": (["--out", "text.png/results"], "OutputFolderError", "text.png is a file"),
-    "neuron out of range": (["--neuron", "5,0,0"], "TargetError", "--neuron 5,0,0: features.3 holds neurons [5, 8, 8]"),
-    "neuron of too few numbers": (["--neuron", "1"], "TargetError", "--neuron 1: features.3 holds neurons [5, 8, 8]"),
+    "neuron out of range": (["--neuron", "5,0,0"], "TargetError", "--neuron 5,0,0: features.3 has neurons [5, 8, 8]"),
+    "neuron of too few numbers": (["--neuron", "1"], "TargetError", "--neuron 1: features.3 has neurons [5, 8, 8]"),
     "neuron in words": (["--neuron", "1;2"], "OptionError", "--neuron 1;2: give a neuron as numbers"),
     "negative neuron": (["--neuron", "-1,0,0"], "OptionError", "give a neuron as numbers"),
     "bias": (["--bias", "receptive_field"], "OptionError", "--bias uniform and --bias separate"),

@@ -146,7 +146,7 @@ def test_a_folder_without_a_tokenizer(bert, tmp_path):
         if path.name.startswith(("tokenizer", "vocab", "special")):
             path.unlink()
     (empty / "vocab.txt").write_text("\n".join(WORDS[:5]), encoding="utf-8")
-    refused(run("--model", empty, "--text", TEXT, "--out", tmp_path / "out"), "WeightsError", "no word among them")
+    refused(run("--model", empty, "--text", TEXT, "--out", tmp_path / "out"), "WeightsError", "but no words")
 
 
 def test_a_language_model_names_its_next_token(gpt2, tmp_path):
@@ -194,7 +194,7 @@ def refused(result, kind: str, *messages: str) -> None:
 
 def test_what_is_refused(bert, tmp_path):
     out = ("--text", TEXT, "--out", tmp_path / "out")
-    refused(run("--model", tmp_path / "none", *out), "WeightsError", "does not exist", "Nothing is downloaded")
+    refused(run("--model", tmp_path / "none", *out), "WeightsError", "does not exist", "frpc downloads nothing")
     refused(run("--model", bert / "config.json", *out), "WeightsError", "is a file, not a model folder")
     bare = copy_of(bert, tmp_path / "bare", without="model.safetensors")
     refused(run("--model", bare, *out), "WeightsError", "contains no safetensors file")

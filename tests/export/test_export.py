@@ -255,7 +255,7 @@ def test_samples_on_an_edge_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     report = verify("a.onnx", explainer)
     assert report.edges == 0 and report.error <= 1e-5
     monkeypatch.setattr(verification, "open_file", lambda path: moved(explainer, [0, 0, 1e-3], 0.5, 1))
-    with pytest.raises(VerificationError, match="say different things"):
+    with pytest.raises(VerificationError, match="give different results"):
         verify("a.onnx", explainer)
 
 

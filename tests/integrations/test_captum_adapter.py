@@ -331,7 +331,7 @@ def test_lrp_takes_a_rule_set_and_reports_captums_delta():
         ({"target": None}, TargetError, "Give target="),
         ({"additional_forward_args": (None, object())}, InputError, r"additional_forward_args\[1\] is object"),
         ({"additional_forward_args": ([torch.zeros(4, 5)],)}, InputError, r"additional_forward_args\[0\] holds Tensor"),
-        ({"internal_batch_size": 0}, OptionError, "internal_batch_size=0: at least one sample"),
+        ({"internal_batch_size": 0}, OptionError, "internal_batch_size=0: give at least 1"),
     ],
 )  # fmt: skip
 def test_errors(arguments, kind, message):

@@ -90,7 +90,7 @@ def test_missing_folder_and_unusable(tmp_path: Path):
     with pytest.raises(ImageError, match="32-bit pixels"):
         read_image(tmp_path / "f.tiff")
     noise(1, 500).save(tmp_path / "thread.png")
-    with pytest.raises(ImageError, match="too elongated"):
+    with pytest.raises(ImageError, match="too narrow"):
         prepare(tmp_path / "thread.png")
 
 

@@ -182,7 +182,8 @@ def test_another_job_is_refused(data: Path, finished: Path):
         jobs.run(task_of(data, finished, batch_size=2, method="lid-ig"), {"name": "tiny"})
     assert str(caught.value) == (
         f"{finished} contains a different job:\n"
-        '  method: "frp" there, "lid-ig" asked for\n  bias: "uniform" there, null asked for\n  batch_size: 3 there, 2 asked for\n'
+        '  method: "frp" in the folder, "lid-ig" requested\n  bias: "uniform" in the folder, null requested\n  batch_size: 3 in '
+        'the folder, 2 requested\n'
         "  Use the same options to resume it, or choose another --out"
     )
 
@@ -250,7 +251,7 @@ def test_a_map_that_is_not_finite_is_a_failure(tmp_path: Path, data: Path):
 def test_data_errors(tmp_path: Path):
     with pytest.raises(DataError, match="no such data"):
         jobs.open_samples(tmp_path / "nothing")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="contains no pictures"):
         jobs.open_samples(tmp_path)
     (tmp_path / "words.txt").write_text("words")
     with pytest.raises(DataError, match=r"is neither a folder nor a \.parquet file"):

@@ -47,7 +47,7 @@ def relative(a: Tensor, b: Tensor) -> float:
         ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of auto, aten, triton, inductor"),
         ({"mode": "fast"}, "mode='fast' is unknown; choose one of latency, throughput"),
         ({"backend": "triton"}, 'backend="triton" is not available: the model is on cpu; kernels are for CUDA devices'),
-        ({"dtype": torch.int32}, "dtype=torch.int32 is no floating-point type"),
+        ({"dtype": torch.int32}, "dtype=torch.int32 is not a floating-point type"),
     ],
 )
 def test_what_cannot_be_had_is_refused(options: dict[str, str], message: str) -> None:
@@ -84,7 +84,7 @@ def test_inductor_gives_what_aten_gives(mode: str) -> None:
         assert relative(found.output, expected.output) <= 1e-5
     with torch.inference_mode():
         assert relative(other(X, target=1).relevance, plain(X, target=1).relevance) <= 1e-5
-    with pytest.raises(OptionError, match="Inductor plans its own"):
+    with pytest.raises(OptionError, match="With inductor it is not known"):
         _ = other.plan.peak_bytes
 
 
@@ -170,7 +170,7 @@ def test_the_plan_tells_its_memory() -> None:
     assert plan.peak_bytes == plan.peak_bytes_for(1, 1)
     assert "memory besides parameters and inputs" in str(plan)
     stage = next(s.program for s in explainer.stages if s.name == "plan")
-    with pytest.raises(OptionError, match="once the program is lowered"):
+    with pytest.raises(OptionError, match="known only after lowering"):
         _ = stage.peak_bytes
 
 

@@ -276,7 +276,7 @@ def test_box_that_the_input_leaves() -> None:
 def test_alpha_and_beta_that_do_not_conserve() -> None:
     with pytest.raises(OptionError, match=r"alpha=2\.0, beta=0\.5: both must be at least 0, with alpha - beta = 1"):
         AlphaBeta(2.0, 0.5)
-    with pytest.raises(OptionError, match="both are at least 0"):
+    with pytest.raises(OptionError, match="both must be at least 0"):
         AlphaBeta(0.5, -0.5)
 
 

@@ -75,7 +75,7 @@ def test_columns_stay_in_front() -> None:
         (lambda x: x + x.amax(0), "sample"),
         (lambda x: x.sort(0)[0], "sample"),
         (lambda x: x.cumsum(0), "sample"),
-        (lambda x: (x * 2).as_strided((x.shape[0], 2), (4, 2)), "reads memory at addresses"),
+        (lambda x: (x * 2).as_strided((x.shape[0], 2), (4, 2)), "reads memory by address"),
     ],
 )
 def test_what_cannot_be_told_apart_is_declined(function: Callable[[Tensor], Tensor], reason: str) -> None:

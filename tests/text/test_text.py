@@ -376,7 +376,7 @@ def test_questions_that_do_not_fit(bag):
         text.explain(explainer, text="a b")
     with pytest.raises(InputError, match="at least one target"):
         ask(target=[])
-    with pytest.raises(InputError, match="compiled already"):
+    with pytest.raises(InputError, match="already compiled"):
         ask(bias="separate")
     with pytest.raises(ShapeError, match="2 labels for 3 outputs"):
         ask(labels=["no", "yes"])

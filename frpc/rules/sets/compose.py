@@ -1,4 +1,4 @@
-"""Single choices of forward relevance propagation, and rule sets made of others by module path and by operator."""
+"""Single choices of forward relevance propagation, and rule sets composed of others by module path and by operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Gate", "Half", "WinnerTakesAll", "compose"]
 
 @dataclass(frozen=True)
 class Gate(FRP):
-    """Products give all of their relevance to one factor; the other, a gate where one is, is a coefficient."""
+    """Products give all of their relevance to one factor; the other (the gate, if there is one) is a coefficient."""
 
     product: Product | Mapping[str, Product] = "gate"
 
@@ -79,11 +79,11 @@ class _Composed(RuleSet):
         return any(rules.for_first_layer for rules in (*(chosen for _, chosen in self.choices), self.default))
 
     def note_for(self, site: Site) -> str | None:
-        """Asks the set that gives the rule."""
+        """Forwards to the set that gives the rule."""
         return next((chosen for key, chosen in self.choices if _matches(key, site)), self.default).note_for(site)
 
     def product_for(self, module: str) -> Product:
-        """Returns how products are shared in a module."""
+        """Returns how products are split in a module."""
         for key, chosen in self.choices:
             if isinstance(key, str) and inside(module, key):
                 return chosen.product_for(module)

@@ -25,7 +25,7 @@ __all__ = ["LID", "Deconvnet", "DeepLift", "Gradient", "GuidedBackprop", "LIDTay
 
 @dataclass(frozen=True)
 class Gradient(RuleSet):
-    """The Jacobian: ``x * dy/dx``, or ``dy/dx`` alone. Nothing is conserved; what is missing to y is reported beside the map.
+    """The Jacobian: ``x * dy/dx``, or only ``dy/dx``. Nothing is conserved; the difference to y is returned as ``bias``.
 
     Args:
         times_input: multiply the gradient by the input.
@@ -49,7 +49,7 @@ class Gradient(RuleSet):
 
 @dataclass(frozen=True)
 class GuidedBackprop(Gradient):
-    """Gradients, and at every ReLU (ReLU6, a ``clamp`` from 0) only what is positive; a net without any gets its gradient.
+    """Gradients, of which every ReLU (ReLU6, a ``clamp`` from 0) passes only the positive part; without ReLUs, the gradient.
 
     Transposed direction only.
 
@@ -65,7 +65,7 @@ class GuidedBackprop(Gradient):
 
 @dataclass(frozen=True)
 class Deconvnet(Gradient):
-    """Gradients, but at every ReLU what is pulled is itself rectified. Transposed direction only.
+    """Gradients, but every ReLU rectifies the pulled value itself. Transposed direction only.
 
     Source: Zeiler & Fergus 2014; S 9-11.
     """
@@ -73,7 +73,7 @@ class Deconvnet(Gradient):
     times_input: bool = False
 
     def rule_for(self, site: Site) -> Rule | None:
-        """Returns the Jacobian, at ReLUs the rectification of what is pulled."""
+        """Returns the Jacobian, or at ReLUs the rectification of the pulled value."""
         return rectifying_rule(site.op, deconvnet_relu, "v [v > 0]", "Zeiler & Fergus 2014; S 9-11") or super().rule_for(site)
 
 

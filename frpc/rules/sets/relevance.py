@@ -137,7 +137,7 @@ class AlphaBeta(_Layers):
 
 @dataclass(frozen=True)
 class Gamma(_Layers):
-    """``w + gamma w+`` in place of the weights: positive contributions are favoured.
+    """``w + gamma w+`` instead of the weights: positive contributions are favoured.
 
     Source: Montavon et al. 2019; for signed inputs Andeol et al. 2021.
     """
@@ -246,7 +246,7 @@ class EpsilonPlus(_Layers):
     stabilizer: float = 1e-6
 
     def parts(self) -> Composite:
-        """What it is made of."""
+        """The rule sets that it is composed of."""
         return Composite(ZPlus(self.stabilizer), LRP(self.epsilon))
 
     @property
@@ -335,7 +335,7 @@ class AttnLRP(LRP):
     """
 
     def rule_for(self, site: Site) -> Rule | None:
-        """Returns the layer rule, and for softmax its first-order account."""
+        """Returns the layer rule, and for softmax its first-order approximation."""
         if site.op in (aten._softmax.default, aten._safe_softmax.default):
             name = str(schema_of(site.op).arguments[0].name)
             return Rule(site.op, _taylor_softmax, (name,), "s (v - <s, v>)", "Achtibat et al. 2024")

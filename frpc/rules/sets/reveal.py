@@ -1,7 +1,7 @@
 """DeepLIFT's reveal-cancel rule: a layer with weights and the activation behind it, taken together.
 
 The rescale rule gives an activation one multiplier, so that contributions which cancel each other in front of it vanish together.
-Here the positive and the negative part of what reaches the activation get multipliers of their own.
+Here the positive and the negative part of the activation's input get separate multipliers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DeepLiftRevealCancel(LID):
 
     With ``dx+`` and ``dx-`` the positive and negative part of a neuron's increment, the activation's increment is shared as
     ``dy+ = (f(r + dx+) - f(r) + f(r + dx) - f(r + dx-)) / 2`` and ``dy-`` likewise; ``dy+ / dx+`` and ``dy- / dx-`` multiply the
-    positive and the negative contributions. The layer's own neurons then have no single multiplier: ask for the activation's.
+    positive and the negative contributions. The layer's own neurons then have no single multiplier: use the activation's.
 
     Exact when: always; relevance sums to ``f(x) - f(x_ref)``.
 

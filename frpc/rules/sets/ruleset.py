@@ -1,6 +1,6 @@
-"""Rule sets: which rule each node of a graph gets, and what the multipliers that are pulled through them mean.
+"""Rule sets: which rule each node of a graph gets, and what the multipliers mean that are pulled through the rules.
 
-A rule set answers one question, ``rule_for(site)``, and has one property, its :class:`Account`. :class:`FRP` answers from the
+A rule set has a method, ``rule_for(site)``, and a property, its :class:`Account`. :class:`FRP` takes rules from the
 table of affine forms; ``overrides`` replaces rules by module path pattern or by operator, first match first.
 """
 
@@ -28,18 +28,18 @@ Gives = Literal["relevance", "multiplier"]
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rule is asked for.
+    """A call that needs a rule.
 
     Attributes:
         op: the operator.
         module: path of the innermost module around the call.
-        first: the call reads the explained input, but for views.
+        first: the call reads the explained input, directly or through views.
         weighted: the call multiplies what it carries by something that does not carry: a convolution, a linear layer or
             another product of matrices.
-        by_value: what it multiplies by is no parameter: it is computed from the input.
+        by_value: the other factor is not a parameter but is computed from the input.
         behind: the function of one number that is the only reader of the result, if there is one.
-        before: the call is such a function, and what it reads is a layer with weights.
-        called: the operator as the model calls it, which may stand for several of the graph.
+        before: the call is such a function, and it reads a layer with weights.
+        called: the operator as the model calls it, which may become several operators of the graph.
     """
 
     op: Any
@@ -57,14 +57,14 @@ class Account:
     """What the multipliers ``G`` of a rule set mean.
 
     Attributes:
-        constants: constants are followed, and their share of the explained number is spread by the bias policy. Otherwise what
+        constants: constants are tracked, and the bias policy distributes their share of the explained number. Otherwise what
             a map leaves out is what its rules absorbed.
-        reference: relevance is ``(a - a_ref) G``, an account of what changed since a reference input, instead of ``a G``.
-        from_reference: rules look at the reference too, and not at the input alone.
+        reference: relevance is ``(a - a_ref) G``, which explains the change since a reference input, instead of ``a G``.
+        from_reference: rules use the reference as well as the input.
         gives: ``relevance``, or the ``multiplier`` itself (plain gradients).
-        spelled_out: norms are taken apart into what they compute; products carry both factors and both operands of
+        spelled_out: norms are decomposed into the operators they compute; products carry both factors and both operands of
             a division.
-        gradients: what is asked for is autograd's derivative, which stops at ``detach()``. Other rules explain values, and there
+        gradients: the rules give autograd's derivative, which stops at ``detach()``. Other rules explain values, and for them
             ``detach`` is a copy.
         conserves: what the map sums to, in words, for tables.
     """
@@ -92,24 +92,24 @@ class RuleSet:
         return Account()
 
     def rule_for(self, site: Site) -> Rule | None:
-        """Returns the rule for a call, or None where there is none."""
+        """Returns the rule for a call, or None if there is none."""
         return TABLE.get(site.op)
 
     def patterns(self) -> tuple[Pattern, ...]:
-        """The modules and operators that its options name, each of which has to be found in a model."""
+        """The modules and operators that its options name; each must exist in the model."""
         return ()
 
     @property
     def for_first_layer(self) -> bool:
-        """Says whether the layer that reads the input gets a rule of its own."""
+        """Says whether the layer that reads the input gets a different rule."""
         return False
 
     def note_for(self, site: Site) -> str | None:
-        """Says why a call gets another rule than the one that this set is named after, where it does."""
+        """Says why a call gets a different rule than the one that this set is named after; None if it does not."""
         return None
 
     def product_for(self, module: str) -> Product:
-        """Returns how products of two carried values are shared in a module."""
+        """Returns how products of two carried values are split in a module."""
         return "auto"
 
     def boxes(self) -> tuple[Box, ...]:
@@ -117,7 +117,7 @@ class RuleSet:
         return ()
 
     def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuses inputs that the rules cannot take: those outside a box.
+        """Raises an error for inputs outside a box that the rules need.
 
         Raises:
             InputError: says how far outside they are.
@@ -126,7 +126,7 @@ class RuleSet:
 
 
 def check_boxes(inputs: Sequence[Tensor], boxes: Sequence[Box]) -> None:
-    """Refuses inputs outside one of the boxes.
+    """Raises an error for inputs outside one of the boxes.
 
     Raises:
         InputError: says how far outside they are.
@@ -151,13 +151,13 @@ class FRP(RuleSet):
     Args:
         overrides: where -> rule function, as for :func:`frpc.rule`. Where is an operator of the canonical graph (an overload or
             a packet), a pattern of module paths (``"features"``: every operator in there), or a pair of both.
-        product: how a product ``a b`` of two carried values is shared, everywhere or by module path pattern (first match
-            first, ``"auto"`` where none matches). ``"half"``: ``b/2`` on a, ``a/2`` on b. ``"gate"``: one factor is a
+        product: how a product ``a b`` of two carried values is split, everywhere or by module path pattern (first match
+            first, ``"auto"`` if none matches). ``"half"``: ``b/2`` on a, ``a/2`` on b. ``"gate"``: one factor is a
             coefficient and the other takes all; the one that is a sigmoid, softmax, exponential or norm, else the second.
             ``"auto"``: ``gate`` where exactly one factor is of that kind (attention, squeeze-excite, LSTM, norms), else ``half``.
 
     Raises:
-        OptionError: for an unknown way to share products; when a model is compiled, for a pattern that matches nothing in it.
+        OptionError: for an unknown ``product``; when a model is compiled, for a pattern that matches nothing in it.
 
     Exact when: always; every operator's rule is an identity at the given input.
 
@@ -189,7 +189,7 @@ class FRP(RuleSet):
         return standard
 
     def product_for(self, module: str) -> Product:
-        """Returns how products are shared in a module."""
+        """Returns how products are split in a module."""
         if isinstance(self.product, str):
             return self.product
         return next((way for path, way in self.product.items() if inside(module, path)), "auto")
@@ -201,7 +201,7 @@ class FRP(RuleSet):
 
 
 def _place(key: Any) -> tuple[str | None, Any]:
-    """The pattern of module paths and the operator that a key of ``overrides`` names; None where it names none."""
+    """The pattern of module paths and the operator in a key of ``overrides``; None for a part that it does not have."""
     if isinstance(key, tuple):
         return key[0], key[1]
     return (key, None) if isinstance(key, str) else (None, key)
