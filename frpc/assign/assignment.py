@@ -1,4 +1,4 @@
-"""Assignment: which nodes carry relevance, and by which rule. All gaps are collected before anything is said."""
+"""Assignment: which nodes carry relevance, and by which rule. All gaps are collected and reported in one error."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of a call before it runs, so that a rule can leave out what comes to nothing.
+    """What is known about a call before it runs, so that a rule can leave out terms that are always 0.
 
     Attributes:
-        positive: the operands that are nowhere negative.
+        positive: the operands that are nonnegative everywhere.
         behind: the activation that alone reads the result, where the result is not itself explained.
     """
 
@@ -42,7 +42,7 @@ class Hints:
 
     @property
     def rectified(self) -> bool:
-        """Says whether the result goes to a ReLU and nowhere else."""
+        """Says whether only ReLUs read the result."""
         return self.behind is not None and self.behind.target is aten.relu.default
 
 
@@ -58,7 +58,7 @@ class Assigned:
         rule: its rule.
         operands: which arguments carry, and the nodes that feed them.
         batch: where the samples are in its result.
-        hints: what is known of the call beforehand.
+        hints: what is known about the call before it runs.
         example: its affine form at the example values.
         maps: class names of the maps the rule chose, for tables.
     """
@@ -81,7 +81,7 @@ class Assignment:
 
     Attributes:
         graph_module: the canonical graph.
-        sources: the nodes relevance is asked about, in input order.
+        sources: the nodes that get relevance, in input order.
         rules: node -> its rule, in graph order.
         carried: all nodes that carry relevance, sources included.
         gaps: nodes that ought to carry and cannot.
@@ -117,14 +117,14 @@ class Assignment:
 
 
 def call_of(node: fx.Node, carried: frozenset[Operand], values: Any, references: Any = None, hints: Hints = NO_HINTS) -> Call:
-    """Returns the call a rule is asked about.
+    """Returns the call for a rule.
 
     Args:
         node: a ``call_function`` node of an operator overload.
         carried: operands that carry.
         values: function from a node to its value.
         references: function from a node to its value at the reference input; None where rules do not look at one.
-        hints: what is known of the call beforehand.
+        hints: what is known about the call before it runs.
     """
     assert isinstance(node.target, OpOverload)
     args, kwargs = fx.map_arg((node.args, node.kwargs), values)
@@ -164,13 +164,13 @@ def assign(
         graph_module: a canonical graph.
         rules: the rule set.
         constant: module path patterns whose nodes count as constants.
-        fixed_batch: the batch size where it is fixed.
+        fixed_batch: the batch size, if it is fixed.
         source: see :func:`frpc.rules.carriers.find_sources`.
         of: module path of the layer whose neurons are explained; empty for the model's output.
-        layers: module paths of inner layers that are asked about.
+        layers: module paths of inner layers whose relevance is computed.
 
     Raises:
-        SourceError: if elements of an input are codes, and it was not said what is asked about; see :mod:`frpc.assign.coded`.
+        SourceError: if elements of an input are codes and no source was chosen; see :mod:`frpc.assign.coded`.
     """
     sources = find_sources(graph_module.graph, source)
     explained = _explained(graph_module.graph, of)
@@ -266,7 +266,7 @@ def _reading(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
 def _live(
     graph_module: fx.GraphModule, rules: RuleSet, constant: Sequence[str], starts: Sequence[fx.Node], of: str
 ) -> dict[fx.Node, dict[Operand, fx.Node]]:
-    """Returns the calls that relevance passes on its way from the output to a start, with the operands it goes to.
+    """Returns the calls that relevance passes on its path from the output to a start, with the operands it goes to.
 
     It starts at the sources; an inner layer behind a ``detach`` has a gradient too, though none of it reaches the input.
     """
@@ -289,7 +289,7 @@ def _live(
 
 
 def _computed(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the tensors that come from the model's inputs; the others are parameters, or made of them."""
+    """Returns the tensors that depend on the model's inputs; the others are parameters, or computed from them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         tensor = isinstance(first_result(node.meta.get("val")), torch.Tensor)
@@ -344,5 +344,5 @@ def _gap(node: fx.Node, reason: str, samples: bool = False) -> Gap:
 
 _STOPPED = (
     "write it in plain operators, whose derivatives are known (detach() is followed);\n"
-    "       or explain values, which do not ask for a backward: frpc.rules.FRP(), LID(), LRP()"
+    "       or use a method that needs no backward: frpc.rules.FRP(), LID(), LRP()"
 )

@@ -25,15 +25,15 @@ Live = Mapping[fx.Node, Mapping[Any, fx.Node]]
 
 
 def refuse_codes(graph: fx.Graph, sources: Sequence[fx.Node], live: Live) -> None:
-    """Refuses inputs of which some elements reach the output as codes and in no other way.
+    """Raises an error for inputs whose elements partly reach the output only as codes.
 
     Args:
         graph: a canonical graph.
-        sources: the nodes relevance is asked about.
+        sources: the nodes that get relevance.
         live: the calls that carry relevance from the output to a source, with the operands it goes to.
 
     Raises:
-        SourceError: names the table that is read by the code, and how to ask about both.
+        SourceError: names the table that the code reads, and how to explain both.
     """
     for source in (s for s in sources if s.op == "placeholder"):
         behind = _computed_from(graph, [source])
@@ -44,7 +44,7 @@ def refuse_codes(graph: fx.Graph, sources: Sequence[fx.Node], live: Live) -> Non
 
 
 def _computed_from(graph: fx.Graph, starts: Sequence[fx.Node]) -> set[fx.Node]:
-    """Returns some nodes and all whose values depend on theirs, through whole numbers too."""
+    """Returns some nodes and all whose values depend on theirs, also through integers."""
     found = set(starts)
     for node in graph.nodes:
         if node.op == "call_function" and any(n in found for n in read_by(node)):
@@ -53,7 +53,7 @@ def _computed_from(graph: fx.Graph, starts: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _is_code(node: fx.Node, behind: Collection[fx.Node]) -> bool:
-    """Says whether a call makes whole numbers, and not truth values, of real ones."""
+    """Says whether a call converts real numbers to integers (not to booleans)."""
     kinds = (_kind(node), *(_kind(n) for n in read_by(node) if n in behind)) if node.op == "call_function" else ()
     return bool(kinds) and kinds[0] == "whole" and "real" in kinds[1:]
 
@@ -89,7 +89,7 @@ def _needed(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _lost(graph: fx.Graph, source: fx.Node, code: fx.Node, behind: Collection[fx.Node], live: Live) -> bool:
-    """Says whether elements of the input that the code is made of reach the output in no other way."""
+    """Says whether the input elements behind the code do not reach the output in any other way."""
     held = _moved(graph, source)
     carried: set[int] = set()
     for node, elements in held.items():

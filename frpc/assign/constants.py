@@ -1,4 +1,4 @@
-"""Which modules could count as constants where an operator has no rule, so that something is left to explain."""
+"""Which modules could be treated as constants if an operator has no rule, so that something is left to explain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["cure"]
 def cure(
     graph: fx.Graph, sources: Sequence[fx.Node], constant: Sequence[str], explained: Collection[fx.Node], gaps: Sequence[Gap]
 ) -> str:
-    """Says how the gaps may count as constants, in a line of the error about them; says so where they cannot."""
+    """Returns a line for the error: how to treat the gaps as constants, or that this is not possible."""
     modules = sorted({gap.module for gap in gaps})
     if all(modules) and _reached(graph, sources, (*constant, *modules), explained):
         names = ", ".join(f'"{name}"' for name in modules)

@@ -71,7 +71,7 @@ def receptive_fields(assignment: Assignment) -> dict[fx.Node, Field]:
 
 
 def _field(node: fx.Node, fields: Mapping[fx.Node, Field]) -> Field | None:
-    """What a call's result can see; None where it does not depend on the source."""
+    """The cells that a call's result can see; None if it does not depend on the source."""
     if not isinstance(node.target, OpOverload):  # getitem: the results of one operator see the same
         given = [fields[n] for n in node.all_input_nodes if n in fields]
         return given[0] if len(given) == 1 else WHOLE if given else None

@@ -1,4 +1,4 @@
-"""Which values are known to be nowhere negative, whatever the input: rules that treat the two signs apart then need one half."""
+"""Which values are nonnegative for every input: rules that treat the two signs separately then need only one half."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["is_nonnegative_call", "never_negative"]
 
 
 def never_negative(graph: fx.Graph) -> set[fx.Node]:
-    """Returns the calls whose (first) result is known to have no negative element."""
+    """Returns the calls whose (first) result never has a negative element."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "call_function" and (_is_mask(node) or _is_known(node, found)):
@@ -43,7 +43,7 @@ def _is_known(node: fx.Node, found: set[fx.Node]) -> bool:
 
 
 def is_nonnegative_call(op: OpOverload, arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    """Says whether the (first) result of a call is known to have no negative element.
+    """Says whether the (first) result of a call never has a negative element.
 
     Args:
         op: the operator.

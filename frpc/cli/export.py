@@ -55,7 +55,7 @@ class ExportRequest:
 
 def export(
     model: ModelOption,
-    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are not read.")],
     to: Annotated[Target, typer.Option(help="onnx (ONNX Runtime and others), aoti (AOTInductor), or torch (torch.export).")],
     out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 for the other two formats.")],
     targets: Annotated[

@@ -15,7 +15,7 @@ from frpc.cli.session import GAPS, Bias, BiasOption, Dtype, DtypeOption, JsonOpt
 __all__ = ["compile_model", "examine"]
 
 WeightsOption = Annotated[
-    str | None, typer.Option(help="A safetensors file, or DEFAULT for torchvision's; untrained by default.")
+    str | None, typer.Option(help="A safetensors file, or DEFAULT for torchvision's weights; untrained by default.")
 ]
 
 

@@ -68,7 +68,7 @@ class Load:
 
 def map_data(
     model: ModelOption,
-    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are not read.")],
     data: Annotated[Path, typer.Option(help="A folder of pictures, a Parquet file, or a folder of Parquet files.")],
     out: Annotated[Path, typer.Option(help="Folder for the maps. Re-run the same command to resume.")],
     target: Annotated[str, typer.Option(help="top (the predicted class of each picture), a class number or name.")] = "top",

@@ -62,13 +62,13 @@ def check_methods(names: Sequence[str]) -> list[str]:
 
 @dataclass
 class Asker:
-    """Asks one classifier by any method; what a method compiles is kept for the next picture.
+    """Explains one classifier with any method; compiled programs are kept for the next picture.
 
     Attributes:
         model: the classifier.
         bias: where constants go, for methods that follow them.
         layer: module path for class activation maps; None for the last layer with places.
-        scales: layers whose relevance is added up over the picture in place of the input's: module paths, or stages (``s54321``).
+        scales: layers whose resized relevance is added up, instead of the input's: module paths, or stages (``s54321``).
     """
 
     model: nn.Module
@@ -94,7 +94,7 @@ class Asker:
         explainer = self.explainer(method, x)
         if self.scales:
             return self._at_scales(explainer, x, target)
-        explainer(x, target=target)  # K targets have a program of their own, made at the first call
+        explainer(x, target=target)  # K targets have a separate program, compiled at the first call
         start = time.perf_counter()
         with torch.inference_mode():
             found = explainer(x, target=target)

@@ -36,7 +36,7 @@ class Explained:
         relevance: ``[K, C, H, W]``.
         constants: ``[K]``, the constants' share of each logit; of other methods than frp what their rules leave out of the map,
             and None where they promise nothing.
-        sums: ``[K]``, what each map adds up to, with the constants where they are kept apart.
+        sums: ``[K]``, the sum of each map, with the constants if they are separate.
         errors: ``[K]``, ``|sum - logit| / sum|V|``; None of methods that do not explain the whole logit.
         seconds: of the one call.
     """

@@ -1,4 +1,4 @@
-"""What every command shares: where it prints, how it reports errors, and its exit code."""
+"""What all commands share: where they print, how they report errors, and their exit codes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the whole computa
 
 @dataclass(frozen=True)
 class Session:
-    """One command's way to speak.
+    """The output of one command.
 
     Attributes:
         console: text for people on stdout; silent under ``--json``.
@@ -103,7 +103,7 @@ class Session:
 
 @contextmanager
 def session(as_json: bool, threads: int | None = None) -> Iterator[Session]:
-    """Runs a command's body; turns what it raises into a message and an exit code.
+    """Runs a command's body; turns exceptions into a message and an exit code.
 
     An :class:`FrpcError` is bad input (2), unless frpc found itself wrong; anything else is a defect (70) and shows
     its traceback. Under ``--json`` the error is the JSON object.

@@ -1,4 +1,4 @@
-"""What the compiler keeps on graph nodes beside torch.fx's own fields, and how it moves when nodes are replaced.
+"""What the compiler stores on graph nodes in addition to torch.fx's fields, and how it moves when nodes are replaced.
 
 ``node.meta["origin"]``  an :class:`Origin`: where the user wrote this operator;
 ``node.meta["layers"]``  names of the module outputs that this node is, see :func:`entry_names`;
@@ -52,7 +52,7 @@ class Origin:
         module: path of the innermost module, e.g. ``layer1.0.conv1``.
         modules: paths of all modules around the call, outermost first.
         file, line, source: the user's line.
-        op: the operator that is called there, which may stand for several of the graph; None where nothing is known of it.
+        op: the operator that is called there, which may become several in the graph; None if it is not known.
     """
 
     module: str
@@ -72,7 +72,7 @@ NOWHERE = Origin("", (), "", 0, "")
 
 
 def origin_of(node: fx.Node) -> Origin:
-    """Returns where the node was written; nodes the compiler made have no place of their own."""
+    """Returns where the node was written; nodes made by the compiler have no place."""
     found = node.meta.get("origin", NOWHERE)
     assert isinstance(found, Origin)
     return found
@@ -86,7 +86,7 @@ class Returned:
         paths: the paths that the module has in the model.
         order: the position of the call among all, counted where calls begin.
         suffixes: how each floating-point tensor of the result is reached, e.g. ``[0]``; "" where the result is that tensor.
-        main: which of them the module's own name stands for; None where several might be meant.
+        main: which of them the module's name means; None if several are possible.
     """
 
     paths: tuple[str, ...]
@@ -165,7 +165,7 @@ def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Lets ``new`` stand for ``old``: users, layer names and origin follow, and ``old`` is erased."""
+    """Replaces ``old`` by ``new``: users, layer names and origin move to it, and ``old`` is erased."""
     new.meta["layers"] = (*new.meta.get("layers", ()), *old.meta.get("layers", ()))
     new.meta.setdefault("origin", origin_of(old))
     new.meta.setdefault("val", old.meta.get("val"))
@@ -176,7 +176,7 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 
 def replace_items(old: fx.Node, results: Sequence[fx.Node]) -> None:
-    """Lets nodes stand for the items of a call with several results."""
+    """Replaces the items of a call with several results by nodes."""
     for user in list(old.users):
         assert user.target is operator.getitem, "an operator with several results is read item by item"
         position: Any = user.args[1]
@@ -255,7 +255,7 @@ def describe(value: Any) -> str:
 
 
 def _size(size: Any) -> str:
-    """Writes one size; the batch symbol of torch.export has a name of its own making."""
+    """Writes one size; the batch symbol of torch.export has a generated name."""
     if not isinstance(size, torch.SymInt):
         return str(size)
     symbols = sorted(expression_of(size).free_symbols, key=str)

@@ -42,8 +42,8 @@ class Derived:
 
     Attributes:
         op: the operator.
-        args, kwargs: its arguments, with lineages in place of tensors.
-        item: which result; None where there is one.
+        args, kwargs: its arguments, with lineages instead of tensors.
+        item: which result; None if there is only one.
     """
 
     op: OpOverload

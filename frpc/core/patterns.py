@@ -58,7 +58,7 @@ def is_op(op: Any, key: Any) -> bool:
 
 
 def check_patterns(patterns: Iterable[Pattern], canonical: fx.Graph, modules: Sequence[str]) -> None:
-    """Refuses patterns that match nothing in a model.
+    """Raises an error for patterns that match nothing in a model.
 
     Parts of the model that relevance does not reach count, and modules that compute nothing: there a pattern has no effect, but
     is no mistake.
@@ -69,7 +69,7 @@ def check_patterns(patterns: Iterable[Pattern], canonical: fx.Graph, modules: Se
         modules: paths of all modules of the model.
 
     Raises:
-        OptionError: names every such pattern, and what is nearest to it.
+        OptionError: lists every such pattern, with the nearest names.
     """
     calls = [n for n in canonical.nodes if n.op == "call_function"]
     known = dict.fromkeys([*modules, *(name for n in calls for name in _names(n))])
@@ -84,7 +84,7 @@ def _names(node: fx.Node) -> tuple[str, ...]:
 
 
 def _missing(pattern: Pattern, calls: Sequence[fx.Node], known: Sequence[str]) -> str:
-    """What a pattern does not match, and what it could have meant; empty where it matches something."""
+    """An error text for a pattern that matches nothing, with the nearest names; empty if it matches something."""
     path = pattern.path
     if path is not None and not any(inside(name, path) for name in known):
         return f"no module of this model; {nearest(path, [name for name in known if name])}"

@@ -1,4 +1,4 @@
-"""Why a model could not be captured: the error, the user's line, and what to change; and nothing on stderr beside it."""
+"""Why a model could not be captured: the error, the user's line, and what to change; nothing else on stderr."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StoppedError(Exception):
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Leaves out what PyTorch logs in this thread: what matters of a failed capture is in the error that is raised."""
+    """Suppresses PyTorch's log messages in this thread: the raised error says what matters about a failed capture."""
     thread = threading.get_ident()
 
     def others(record: logging.LogRecord) -> bool:
@@ -71,7 +71,7 @@ def first_line(error: BaseException) -> str:
 
 
 def failure(model: nn.Module, call: Callable[[], Any], error: Exception, what: str = "torch.export cannot capture") -> FrpcError:
-    """Returns what to raise where a model was not captured: the model's own error if it raises one, else the reason and a hint.
+    """Returns the error to raise if capture failed: the model's own error if it raises one, else the reason and a hint.
 
     Args:
         model: the model.
@@ -91,7 +91,7 @@ def failure(model: nn.Module, call: Callable[[], Any], error: Exception, what: s
 
 
 def itself(model: nn.Module, call: Callable[[], Any]) -> CaptureError | None:
-    """Returns what to raise where a model raises by itself; None where it does not."""
+    """Returns the error to raise if the model itself raises one; None if it does not."""
     try:
         with torch.enable_grad():  # a model may differentiate inside
             call()
@@ -104,7 +104,7 @@ def itself(model: nn.Module, call: Callable[[], Any]) -> CaptureError | None:
 
 
 def pass_failure(name: str, error: Exception) -> CompileError:
-    """Returns what to raise where a pass failed: its name, and the node and the user's line it was at."""
+    """Returns the error to raise if a pass failed: the pass, and the node and the user's line it was at."""
     at: fx.Node | None = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         node = frame.f_locals.get("node")
@@ -190,7 +190,7 @@ _HINTS: tuple[tuple[Callable[[_Symptoms], bool], str], ...] = (
         "elements (x[mask], nonzero) by a product with the mask. Masks that are buffers of the model may stay.",
     ),
 )
-"""Symptoms, and what to do about them; the first that fits is told."""
+"""Symptoms, and what to do about them; the first that matches is used."""
 
 
 def _user_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a lowering pass says about a place it left as it was."""
+"""A record of something that was not done, mostly an optimization, with the reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Pass", "Refusal"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something faster that was not done.
+    """Something that was not done.
 
     Attributes:
-        what: the improvement.
+        what: what was not done, e.g. an optimization.
         where: node or module.
         why: the reason.
     """

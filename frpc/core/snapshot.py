@@ -43,7 +43,7 @@ def snapshot(model: Any) -> nn.Module:
             "module what cannot be copied (locks, files, generators), or define __deepcopy__."
         ) from error
     if isinstance(copied, fx.GraphModule) and not hasattr(type(copied), "training"):
-        nn.Module.train(copied, False)  # an exported module has no eval() of its own
+        nn.Module.train(copied, False)  # an exported module has no eval()
     else:
         copied.eval()
     training = [name or "(the model itself)" for name, part in copied.named_modules() if part.training]
@@ -56,7 +56,7 @@ def snapshot(model: Any) -> nn.Module:
 
 
 class _Detached(TorchFunctionMode):
-    """Copies tensors that are results of a graph, which PyTorch refuses to, as the values they have; in this thread alone."""
+    """Copies non-leaf tensors, which PyTorch does not allow, by value; in this thread only."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -86,7 +86,7 @@ def as_module(model: Any) -> nn.Module:
 
 
 def _what_else(model: Any) -> str:
-    """Says what was given in place of a module, and how to make one of it."""
+    """Says what was given instead of a module, and how to make a module of it."""
     if isinstance(model, type):
         how = f": make one of it first, {model.__name__}(...)."
         return f"the class {model.__name__}{how if issubclass(model, nn.Module) else '.'}"

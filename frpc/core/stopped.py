@@ -1,4 +1,4 @@
-"""What autograd does not follow: ``detach()``, ``torch.no_grad()``, and functions that bring a backward of their own.
+"""What autograd does not follow: ``detach()``, ``torch.no_grad()``, and functions that define their own backward.
 
 ``torch.export`` records what a model computes and not how autograd would differentiate it: in its graph ``detach`` is a copy, a
 region under ``no_grad`` is like any other, and of a ``torch.autograd.Function`` only the forward is there. Gradient methods need
@@ -120,7 +120,7 @@ def _forwards() -> dict[CodeType, str]:
 
 @contextmanager
 def watching(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Runs a model with marks wherever it is called inside, if gradients are asked for; and without gradients else.
+    """Runs a model with marks at all calls inside, if gradients are needed; else without gradients.
 
     Hooks switch the marks on and off, so that what else capturing does goes without them.
     """
@@ -153,6 +153,6 @@ def settle(graph: fx.Graph) -> None:
 
 
 def stopped_by(node: fx.Node) -> str | None:
-    """Says why autograd stops at a node: empty where it gives zero, else what no rule can differentiate; None at other nodes."""
+    """Says why autograd stops at a node: empty if it gives zero, else what no rule can differentiate; None at other nodes."""
     found: str | None = node.meta.get("stops")
     return found

@@ -1,6 +1,6 @@
-"""Traits: what is true of an operator, whatever it is given. They stand in one record, beside the operator's rule.
+"""Traits: facts about an operator that hold for all arguments. They are one record, next to the operator's rule.
 
-A pass that has to know something about an operator reads it here and keeps no list of its own. **What is not said is not true**:
+A pass that needs to know something about an operator reads it here and keeps no separate list. **A trait not given is false**:
 of an operator whose traits are unknown every pass takes the worst. It may be negative, it is no gate, its result may depend on
 all of its operands, no program file holds it.
 
@@ -58,7 +58,7 @@ InFile = Literal["never", "programs", "constants", "layout"]
 
 @dataclass(frozen=True)
 class Traits:
-    """What is true of an operator. Every default is the answer that is right for an operator nobody knows.
+    """Facts about an operator. Every default is safe for an unknown operator.
 
     Attributes:
         elementwise: the result is a function of one number, applied to every element of the first argument; other arguments
@@ -81,10 +81,10 @@ class Traits:
             it says how much of the other passes.
         passes_gates: of a gate and constants it makes a gate.
         nonnegative: see :data:`Sign`.
-        rectifies: says of a call's arguments, by schema name, whether it cuts off what is below 0, as ReLU does.
+        rectifies: says for a call's arguments, by schema name, whether it sets negative values to 0, as ReLU does.
         complex: its rule knows complex numbers, as pairs of real ones.
         locality: see :data:`Locality`; pointwise operators need none.
-        spelled_out: a norm that rules of increments take as what it computes.
+        spelled_out: a norm that rules of increments decompose into the operators it computes.
         in_file: what a program file may use it for: ``programs``; ``constants`` too, which are computed when a file is read;
             ``layout`` too, which a model's own weights go through.
     """
@@ -140,12 +140,12 @@ UNKNOWN = Traits()
 
 
 def always(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
-    """The result is nowhere negative, whatever the call is given."""
+    """The result is nonnegative for all arguments."""
     return True
 
 
 def if_all(*names: str) -> Sign:
-    """The result is nowhere negative where none of these arguments is: operands, lists of operands or numbers."""
+    """The result is nonnegative if all these arguments are: operands, lists of operands or numbers."""
 
     def sign(arguments: Mapping[str, Any], positive: Collection[Operand]) -> bool:
         return all(is_nonnegative(name, arguments[name], positive) for name in names)
@@ -154,7 +154,7 @@ def if_all(*names: str) -> Sign:
 
 
 def is_nonnegative(name: str, value: Any, positive: Collection[Operand]) -> bool:
-    """Says whether an argument is known to be nowhere negative: a number, an operand or a list of operands."""
+    """Says whether an argument is known to be nonnegative: a number, an operand or a list of operands."""
     if isinstance(value, list | tuple):
         return all((name, i) in positive for i in range(len(value)))
     if isinstance(value, int | float):

@@ -20,7 +20,7 @@ def all_hold(conditions: Tensor, message: str) -> bool:
 
     Args:
         conditions: a boolean tensor.
-        message: what is wrong where one does not hold.
+        message: what is wrong if a condition is false.
     """
     if is_traced():
         assert_async(conditions.all(), message)
@@ -29,7 +29,7 @@ def all_hold(conditions: Tensor, message: str) -> bool:
 
 
 def is_traced() -> bool:
-    """Says whether torch.compile or torch.export is reading the code that asks.
+    """Says whether torch.compile or torch.export is tracing the calling code.
 
     ``torch.compiler.is_compiling()`` says so to every thread while one of them exports: what this thread does is then no more
     traced than before, and the values it has are real. Exporting works through a mode of its own thread.
@@ -45,7 +45,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Says whether tensors hold values now: nothing traces, transforms or records what is done with them."""
+    """Says whether tensors have values now: nothing traces, transforms or records operations on them."""
     if is_traced() or in_dispatch_mode() or any(is_transformed(t) or is_fake(t) for t in tensors):
         return False
     return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())

@@ -1,4 +1,4 @@
-"""An account taken operator by operator: what every node received, and what it passed on.
+"""Conservation operator by operator: what every node received, and what it passed on.
 
 The same rules as in the compiled program, run as plain tensor code. In float64 rounding is no excuse: a rule that does not
 reproduce its result, ``z = sum M_k a_k + c``, shows itself by name.
@@ -30,7 +30,7 @@ __all__ = ["Audit", "NodeAccount", "audit", "widened"]
 
 @dataclass(frozen=True)
 class NodeAccount:
-    """What one node did with the relevance that reached it, all samples together.
+    """The relevance that one node received and passed on, summed over samples.
 
     Attributes:
         assigned: the node and its rule.
@@ -78,11 +78,11 @@ class Audit:
 
 
 def audit(assignment: Assignment, plan: Plan, inputs: Sequence[Tensor], seed: Tensor) -> Audit:
-    """Answers a plan operator by operator, and keeps the account of every node; for rule sets that follow constants.
+    """Runs a plan operator by operator, and records what every node received; for rule sets that track constants.
 
     Args:
         assignment: rules of the graph.
-        plan: what is asked.
+        plan: what to compute.
         inputs: the model's inputs.
         seed: ``[B, ...]`` like the output, or ``[K, B, ...]``.
     """

@@ -1,7 +1,7 @@
 """Bias policies: where the share of constants, ``sum <c, G_c>``, goes on the map.
 
 ``uniform`` (thesis eq. 3.7) spreads it evenly over all cells, ``receptive_field`` spreads each neuron's constant over the cells
-that neuron can see, ``separate`` leaves it out of the map. In every policy the total per sample is returned beside the map.
+that neuron can see, ``separate`` leaves it out of the map. In every policy the total per sample is returned with the map.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def field_constants(
 
 
 class Tally:
-    """Collects the constants met on the way back, for one run of the transposed pass.
+    """Collects the constants of the nodes that a transposed pass goes through, for one run.
 
     Args:
         policy: where they go.

@@ -34,11 +34,11 @@ __all__ = ["at_reference", "emit", "reference_constants", "run_eagerly", "varyin
 def run_eagerly(
     assignment: Assignment, plan: Plan, constants: Mapping[str, Any], inputs: Sequence[Tensor], seed: Tensor, observe: Any = None
 ) -> tuple[Tensor, ...]:
-    """Answers a plan by plain tensor code: what the emitted program must equal, and what it is traced from.
+    """Runs a plan as plain tensor code: the emitted program is traced from it and must give the same.
 
     Args:
         assignment: rules of the graph.
-        plan: what is asked.
+        plan: what to compute.
         constants: every ``get_attr`` target, the spreading matrices of the bias policy, and the reference inputs.
         inputs: the model's inputs.
         seed: ``[B, ...]`` like the output, or ``[K, B, ...]``.
@@ -79,7 +79,7 @@ def at_reference(
     observe: Any = None,
     until: fx.Node | None = None,
 ) -> dict[fx.Node, Any] | None:
-    """Returns the value of every node where the sources take their reference values, or None where there is no reference.
+    """Returns the value of every node when the sources have their reference values, or None without a reference.
 
     Args:
         assignment: rules of the graph.
@@ -148,7 +148,7 @@ def _relevance(
 
 
 def _absorbed(assignment: Assignment, plan: Plan, explained: Tensor, found: Sequence[Tensor]) -> Tensor:
-    """What the maps leave of the explained number, ``[*K, B]``; nothing where they are no relevance."""
+    """The part of the explained number that maps do not contain, ``[*K, B]``; empty if they are not relevance."""
     if assignment.account.gives == "multiplier":
         return torch.zeros_like(explained)
     lead = explained.dim() - 1
@@ -212,7 +212,7 @@ def _varies(assignment: Assignment) -> bool:
 
 
 def varying_references(assignment: Assignment) -> tuple[tuple[Tensor, ...], ...]:
-    """Returns what a program takes beside its inputs and the seed, once for every reference."""
+    """Returns what a program takes in addition to its inputs and the seed, once for every reference."""
     if not _varies(assignment):
         return ((),)
     assert assignment.account.reference is not None
@@ -275,12 +275,12 @@ def _named(traced: fx.GraphModule, constants: Mapping[str, Any], inputs: Sequenc
 
 
 def only_aten(graph_module: fx.GraphModule, model: fx.GraphModule, beside: Sequence[OpOverload] = ()) -> list[str]:
-    """Returns the calls that are no ATen operators, none of the model's own and no arithmetic on sizes; empty for every program.
+    """Returns the calls that are not ATen operators, the model's own or arithmetic on sizes; empty for a correct program.
 
     Args:
         graph_module: an emitted program.
         model: the captured graph, in which operators registered with ``torch.library`` stay whole.
-        beside: other operators that it may hold: those lowering puts in.
+        beside: other operators that it may contain: those from lowering.
     """
     own = {n.target for n in model.graph.nodes if isinstance(n.target, OpOverload)}
     arithmetic = (operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod)

@@ -47,7 +47,7 @@ Record = Callable[[Assigned, Tensor, Mapping[Operand, Tensor]], None]
 
 
 class Pulled(NamedTuple):
-    """What a transposed pass brought to the nodes that were asked about.
+    """The result of a transposed pass at the requested nodes.
 
     Attributes:
         multiplier: ``G`` of a node.
@@ -152,8 +152,8 @@ def pull(
         assignment: rules of the graph.
         maps: affine form of every node between ``wanted`` and the seeds.
         seeds: ``G`` at the nodes to start from, ``[*L, *shape]``.
-        wanted: where the pulled relevance is asked for.
-        spread: told of every constant on the way.
+        wanted: the nodes whose pulled relevance is returned.
+        spread: called with every constant on the path.
         observe: see :data:`Observer`.
         record: told what every node passed on.
 

@@ -182,8 +182,8 @@ def test_another_job_is_refused(data: Path, finished: Path):
         jobs.run(task_of(data, finished, batch_size=2, method="lid-ig"), {"name": "tiny"})
     assert str(caught.value) == (
         f"{finished} contains a different job:\n"
-        '  method: "frp" in the folder, "lid-ig" requested\n  bias: "uniform" in the folder, null requested\n  batch_size: 3 in '
-        'the folder, 2 requested\n'
+        '  method: "frp" in the folder, "lid-ig" requested\n  bias: "uniform" in the folder, null requested\n'
+        "  batch_size: 3 in the folder, 2 requested\n"
         "  Use the same options to resume it, or choose another --out"
     )
 
