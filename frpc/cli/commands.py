@@ -23,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile a PyTorch model into a program that returns its output and an exactly conserving relevance map.\n\n"
-    "Exit codes: 0 done, 1 the examined model has gaps, 2 bad input, 3 some samples of a data set failed, "
-    "70 a defect of frpc.",
+    "Exit codes: 0 success, 1 the examined model has operators without a rule, 2 bad input, 3 some samples of a data set failed, "
+    "70 a bug in frpc.",
 )
 app.command()(demo)
 app.command()(explain)
@@ -48,7 +48,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

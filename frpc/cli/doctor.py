@@ -56,7 +56,7 @@ def _print_demo(console: Console, result: dict[str, Any]) -> None:
 
 
 def doctor(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
-    """Print versions, devices and optional packages, and check that a small net's account balances."""
+    """Print versions, devices and optional packages, and check that the map of a small net adds up."""
     with session(as_json, threads) as current:
         result = {
             "python": platform.python_version(),
@@ -121,6 +121,6 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     pairs += [("device", device) for device in result["devices"]]
     check = result["self_check"]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in check["errors"].items())
-    verdict = "balanced" if check["ok"] else "NOT BALANCED"
+    verdict = "passed" if check["ok"] else "FAILED"
     pairs.append(("self-check", f"{verdict}: |sum V - y| / sum|V| = {errors}, in {check['seconds']:.1f} s"))
     print_pairs(console, pairs)

@@ -60,10 +60,12 @@ class AskedPhoto:
 
 def neurons(
     model: ModelOption,
-    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    weights: Annotated[
+        str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's weights. Pickle files are not read.")
+    ],
     image: Annotated[Path, typer.Option(help="A picture.")],
     layer: Annotated[list[str], typer.Option(help="Module path of a layer, e.g. features.3; repeat for several.")],
-    top: Annotated[int, typer.Option(min=1, help="How many channels, and neurons, to show.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="How many channels and how many neurons to show.")] = 12,
     by: Annotated[
         Order, typer.Option(help="Sort channels by sum |V| of their map, or by their largest value.")
     ] = Order.relevance,
@@ -88,7 +90,7 @@ def neurons(
         from frpc.plots.outputs import OutputFolder
 
         if bias is Bias.receptive_field:
-            raise OptionError("frpc neurons knows --bias uniform and separate")
+            raise OptionError("frpc neurons supports only --bias uniform and --bias separate")
         chosen = [_index(text) for text in neuron or []]
         request = NeuronsRequest(model, weights, image, list(dict.fromkeys(layer)), top, by, chosen, cell, save, bias, dtype)
         folder = OutputFolder(out)
@@ -103,7 +105,7 @@ def neurons(
 
 def _index(text: str) -> Index:
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){0,2}", text):
-        raise OptionError(f"--neuron {text}: name a neuron by numbers, as in --neuron 5,7,7 (channel, row, column)")
+        raise OptionError(f"--neuron {text}: give a neuron as numbers, e.g. --neuron 5,7,7 (channel, row, column)")
     return tuple(int(number) for number in text.split(","))
 
 
@@ -200,7 +202,7 @@ def _layer(
 
 
 def _channels(request: NeuronsRequest, maps: LayerMaps, progress: Progress) -> list[RankedChannel]:
-    """The first channels in the order asked for; by activation no other channel is computed."""
+    """The first channels in the chosen order; by activation no other channel is computed."""
     values = maps.values[0].double().flatten(1) if maps.values.dim() > 2 else maps.values[0].double()[:, None]  # [C, positions]
     bias = maps.bias[0].double().reshape(values.shape)
     peaks = values.amax(1)
@@ -222,7 +224,7 @@ def _channels(request: NeuronsRequest, maps: LayerMaps, progress: Progress) -> l
 def _neurons(
     request: NeuronsRequest, photo: AskedPhoto, maps: LayerMaps, channels: list[RankedChannel], window: Grids
 ) -> list[Portrait]:
-    """The neurons asked for, or else the strongest of each channel; none where channels are neurons."""
+    """The chosen neurons, or else the strongest of each channel; none if channels are neurons."""
     from frpc.plots.neurons import Portrait, window_box
 
     indices = request.chosen or _strongest(request, maps, channels)

@@ -24,7 +24,7 @@ FORMATS = {"channel": "d", "value": "+.4f", "sum": "+.4f", "magnitude": ".2f", "
 
 @dataclass(frozen=True, eq=False)
 class RankedChannel:
-    """A channel and what it is sorted by.
+    """A channel and its sort key.
 
     Attributes:
         number: the channel.

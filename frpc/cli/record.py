@@ -52,7 +52,7 @@ class Explained:
 
 
 def describe(explained: Explained) -> dict[str, Any]:
-    """The strongest classes and the account of the explained ones, ready for JSON."""
+    """The strongest classes and the sums of the explained ones, ready for JSON."""
     names = class_names(len(explained.logits))
     probabilities = explained.logits.double().softmax(0)
 
@@ -120,7 +120,7 @@ def stems(paths: Sequence[Path]) -> list[str]:
 
 
 def show(console: Console, record: dict[str, Any]) -> None:
-    """Prints one picture's strongest classes, its accounts and its files."""
+    """Prints one picture's strongest classes, the sums of its maps and its files."""
     console.print(f"[bold]{escape(record['image'])}[/bold]  {record['model']}")
     standard = record.get("method", "frp") == "frp"
     total = "map sum + constants" if standard and record["bias"] == "separate" else "map sum"
@@ -149,7 +149,7 @@ def _title(entry: dict[str, Any], bias: str, method: str) -> str:
     if method != "frp":
         return f"{entry['name']} ({entry['class']}), {method}"
     title = f"{entry['name']} ({entry['class']}), logit {entry['logit']:+.2f}"
-    return f"{title}\n{entry['constants']:+.2f} of it constants, not in the map" if bias == "separate" else title
+    return f"{title}\n{entry['constants']:+.2f} of it from constants, not in the map" if bias == "separate" else title
 
 
 def _slug(name: str) -> str:

@@ -49,7 +49,7 @@ def human_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory that a run takes beside the parameters and what it is given, as it grows with samples and columns.
+    """Memory of a run besides the parameters and its inputs, as a function of samples and columns.
 
     Attributes:
         steps: bytes alive at a step of the program as ``(fixed, for each sample, for each column, for each column of each

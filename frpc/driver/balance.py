@@ -108,20 +108,20 @@ def check_balance(
     place = int(torch.where(balance.errors.isnan(), torch.inf, balance.errors).argmax())
     explained, lost = float(balance.explained.flatten()[place]), float(balance.lost.flatten()[place])
     said = (
-        f"The account does not balance: maps sum to {explained + lost:.6g} where {explained:.6g} is explained (sample "
+        f"The map does not add up: it sums to {explained + lost:.6g}, but the explained number is {explained:.6g} (sample "
         f"{place % balance.explained.shape[-1]}). That is {float(balance.errors.flatten()[place]):.1e} of sum|V|"
     )
     exact = audit(*widened(compiled.assignment, compiled.plan), [_wide(x) for x in inputs], functional.double())
     unit = _OPERATOR * torch.finfo(torch.float64).eps
     if not bool((exact.lost.abs() <= _EXACT * exact.size + unit * exact.resolution).all()):
-        raise ConservationError(f"{said}, and no matter of rounding.\n{_cause(exact)}")
+        raise ConservationError(f"{said}; this is not a rounding error.\n{_cause(exact)}")
     own = audit(compiled.assignment, compiled.plan, inputs, functional)
     limit = max(limit, 100 * own.error)
     unit = _OPERATOR * prepared.rounding
     if not bool(((balance.errors <= limit) | (balance.lost.abs() <= unit * own.resolution)).all()):
         raise ConservationError(
-            f"{said}; rounding explains {limit:.1e}. Its rules balance operator by operator, so the compiled program is wrong: a "
-            "defect of frpc."
+            f"{said}; rounding explains {limit:.1e}. Each operator conserves relevance, so the compiled program is wrong: a "
+            "bug in frpc."
         )
 
 
@@ -134,15 +134,19 @@ def _cause(exact: Audit) -> str:
     wrong = [node for node in exact.nodes if not node.error <= _EXACT]
     if not wrong:
         return (
-            "  Every operator passes on what it receives, but not sample by sample: constants are counted for other samples than "
+            "  Every operator conserves relevance in total, but not per sample: constants are counted for other samples than "
             "they belong to. Keep samples in the first dimension."
         )
     worst = max(wrong, key=lambda node: math.inf if math.isnan(node.lost) else abs(node.lost))
     rule, node = worst.assigned.rule, worst.assigned.node
     own = rule.function.__module__.partition(".")[0] == "frpc"
-    remedy = "This rule is frpc's own: a defect." if own else "Mend it, or leave it out of overrides=; see docs/adding_a_rule.md."
+    remedy = (
+        "This is a rule of frpc: please report the bug."
+        if own
+        else "Fix it, or leave it out of overrides=; see docs/adding_a_rule.md."
+    )
     return (
-        f"  The rule {rule.name!r} of {node.target} accounts for {worst.received - worst.lost:.6g} of {worst.received:.6g}:\n"
+        f"  The rule {rule.name!r} of {node.target} passes on {worst.received - worst.lost:.6g} of {worst.received:.6g}:\n"
         f"    {place_of(node)}\n"
-        f"  A rule has to give its operator's result again, z = sum M_k a_k + c. {remedy}"
+        f"  A rule must reproduce its operator's result, z = sum M_k a_k + c. {remedy}"
     )

@@ -32,7 +32,7 @@ def refuse_inside_torch_compile() -> None:
         InputError: says what to do first.
     """
     if is_traced():
-        raise InputError("This question is not compiled yet: call the explainer once before torch.compile traces it.")
+        raise InputError("There is no program for these arguments yet: call the explainer once before torch.compile traces it.")
 
 
 class NamedInputs(tuple[Tensor, ...]):

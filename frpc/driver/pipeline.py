@@ -167,12 +167,12 @@ def compile_query(prepared: PreparedModel, options: CompileOptions, query: Query
     lowered = lower_program(optimized, options.backend)
     clock.note("lower", lowered.program, lowered.passes)
     if foreign := only_aten(lowered.program, prepared.captured.graph_module, lowered.operators):
-        raise CompileError(f"the program holds calls that are no ATen operators: {', '.join(sorted(set(foreign)))}")
+        raise CompileError(f"the program contains calls that are not ATen operators: {', '.join(sorted(set(foreign)))}")
     refusals, static = lowered.refusals, prepared.captured.static_batch_reason
     if static:
         refusals = (*refusals, Refusal("a free batch size", "capture", static))
     if prepared.trial.untested is not None:
-        refusals = (*refusals, Refusal("the trial that samples are treated apart", "verification", prepared.trial.untested))
+        refusals = (*refusals, Refusal("the test that samples are independent", "verification", prepared.trial.untested))
     refusals = (*refusals, *unreached(assignment, plan))
     for node, why in assignment.notes:
         refusals = (*refusals, Refusal(f"{options.rules.name}'s own rule", origin_of(node).module or node.name, why))

@@ -65,7 +65,7 @@ class PreparedModel:
         return example
 
     def check_samples_first(self, layer: str) -> None:
-        """Refuses layers whose neurons are not one number for each sample.
+        """Raises an error for layers whose neurons are not one number per sample.
 
         Raises:
             BatchError: gives the layer's shape.
@@ -76,7 +76,7 @@ class PreparedModel:
             raise BatchError(
                 f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, or "
                 f"holds more: its neurons are not one number for each sample.\n    {place_of(node)}\n  explainer.at() gives the "
-                "relevance of all of them; let the layer return [B, ...] to ask about single ones."
+                "relevance of all of them; to explain single ones, make the layer return [B, ...]."
             )
 
     @property
@@ -133,7 +133,7 @@ def _demand_one_batch(inputs: Sequence[Tensor]) -> None:
             raise BatchError(f"{said}\n  {NODES}")
         if all(not x.is_floating_point() and x.dim() == 1 for x in inputs):
             said += " If they are tokens and offsets of an EmbeddingBag: give it bags of one length, [B, L], instead."
-        raise ShapeError(f"{said} All inputs are [B, ...]; hold what is the same for all samples as a buffer of the model.")
+        raise ShapeError(f"{said} All inputs must be [B, ...]; store what is the same for all samples as a buffer of the model.")
 
 
 def _canonical(captured: Captured) -> tuple[fx.GraphModule, Stage, Ledger]:

@@ -216,7 +216,7 @@ class Programs:
             else:
                 reason = None if known else compare_with_parts(prepared, model, given)
             if reason is not None:
-                refusal = Refusal("the trial that samples are treated apart", "verification", reason)
+                refusal = Refusal("the test that samples are independent", "verification", reason)
                 compiled.refusals = (*compiled.refusals, refusal)
         apart = len(inputs[0]) > 1 or prepared.captured.inputs[0].batch is not None
         if apart:

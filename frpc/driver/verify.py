@@ -156,9 +156,9 @@ def _demand_alike(prepared: PreparedModel, inputs: Sequence[Tensor], part: Seque
     if apart <= _allowed(prepared, inputs, apart) or not bool(torch.isfinite(among).all()):
         return
     raise BatchError(
-        f"One sample's result depends on the other samples of the batch: those of samples {list(part[:5])} differ by {apart:.1e} "
-        "of the largest value where they are given alone. No map of a sample could sum to it.\n"
-        "  Let the model treat samples apart; explain one that compares samples for fixed partners, held as buffers."
+        f"One sample's result depends on the other samples of the batch: results of samples {list(part[:5])} differ by "
+        f"{apart:.1e} of the largest value if they are run alone. A map of one sample could not sum to it.\n"
+        "  Make samples independent in the model; if it compares samples, store fixed partners as buffers."
     )
 
 
@@ -177,7 +177,7 @@ def _demand_same(
     what = f"the compiled program's value of {layer}" if layer else "the compiled program's output"
     if not like:
         shapes = ", ".join(str(list(x.shape)) for x in given) or "no tensors"
-        raise CompileError(f"{what} is {list(got.shape)}; the model gives {shapes}.")
+        raise CompileError(f"{what} has shape {list(got.shape)}, but the model gives {shapes}.")
     errors = [_difference(got, x) for x in like]
     error = min(errors, key=lambda e: (e != e, e))
     expected = like[errors.index(error)] if error == error else like[0]
@@ -188,8 +188,8 @@ def _demand_same(
     again = [x.reshape(got.shape) for x in model.tensors(inputs) if x.numel() == got.numel()]
     if not layer and not any(_difference(x, expected) <= bound for x in again):
         raise CompileError(
-            f"{differs}: the model gives another output at every call. It draws random numbers, or keeps a state; let it give "
-            "the same output for the same input, or hold what it draws as a buffer."
+            f"{differs}: the model's output changes from call to call. It draws random numbers, or keeps a state; make it give "
+            "the same output for the same input, or store what it draws as a buffer."
         )
     with torch.no_grad():
         captured = prepared.captured.graph_module(*inputs)
@@ -269,8 +269,8 @@ def confirm(prepared: PreparedModel, model: Model) -> None:
     bound = 1e4 * prepared.rounding
     if bool(torch.isfinite(got).all()) and not any(_difference(got, x.reshape(got.shape)) <= bound for x in given):
         raise CompileError(
-            f"{type(model.module).__name__} computes something else than what was captured from it, with the same weights: its "
-            "code or an attribute that is no parameter or buffer has changed. Compile it again."
+            f"{type(model.module).__name__} no longer computes the same as when it was captured, with the same weights: its "
+            "code has changed, or an attribute that is not a parameter or buffer. Compile it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Planning: what is asked, and by which strategy each part of the graph answers.
+"""Planning: what to compute, and by which strategy for each part of the graph.
 
 This file knows costs, not rules: it reads FLOPs and bytes off the maps that assignment chose.
 """
@@ -38,14 +38,14 @@ STRATEGIES: tuple[Strategy, ...] = ("auto", "windows", "forward", "transposed")
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of a program.
+    """What a program computes.
 
     Attributes:
         columns: several linear functionals of the output at once (``[K, B, ...]`` seeds) instead of one.
-        layers: module paths whose relevance is asked for; empty means the inputs.
+        layers: module paths whose relevance is computed; empty means the inputs.
         of: module path of the layer whose neurons are explained; empty means the model's output.
         bias: where constants go.
-        top: what is said of the output before anything is pulled back.
+        top: where relevance starts at the output.
     """
 
     columns: bool = False
@@ -62,9 +62,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of nodes answered in one way.
+    """A run of nodes with one strategy.
 
-    Units: per sample and column; FLOPs count multiply and add apart, bytes are read and written.
+    Units: per sample and column; FLOPs count multiply and add separately, bytes are read and written.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Plan:
     """How a query is answered; prints as a table.
 
     Attributes:
-        query: what is asked.
+        query: what to compute.
         segments: in the order they run.
         result: the node whose neurons are explained.
         wanted: nodes whose pulled relevance the program returns.
@@ -104,7 +104,7 @@ class Plan:
         return self.peak_bytes_for()
 
     def peak_bytes_for(self, batch: int = 1, columns: int = 1) -> int:
-        """Predicts the most bytes that a call holds at one time, beside the parameters and its inputs.
+        """Predicts the peak memory of a call in bytes, besides the parameters and its inputs.
 
         Args:
             batch: samples a call.
@@ -190,7 +190,7 @@ def _through(assignment: Assignment, source: fx.Node, reached: set[fx.Node]) -> 
 
 
 def total_cost(assignment: Assignment, nodes: tuple[fx.Node, ...]) -> Cost:
-    """Returns what one column through these nodes costs, for one sample."""
+    """Returns the cost of one column through these nodes, for one sample."""
     cost = Cost(0.0, 0.0)
     for node in nodes:
         assigned = assignment.rules[node]

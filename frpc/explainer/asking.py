@@ -37,7 +37,7 @@ def ask_neurons(
     sizes = [int(n) for n in example.shape[1:]]
     seeds = [make_seed(index, None, example, int(inputs[0].shape[0]))[0] for index in places]
     if not seeds:
-        raise InputError(f"Name at least one neuron of {layer} {sizes}.")
+        raise InputError(f"Give at least one neuron of {layer} {sizes}.")
     if (found := _cones(programs, prepared, layer, places, inputs, strategy)) is not None:
         return found
     compiled = programs.program(prepared, inputs, programs.query_with(columns=True, of=layer))
@@ -82,7 +82,7 @@ def _cones(
         assert node is not None
         context = layer_context(assignment, node, inputs)
     if strategy == "windows" and (context.rows is None or not possible):
-        raise OptionError(f'strategy="windows" cannot answer for {layer}: windows end at {context.ended}.')
+        raise OptionError(f'strategy="windows" does not work for {layer}: windows end at {context.ended}.')
     with programs.reading_graphs():
         if strategy == "auto" and not cones_are_cheaper(context, indices):
             return None
@@ -97,7 +97,7 @@ def _cones(
             return None  # the program that answers instead is held against the model
         raise ConservationError(
             f"Maps by windows of {layer} lose {float(errors.max()):.1e} of sum|V|, more than rounding explains; "
-            'strategy="transposed" names the rule that is wrong.'
+            'use strategy="transposed" to find the rule that is wrong.'
         )
     return Explanation(values, local, bias, tuple(inputs), errors if programs.verifying == "always" else None)
 

@@ -82,15 +82,15 @@ def check(
     """
     if not explainer.rules.account.constants:
         raise OptionError(
-            f"check holds maps against the whole output, which {explainer.rules.name} does not explain (it conserves "
-            f"{explainer.rules.account.conserves}); what its map leaves out is explanation.bias."
+            f"check compares maps with the whole output, which {explainer.rules.name} does not explain (it conserves "
+            f"{explainer.rules.account.conserves}); explanation.bias has what its map leaves out."
         )
     programs = explainer.programs
     inputs = programs.in_order(inputs, named)
     prepared = programs.prepared(inputs)
     functional, columns = programs.seed(prepared, inputs, target, seed)
     if columns:
-        raise TargetError("check takes one target a sample; call it for each of the K targets.")
+        raise TargetError("check takes one target per sample; call it for each of the K targets.")
     compiled = programs.program(prepared, inputs, programs.query_with())
     results = programs.run(compiled, inputs, functional)
     balance = balance_of(compiled, functional, results)

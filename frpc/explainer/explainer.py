@@ -23,7 +23,7 @@ __all__ = ["Explainer"]
 
 
 class Explainer(ExplainerModule):
-    """A model compiled together with its account; made by :func:`frpc.compile`.
+    """A compiled model that returns its output and relevance maps; made by :func:`frpc.compile`.
 
     ``explainer(x, target=3)`` returns an :class:`~frpc.driver.explanation.Explanation`. The forward pass is a fixed program of
     ATen operators: no hooks, no autograd, no state that changes, so threads may share one explainer.
@@ -37,18 +37,18 @@ class Explainer(ExplainerModule):
         """Explains one number of the output, or K of them, for each sample.
 
         Shapes:
-            inputs, named: ``[B, ...]`` each, any B; by position, or all by the names the model's ``forward`` gives them.
+            inputs, named: ``[B, ...]`` each, any B; all by position, or all by the argument names of the model's ``forward``.
             target: an int, a tuple of ints for outputs of several dimensions, a list with one of these for each sample, or
                 ``[B]`` or ``[B, K]`` class indices.
-            seed: instead of a target, any linear functional of the output, like the output or ``[B, K, ...]``; beside a target,
+            seed: instead of a target, a weight for each output, like the output or ``[B, K, ...]``; together with a target,
                 how relevance starts there: ``"logit"``, ``"probability"``, ``"contrastive"``, ... (:mod:`frpc.rules.top`).
-            relevance: like the source (the input, or what ``source=`` names), or ``[B, K, ...]``.
+            relevance: like the source (the input, or the module chosen with ``source=``), or ``[B, K, ...]``.
 
-        Exact when: the rule set conserves; with the standard one ``relevance[b].sum() == output[b, target]`` to rounding
+        Exact when: the rule set conserves; with the default ``relevance[b].sum() == output[b, target]`` up to rounding
         (with ``bias="separate"``: plus ``bias[b]``).
 
         Raises:
-            InputError: an input or target that does not fit; each kind has its own class in :mod:`frpc.errors`.
+            InputError: for a wrong input or target; each kind has its own class in :mod:`frpc.errors`.
 
         Source: thesis eqs. 3.5, 3.8, 4.1, 4.2, in transposed form.
         """
@@ -76,7 +76,7 @@ class Explainer(ExplainerModule):
             inputs, target, seed: as for calling the explainer.
 
         Raises:
-            LayerNameError: if a path names no layer; gives the nearest.
+            LayerNameError: if a path is not that of a layer; suggests the nearest.
 
         Source: LID paper, relevance of several layers (eqs. 15-18 with values in place of increments).
         """
@@ -101,11 +101,11 @@ class Explainer(ExplainerModule):
             indices: ``(c, i, j)`` of each neuron; ``(c,)`` or ``c`` in linear layers.
             inputs: as for calling the explainer.
             strategy: ``"transposed"`` runs a whole transposed pass for each neuron, ``"windows"`` pulls each back through its
-                receptive field alone, ``"auto"`` takes the cheaper. By default what ``compile`` was told.
+                receptive field only, ``"auto"`` takes the cheaper. By default the strategy given to ``compile``.
 
         Raises:
             LayerNameError: if no layer has that path.
-            OptionError: if a forced strategy cannot answer.
+            OptionError: if a forced strategy does not work for this layer.
             TargetError: if an index is out of range.
         """
         strategy = strategy or self.programs.options.strategy
@@ -128,12 +128,12 @@ class Explainer(ExplainerModule):
             name: module path, e.g. ``"features.3"``.
             inputs, named: as for calling the explainer.
             strategy: ``"auto"`` chooses by cost; ``"windows"``, ``"forward"`` (dense columns, thesis algorithm 1) and
-                ``"transposed"`` force one. By default what ``compile`` was told.
-            memory_limit: bytes that maps held at one time may take; larger layers are streamed by ``maps.blocks()``.
+                ``"transposed"`` force one. By default the strategy given to ``compile``.
+            memory_limit: maximum number of bytes of maps in memory at one time; stream larger layers with ``maps.blocks()``.
 
         Raises:
             LayerNameError: if no layer has that path.
-            OptionError: if a forced strategy cannot answer for this layer; says where windows end.
+            OptionError: if a forced strategy does not work for this layer; says where windows end.
 
         Source: thesis ch. 3; windows beyond it.
         """
@@ -141,19 +141,19 @@ class Explainer(ExplainerModule):
         return ask_layer(self.programs, name, self.programs.in_order(inputs, named), strategy, memory_limit)
 
     def _top(self, seed: Tensor | Top | str | None) -> tuple[Top, Tensor | None]:
-        """Tells how relevance starts from where: a top or its name says how, a tensor says where."""
+        """Separates the two kinds of seed: a top or its name says how relevance starts, a tensor says where."""
         if seed is None or isinstance(seed, Tensor):
             return self.programs.query.top, seed
         return as_top(seed), None
 
     def predict(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """Returns the model's output alone, ``[B, ...]``, from the captured graph."""
+        """Returns only the model's output, ``[B, ...]``, from the captured graph."""
         inputs = self.programs.in_order(inputs, named)
         prepared = self.programs.prepared(inputs)
         return self.programs.predicted(prepared, inputs)
 
     def layers(self) -> list[str]:
-        """Returns the module paths that :meth:`at` knows, in the order they are computed."""
+        """Returns the module paths that :meth:`at` accepts, in the order they are computed."""
         return self.programs.first_prepared().layer_names()
 
     # ---- looking ------------------------------------------------------------------------------------------------
@@ -166,33 +166,33 @@ class Explainer(ExplainerModule):
 
     @property
     def plan(self) -> Plan:
-        """What is asked and how it is answered, with costs; prints as a table."""
+        """What is computed and with which strategies, with costs; prints as a table."""
         return self.programs.first().plan
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Every stage of the compilation with its time; graphs among them can be printed and run."""
+        """Every stage of the compilation with its time; the graphs of stages can be printed and run."""
         return self.programs.first().stages
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """Faster ways that were not taken, with reasons."""
+        """What was not done, mostly optimizations, with the reasons."""
         return self.programs.first().refusals
 
     @property
     def conservation(self) -> float | None:
-        """How far maps of the example inputs are from summing to what they explain, ``|sum V + bias - y| / sum|V|``.
+        """The conservation error of the maps of the example inputs, ``|sum V + bias - y| / sum|V|``.
 
-        The largest of the samples, for the sum of the outputs; None before ``compile`` was given example inputs, and for methods
-        that follow no constants.
+        The largest over the samples, for the sum of the outputs. None if ``compile`` got no example inputs, and for methods
+        that do not track constants.
         """
         return self.programs.conservation
 
     @property
     def constants_share(self) -> float | None:
-        """Which part of what maps of the example inputs assign is the constants', from 0 to 1: where it is 1, they say nothing.
+        """The constants' share of the relevance in maps of the example inputs, from 0 to 1; at 1, the maps say nothing.
 
-        None before ``compile`` was given example inputs, and for methods that follow no constants.
+        None if ``compile`` was not given example inputs, and for methods that do not track constants.
         """
         return self.programs.constants_share
 
@@ -202,7 +202,7 @@ class Explainer(ExplainerModule):
         return self.programs.first().program
 
     def compiled(self, *inputs: Tensor, **named: Tensor) -> Compiled:
-        """Returns everything known about the program for inputs like these."""
+        """Returns all information about the program for inputs like these."""
         inputs = self.programs.in_order(inputs, named)
         return self.programs.program(self.programs.prepared(inputs), inputs, self.programs.query_with())
 
@@ -229,7 +229,7 @@ class Explainer(ExplainerModule):
         return self.programs.seed(self.programs.prepared(inputs), inputs, target, seed)
 
     def seed_for(self, *inputs: Tensor, target: Target | None = None, seed: Tensor | None = None, **named: Tensor) -> Tensor:
-        """Returns the linear functional of the output that a target stands for, ``[B, ...]`` or ``[K, B, ...]``."""
+        """Returns the seed of a target, one weight per output: ``[B, ...]`` or ``[K, B, ...]``."""
         return self.functional_for(*inputs, target=target, seed=seed, **named)[0]
 
     def forward_graph(self, *inputs: Tensor, **named: Tensor) -> fx.GraphModule:
@@ -264,7 +264,7 @@ class Explainer(ExplainerModule):
         return Explainer(self.programs.with_rules(rules, top))
 
     def table(self) -> str:
-        """Which rule and maps each node got, one line a node."""
+        """The rule and the linear maps of each node, one line per node."""
         return printing.rule_table(self.programs.first().assignment)
 
     def __repr__(self) -> str:
@@ -281,15 +281,15 @@ class Explainer(ExplainerModule):
         return (
             f"Explainer({self.model_name}: {takes} -> {gives})\n"
             f"  rules {rules}, bias {self.programs.query.bias}, {len(compiled.assignment.rules)} nodes carry relevance\n"
-            f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP a sample, compiled in {seconds:.1f} s, "
+            f"  program of {calls} calls, {compiled.plan.flops / 1e9:.2f} GFLOP per sample, compiled in {seconds:.1f} s, "
             f"{len(compiled.refusals)} refusals"
-            + (f"\n  conserves to {self.conservation:.0e} of what it assigns" if self.conservation is not None else "")
-            + (f", of which constants have {self.constants_share:.0%}" if self.constants_share is not None else "")
+            + (f"\n  conservation error {self.conservation:.0e} of sum|V|" if self.conservation is not None else "")
+            + (f", constants receive {self.constants_share:.0%} of the relevance" if self.constants_share is not None else "")
         )
 
     # ---- compiling ----------------------------------------------------------------------------------------------
 
     def compile_for(self, *inputs: Tensor, **named: Tensor) -> Explainer:
-        """Compiles the program for inputs like these now, checks it against the model, and takes no other shapes from then on."""
+        """Compiles the program for inputs like these now, compares it with the model, and accepts no other shapes afterwards."""
         self.programs.compile_ahead(self.programs.in_order(inputs, named))
         return self

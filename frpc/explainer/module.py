@@ -51,9 +51,9 @@ class ExplainerModule(nn.Module):
         return save(self.programs, path, columns, weights)
 
     def refresh(self, model: nn.Module) -> Self:
-        """Takes new weights of the model it was compiled from, e.g. after training, without capturing the model again.
+        """Takes new weights of the model that it was compiled from, e.g. after training, without capturing the model again.
 
-        Everything compiled is compiled anew from the graph that was captured; threads that ask meanwhile get answers of before.
+        All programs are compiled again from the captured graph; calls from other threads use the old weights until then.
 
         Args:
             model: the module; it is copied again.
@@ -68,7 +68,7 @@ class ExplainerModule(nn.Module):
     def state_dict(  # type: ignore[override]  # positional arguments are deprecated, and still passed by some
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The model's own state, under the names it has there: what is compiled follows from it."""
+        """The model's state dict, with the model's own names; compiled programs are derived from it."""
         found: dict[str, Any] = self.programs.model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         return found
 
@@ -82,7 +82,7 @@ class ExplainerModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads the model's state, and compiles anew what was compiled."""
+        """Loads the model's state, and compiles all programs again."""
         own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         model = copy.deepcopy(self.programs.model)
         try:
@@ -106,6 +106,6 @@ class ExplainerModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise PickleRefusedError(
-            "An explainer is not pickled: a pickle runs code when it is opened. Write it with explainer.save(path), and read it "
-            "with frpc.load(path); or send the model, and compile it there."
+            "An explainer cannot be pickled, because opening a pickle can run code. Save it with explainer.save(path), and load "
+            "it with frpc.load(path); or send the model, and compile it there."
         )

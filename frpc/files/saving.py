@@ -42,7 +42,7 @@ def save(programs: Programs, path: str | Path, columns: bool, weights: str) -> P
 def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path:
     programs.first_prepared()
     if type(programs.options.rules).check is not RuleSet.check:
-        raise ProgramFileError(f"{programs.options.rules.name} checks inputs in its own way, which a file cannot hold.")
+        raise ProgramFileError(f"{programs.options.rules.name} has a custom check of inputs, which a file cannot contain.")
     signatures = list(programs.prepared_models)
     for signature in signatures:
         for many in (False, True) if columns else (False,):
@@ -55,7 +55,7 @@ def _save(programs: Programs, target: Path, columns: bool, weights: str) -> Path
         check_calls(gathered.entries)
         document = _document(programs, signatures, saved, gathered, weights)
     except FaultError as fault:
-        raise ProgramFileError(f"{programs.model_name} cannot be saved: it holds {fault}.") from fault
+        raise ProgramFileError(f"{programs.model_name} cannot be saved: it contains {fault}.") from fault
     write(target, document, gathered.stored)
     return target
 
@@ -72,7 +72,7 @@ def _demand_samples_first(programs: Programs, saved: Sequence[Saved]) -> None:
             if place.axis or place.outer != 1 or (place.factor != 1 and not inner):
                 raise ProgramFileError(
                     f"{programs.model_name} cannot be saved: relevance of {describe(first_result(node.meta['val']))} does not "
-                    f"hold one entry for each sample, samples first.\n    {place_of(node)}\n  Name another source with source=."
+                    f"have one entry for each sample, samples first.\n    {place_of(node)}\n  Choose another source with source=."
                 )
 
 
