@@ -46,7 +46,7 @@ def expand_attention(graph_module: fx.GraphModule) -> bool:
 
 
 def _laid_out_like(edit: Editor, x: fx.Node, example: Tensor) -> fx.Node:
-    """Copies a result into the memory order of the call it stands for: views that follow rely on it."""
+    """Copies a result into the memory order of the call it replaces: later views rely on it."""
     strides = [size_hint(s) for s in example.stride()]
     order = sorted(range(len(strides)), key=lambda d: -strides[d])
     if order == sorted(order):

@@ -40,7 +40,7 @@ def expand_embedding_bags(graph_module: fx.GraphModule) -> bool:
 
 
 def _bag_length(given: dict[str, Any]) -> int:
-    """Returns how many tokens every bag holds: the step of offsets that reach exactly over all tokens; 0 where they do not."""
+    """Returns how many tokens every bag has: the step of offsets that cover exactly all tokens; 0 if they do not."""
     offsets = given["offsets"]
     if given["include_last_offset"] or offsets.target is not aten.arange.start_step:
         return 0

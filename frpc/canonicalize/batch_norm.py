@@ -26,7 +26,7 @@ def fold_batch_norm(graph_module: fx.GraphModule, keep: frozenset[str]) -> bool:
 
     Args:
         graph_module: the graph.
-        keep: module paths whose own output is asked for; those stay as they are.
+        keep: module paths whose own output is explained; those are not changed.
     """
     changed = False
     for item in list(graph_module.graph.nodes):

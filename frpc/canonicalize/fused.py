@@ -1,4 +1,4 @@
-"""Operators that do several things in one call, taken apart into calls that have rules."""
+"""Fused operators, decomposed into calls that have rules."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def expand_bounds(graph_module: fx.GraphModule) -> bool:
 
 
 def expand_distances(graph_module: fx.GraphModule) -> bool:
-    """``cdist(a, b, p) -> |a_i - b_j|_p``, whatever the way in which PyTorch computes it."""
+    """``cdist(a, b, p) -> |a_i - b_j|_p``, however PyTorch computes it."""
     changed = False
     for node, edit, given in calls(graph_module, aten.cdist.default):
         rows, columns = edit.call(aten.unsqueeze.default, given["x1"], -2), edit.call(aten.unsqueeze.default, given["x2"], -3)

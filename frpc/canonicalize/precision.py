@@ -137,7 +137,7 @@ def _as_type(graph_module: fx.GraphModule, before: fx.Node, value: fx.Node, dtyp
 
 
 def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Casts the float32 operands of a call to float64 where it has operands in float64 too."""
+    """Casts the float32 operands of a call to float64 if it also has operands in float64."""
     dtypes = {n: n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)}
     if torch.float64 in dtypes.values():
         for other in [n for n, dtype in dtypes.items() if dtype is torch.float32]:
@@ -146,7 +146,7 @@ def _widen_others(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def rounding(graph_module: fx.GraphModule, output: Tensor) -> float:
-    """Returns the relative rounding of a captured model's output: that of the coarsest type it casts to on its way."""
+    """Returns the relative rounding of a captured model's output: that of the coarsest type it casts to."""
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in _CASTS]
     casts = [n.meta["val"].dtype for n in nodes if _is_inexact(n.args[0].meta["val"].dtype)]
     return max(torch.finfo(dtype).eps for dtype in (output.dtype, *casts) if _is_inexact(dtype))
@@ -157,7 +157,7 @@ def _is_inexact(dtype: torch.dtype) -> bool:
 
 
 def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Makes a module compute in another floating-point type; what it takes and gives keeps the caller's.
+    """Makes a module compute in another floating-point type; inputs and outputs keep the caller's type.
 
     The type is that of its parameters, so that ``.to(dtype)`` goes on meaning what it means.
 

@@ -1,4 +1,4 @@
-"""Operators that a graph spells out and rules need whole: found again in what they were spelled out into."""
+"""Operators that were decomposed but that rules need as one: found again in their parts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unify_shuffles(graph_module: fx.GraphModule) -> bool:
 
 
 def _deals(shape: Any, dealt: Any) -> bool:
-    """Says whether ``[B, C, ...]`` is seen as ``[B, g, C/g, ...]``: groups are told apart, and nothing else."""
+    """Says whether ``[B, C, ...]`` is viewed as ``[B, g, C/g, ...]``: only groups are split."""
     if len(dealt) != len(shape) + 1 or not all(isinstance(n, int) for n in dealt[1:3]):
         return False
     return same_size(dealt[0], shape[0]) and same_sizes(dealt[3:], shape[2:]) and same_size(dealt[1] * dealt[2], shape[1])

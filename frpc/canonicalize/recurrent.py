@@ -212,7 +212,7 @@ def _state(hx: Value) -> State:
 
 
 def _check_time(node: fx.Node, given: dict[str, Any]) -> None:
-    """Refuses time steps that are as many as the samples: with a free batch, they lie in its dimension."""
+    """Raises an error if the number of time steps is the batch size: with a free batch, time is the batch dimension."""
     length = _shape(given["input"])[1 if given["batch_first"] else 0]
     if isinstance(length, torch.SymInt) and expression_of(length).free_symbols:
         origin = origin_of(node)
@@ -234,9 +234,9 @@ def masked(
 
     Args:
         layer: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, with any of its options.
-        x: padded sequences, as the layer takes them.
+        x: padded sequences, in the layer's layout.
         lengths: how many steps each sample has, ``[B]``, an integer tensor, which may be an input of the model.
-        state: the initial state, as the layer takes it; zeros if none is given.
+        state: the initial state, in the layer's form; zeros by default.
 
     Shapes: ``x [B, T, E]``, or ``[T, B, E]`` without ``batch_first``; the output has T steps too.
 

@@ -1,4 +1,4 @@
-"""What a captured graph holds beside its computation: copies, assertions, random numbers, and constants that are computed now."""
+"""Parts of a captured graph that are not computation: copies, assertions, random numbers, and constants to compute now."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ASSERTIONS = {
 
 
 def refuse_random(graph_module: fx.GraphModule) -> bool:
-    """Refuses operators that draw random numbers: their result has no account of its own.
+    """Raises an error for operators that draw random numbers: their result cannot be explained.
 
     Dropout and its like draw in training alone, and not with probability 0; so does attention with dropout.
     """
@@ -81,7 +81,7 @@ def remove_copies(graph_module: fx.GraphModule) -> bool:
 
 
 def _alike(x: Tensor, copy: Tensor) -> bool:
-    """Says whether a copy is like what it is made of in all but its values, which are the same."""
+    """Says whether a copy has the same dtype, device and memory order as the original."""
     strides = [[size_hint(s) for s in t.stride()] for t in (x, copy)]
     return x.dtype == copy.dtype and x.device == copy.device and x.layout == copy.layout and strides[0] == strides[1]
 

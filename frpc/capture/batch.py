@@ -56,7 +56,7 @@ class Batch:
 
 
 FIRST = Batch(0, 1)
-"""Samples first, and nothing beside them: ``[B, ...]``."""
+"""Samples first, with nothing else in their dimension: ``[B, ...]``."""
 
 
 def one_per_sample(v: Tensor, rank: int, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def guessed(value: Tensor, fixed: int | None) -> Batch | None:
 
     Args:
         value: an example value with a symbolic batch, or with real sizes where the batch is fixed.
-        fixed: the fixed batch size, or None where it is symbolic.
+        fixed: the fixed batch size, or None if it is symbolic.
 
     Returns:
         None where no dimension, or more than one, grows with the batch.
@@ -116,7 +116,7 @@ def guessed(value: Tensor, fixed: int | None) -> Batch | None:
 
 
 def _times_batch(size: Any) -> int:
-    """The number that a symbolic size is times the batch; 0 where it is anything else."""
+    """The factor of a symbolic size that is a multiple of the batch; 0 for any other size."""
     expression = expression_of(size)
     symbols = expression.free_symbols
     if len(symbols) != 1:
@@ -186,7 +186,7 @@ class Evidence:
 
 
 def fitting(evidence: Evidence, guess: Batch | None) -> Batch | None:
-    """Returns where samples lie, by the evidence: the guess where it fits, else what alone fits; None where nothing does."""
+    """Returns where samples are: the guess if it matches the evidence, else the only match; None without a match."""
     if guess is not None and evidence.allows(guess):
         return guess
     found = [batch for batch in _candidates(evidence) if evidence.allows(batch)] if evidence.seen else []

@@ -1,4 +1,4 @@
-"""Operators written out in terms of others, where PyTorch does not do so itself or not in a form that keeps samples apart.
+"""Operators decomposed into others, if PyTorch does not do so itself or not in a form that keeps samples independent.
 
 Each function computes what the operator computes, from the same arguments; :mod:`frpc.capture.decompose` traces it in the
 call's place.
@@ -52,7 +52,7 @@ def _divided(a: Tensor, b: Tensor | Number, *, rounding_mode: str | None) -> Any
 
 
 def _rrelu(a: Tensor, lower: Number = 1 / 8, upper: Number = 1 / 3, training: bool = False, generator: Any = None) -> Tensor:
-    """In evaluation the slope is the middle of its range; in training it is random, and refused before."""
+    """In evaluation the slope is the middle of its range; in training it is random, which is an error earlier."""
     return aten.leaky_relu.default(a, (lower + upper) / 2)
 
 

@@ -34,7 +34,7 @@ _SPELLED_OUT_NORMS: dict[Any, Any] = get_decompositions(
         aten.linalg_vector_norm,
     ]
 )
-"""Norms, which rules of values take as one operator and rules of increments as what they compute."""
+"""Norms: one operator for rules of values, decomposed for rules of increments."""
 
 
 def _rms_norm(a: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -74,7 +74,7 @@ _BY_HAND: dict[Any, Any] = {
     aten._fused_rms_norm.default: _fused_rms_norm,
     aten.instance_norm.default: _instance_norm,
 }
-"""Norms that PyTorch does not take apart, or not sample by sample."""
+"""Norms that PyTorch does not decompose, or not per sample."""
 
 
 def spell_out(graph_module: fx.GraphModule) -> bool:

@@ -59,14 +59,14 @@ _TAKES_NUMBERS = {"__getitem__", "__setitem__"}  # the others take tensors alone
 
 
 class Known(TorchFunctionMode):
-    """Computes what is known beside the trace, and answers from it where the trace needs values.
+    """Computes known values during the trace, and provides them where the trace needs values.
 
     Attributes:
         decisive: names of the module's tensors whose values shaped the trace: with others it would be another graph.
     """
 
     def __init__(self, traced: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> None:
-        """Takes a module's tensors by name, as the trace sees them and as they are."""
+        """Takes a module's tensors by name, as the trace sees them and with their values."""
         super().__init__()
         self.decisive: set[str] = set()
         self._real = WeakTensorKeyDictionary()
@@ -126,7 +126,7 @@ class Known(TorchFunctionMode):
     def _follow(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], written: list[Tensor], result: Any, complete: bool
     ) -> None:
-        """Computes what a call made, or notes that what it wrote into is not known any more."""
+        """Computes the result of a call, or notes that a value it wrote into is no longer known."""
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         values = [value for x in written if (value := self._value(x)) is not None]
         small = all(_has_numbers_for_sizes(x) and x.numel() <= _LARGEST for x in results)
@@ -178,7 +178,7 @@ class Known(TorchFunctionMode):
         return [self._number(entry) if numbers else entry]
 
     def _number(self, value: Any) -> Any:
-        """A known whole number without dimensions as an int."""
+        """A known integer tensor without dimensions as an int."""
         if not isinstance(value, Tensor) or value.dim() or value.dtype.is_floating_point or value.dtype is torch.bool:
             return value
         return self._answer(Tensor.item, (value,), {}, [value]) if self._knows(value) else value

@@ -1,4 +1,4 @@
-"""Are samples treated apart, and where do they lie in every value? A graph is run on samples of which some are changed.
+"""Are samples independent, and where are they in every value? A graph is run with some samples changed.
 
 What changes in a value then belongs to those samples. Where that contradicts every place that samples could have, they were mixed
 or moved; where it reaches the result of another sample, the model does not treat samples apart.
@@ -36,10 +36,10 @@ class Trial:
     """What :func:`trial` found.
 
     Attributes:
-        mixing: how the model fails to treat samples apart, in words; None where it does not.
-        untested: why that could not be told, or not for all inputs; None where it could.
+        mixing: how samples depend on each other, in words; None if they do not.
+        untested: why this could not be tested for all inputs; None if it could.
         samples: how many samples the example had.
-        misshapen: how the output fails to hold one result for each sample, in words; None where it does not.
+        misshapen: why the output is not one result per sample, in words; None if it is.
     """
 
     mixing: str | None = None
@@ -55,9 +55,9 @@ def trial(graph_module: fx.GraphModule, inputs: Sequence[Tensor], fixed: int | N
 
     Args:
         graph_module: a canonical graph.
-        inputs: example inputs of the model, of any batch where it is free.
-        fixed: the batch size where it is fixed.
-        apart: ask whether samples are treated apart; without, nothing is run where sizes tell it all.
+        inputs: example inputs of the model, of any batch size if it is free.
+        fixed: the batch size, if it is fixed.
+        apart: test whether samples are independent; if false, nothing is run if sizes say enough.
 
     Returns:
         what is wrong, if anything is.
@@ -123,7 +123,7 @@ def _is_computed(node: fx.Node) -> bool:
 
 
 def _failed(graph_module: fx.GraphModule, base: Sequence[Tensor], failure: Exception | None) -> Trial:
-    """What to say where every change fails: a model that takes samples alone does not take them side by side, or not others."""
+    """The result if every change fails: the model does not accept its samples in a batch, or not other values."""
     said = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
     try:
         with torch.no_grad():
@@ -136,7 +136,7 @@ def _failed(graph_module: fx.GraphModule, base: Sequence[Tensor], failure: Excep
 
 
 def _members(count: int) -> Tensor:
-    """Which samples each run changes, ``[runs, count]``: every two samples are told apart, in both directions."""
+    """Which samples each run changes, ``[runs, count]``: for every two samples, some run changes only the first."""
     if count <= 4:
         return torch.eye(count, dtype=torch.bool)
     bits = [(torch.arange(count) >> bit) & 1 == 1 for bit in range((count - 1).bit_length())]
@@ -152,7 +152,7 @@ def _mixed(x: Tensor, y: Tensor, members: Tensor) -> Tensor:
 
 
 def _partners(inputs: Sequence[Tensor], base: Sequence[Tensor], whole: bool) -> list[int | None]:
-    """For each sample the place of another one in the example that differs in its whole numbers, or in anything; None without."""
+    """For each sample the index of another one in the example with different integers, or any difference; None without."""
     asked = [i for i, x in enumerate(inputs) if not (whole and x.is_floating_point())]
     found: list[int | None] = []
     for k in range(base[0].shape[0]):
@@ -162,19 +162,19 @@ def _partners(inputs: Sequence[Tensor], base: Sequence[Tensor], whole: bool) -> 
 
 
 def _taken(x: Tensor, rows: Sequence[int | None], otherwise: Tensor) -> Tensor:
-    """The named samples of the example; ``otherwise`` where there are none."""
+    """The chosen samples of the example; ``otherwise`` if there are none."""
     return torch.stack([otherwise[k] if j is None else x[j] for k, j in enumerate(rows)]) if rows else otherwise
 
 
 def _moved(inputs: Sequence[Tensor], base: Sequence[Tensor]) -> list[Tensor]:
-    """Real numbers nearer to 0; whole ones of another sample, or in another order where there is none."""
+    """Real numbers nearer to 0; integers of another sample, or in another order if there is none."""
     rows = _partners(inputs, base, whole=True)
     pairs = zip(inputs, base, strict=True)
     return [0.37 * b + 0.21 if b.is_floating_point() else _taken(x.detach(), rows, _turned(b)) for x, b in pairs]
 
 
 def _turned(x: Tensor) -> Tensor:
-    """The same whole numbers in another order; nothing of it on devices where an index out of range ends the process."""
+    """The same integers in another order; not on devices where an index out of range ends the process."""
     if x.device.type != "cpu" and x.dtype is not torch.bool:
         return x
     turned = x.flip(-1) if x.dim() > 1 else x
@@ -202,7 +202,7 @@ class _Run:
 
     Attributes:
         evidence: what changed in each node's (first) result.
-        overridden: embeddings were changed in place of the whole numbers that they take.
+        overridden: embeddings were changed instead of the integers that index them.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class _Run:
         return self._embedded(node, found) if node.target is aten.embedding.default else found
 
     def _embedded(self, node: fx.Node, found: list[Tensor]) -> list[Tensor]:
-        """Where the whole numbers that index an embedding could not be changed, its result is."""
+        """If the integers that index an embedding could not be changed, changes its result."""
         guess = self.guesses.get(node)
         if self.fixed is not None or guess is None or any(not torch.equal(found[0], other) for other in found[1:]):
             return found
@@ -269,7 +269,7 @@ class _Run:
             return
         known, guess = self._told(base, found[1:], axes, 0.0), self.guesses.get(node)
         if known.seen and fitting(known, guess) is None and base.is_floating_point():
-            # Rounding may move with what else is in the batch: what is as small as that counts as unchanged.
+            # Rounding may depend on the rest of the batch: such small changes count as none.
             finite = base.nan_to_num(0.0, 0.0, 0.0)
             known = self._told(base, found[1:], axes, 16 * torch.finfo(base.dtype).eps * float(finite.abs().amax()))
         self.evidence[node] = known

@@ -92,7 +92,7 @@ def _input_names(traced: Traced, program: ExportedProgram) -> list[str]:
 
 
 def _refuse_control_flow(graph: fx.Graph) -> None:
-    """Refuses operators that take functions (``torch.cond``, ``while_loop``): what they run is not in the graph.
+    """Raises an error for operators that take functions (``torch.cond``, ``while_loop``): what they run is not in the graph.
 
     Raises:
         UnsupportedOpError: naming all whose results are used.

@@ -34,7 +34,7 @@ def enter_regions(graph_module: fx.GraphModule) -> None:
 
 
 class _Region(fx.Interpreter):
-    """Runs a region under what it is a region of."""
+    """Runs a region in its context (autocast or no_grad)."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and isinstance(n.target, OpOverload) and _casts_inside(n):
@@ -57,7 +57,7 @@ def _fits(result: Any, example: Any) -> bool:
 
 
 def _casts_inside(node: fx.Node) -> bool:
-    """Says whether autocast casts inside an operator that is made of others, and so would be lost if it stayed whole."""
+    """Says whether autocast casts inside a composite operator; the cast would be lost if it were not decomposed."""
     op: Any = node.target
     device = next((v.device.type for v in _examples(node) if isinstance(v, Tensor)), None)
     if device is None or not torch.is_autocast_enabled(device):

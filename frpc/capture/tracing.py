@@ -1,4 +1,4 @@
-"""The module that torch.export sees: it takes tensors alone, and returns the explained output and what every module returned."""
+"""The module that torch.export sees: it takes only tensors, and returns the explained output and every module's results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Traced(nn.Module):
 
 
 class _Notes:
-    """Takes down what modules return; apart from the module itself, since torch.export watches its attributes."""
+    """Records what modules return; a separate object, since torch.export watches the module's attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.returned: list[Returned] = []
@@ -78,7 +78,7 @@ class _Notes:
 
     @contextmanager
     def taken(self) -> Iterator[list[Tensor]]:
-        """Takes copies of what modules return inside, in this thread."""
+        """Copies what modules return inside this context, in this thread."""
         thread, self.returned = threading.get_ident(), []
         copies: list[Tensor] = []
         running: list[tuple[int, int]] = []  # modules that were called and have not returned, and the order of their calls
@@ -135,7 +135,7 @@ def returned_by(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _key(part: nn.Module) -> int:
-    """What tells modules apart; the stand-ins that torch.export puts in their place share their attributes."""
+    """A key that identifies a module; torch.export's stand-ins share the attributes of the originals."""
     return id(part.__dict__)
 
 
@@ -166,7 +166,7 @@ def _parts(result: Any) -> list[tuple[Any, Any]]:
 
 
 def _main(suffixes: Sequence[str]) -> int | None:
-    """Which entry a module's name stands for: the only one, or the first of a tuple or list."""
+    """The entry that a module's name means: the only one, or the first of a tuple or list."""
     if len(suffixes) == 1 or (suffixes and suffixes[0] == "[0]"):
         return 0
     return None
@@ -176,7 +176,7 @@ def explained_output(result: Any, output: str | int | None) -> Tensor:
     """Picks the tensor to explain: the one named by ``output``, else ``logits``, else the only floating-point one.
 
     Raises:
-        OptionError: if there is no such tensor, or it is not known which is meant.
+        OptionError: if there is no such tensor, or several are possible.
     """
     if output is not None:
         chosen = _entry(result, output)

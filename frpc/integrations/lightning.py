@@ -28,7 +28,7 @@ class LogRelevance(_lightning.Callback):
     """Logs one sheet of maps at the end of every n-th training epoch.
 
     Loggers that take pictures get them: by ``log_image`` (Weights & Biases and others), or by ``experiment.add_image``
-    (TensorBoard). Where none does, sheets are written as ``relevance-epoch0004.png``. The model is compiled anew each time,
+    (TensorBoard). Where none does, sheets are written as ``relevance-epoch0004.png``. The model is compiled again each time,
     because its weights have changed; it stays in training mode, and its gradients and random numbers are not touched.
 
     Args:

@@ -1,6 +1,6 @@
 """The shards of a job on the workers of a Ray cluster.
 
-Data and folder have to be at the same place for all of them. A worker that dies is started again and does its shard anew: a shard
+Data and folder have to be at the same place for all of them. A worker that dies is started again and computes its shard again: a shard
 is put in its place whole, so that nothing is lost or there twice.
 """
 

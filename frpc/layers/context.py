@@ -47,7 +47,7 @@ class LayerContext:
 
     @property
     def one_way(self) -> str | None:
-        """Names a rule that has no forward direction, and where, if there is one."""
+        """Returns the name and place of a rule without a forward direction, if there is one."""
         for node in self.nodes:
             assigned = self.assignment.rules[node]
             if assigned.example.direct or not all(m.pushes for m in assigned.example.terms.values()):

@@ -37,9 +37,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cost:
-    """What one column through a map costs.
+    """The cost of one column through a map.
 
-    Units: ``flops`` counts multiply and add apart; ``bytes`` is memory read and written.
+    Units: ``flops`` counts multiply and add separately; ``bytes`` is memory read and written.
     """
 
     flops: float
@@ -69,7 +69,7 @@ class LinearMap:
         raise TypeError(f"{type(self).__name__} has no transposed pass")
 
     def cost(self, itemsize: int = 4) -> Cost:
-        """Returns what one column costs; by default one pass over operand and result."""
+        """Returns the cost of one column; by default one pass over operand and result."""
         size = numel(self.operand) + numel(self.result)
         return Cost(float(numel(self.result)), float(size * itemsize))
 

@@ -44,7 +44,7 @@ class ReLUGate(LinearMap):
 
 
 class Cast(LinearMap):
-    """``z = a`` in another floating type: the same number but for rounding. Columns come back in the operand's type."""
+    """``z = a`` in another floating type: the same number up to rounding. Columns come back in the operand's type."""
 
     def __init__(self, operand: Tensor, result: Tensor) -> None:
         self.operand, self.result = operand.shape, result.shape

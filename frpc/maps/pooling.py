@@ -18,7 +18,7 @@ Window = Sequence[tuple[int, int, int, int]]
 
 
 class Pool(LinearOp):
-    """A pooling or resizing operator that is linear and treats samples apart, e.g. average pooling.
+    """A pooling or resizing operator that is linear and treats samples independently, e.g. average pooling.
 
     ``function`` maps ``[B, C, *spatial]`` to ``[B, C, *spatial']``; columns are folded into the batch.
     """
@@ -33,7 +33,7 @@ class LinearPool(Pool):
     Args:
         window: ``(kernel, stride, padding, dilation)`` along each spatial axis.
         count_padding: padding counts in the divisor.
-        divisor: a fixed divisor in place of the count.
+        divisor: a fixed divisor instead of the count.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Windows of pooling, tap by tap: which elements each result looks at, and sums over them with weights of their own."""
+"""Windows of pooling, tap by tap: which elements each result reads, and sums over them with separate weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Taps:
     """The windows of a pooling operator: which elements each of them looks at.
 
     Attributes:
-        size: the sizes of the spatial axes of what is pooled.
+        size: the sizes of the spatial axes of the pooled tensor.
         lines: for each axis ``[taps, positions]``: the row that a tap reads at a position; -1 outside.
-        window: how the windows step, where they step evenly.
+        window: the step of the windows, if it is constant.
     """
 
     size: Sequence[int]

@@ -113,7 +113,7 @@ def _is_gate(node: fx.Node, carried: Collection[fx.Node]) -> bool:
 
 
 def find_sources(graph: fx.Graph, asked: Sequence[str] | None) -> tuple[fx.Node, ...]:
-    """Returns the nodes relevance is asked about, in graph order.
+    """Returns the nodes that get relevance, in graph order.
 
     Args:
         graph: a canonical graph.

@@ -1,4 +1,4 @@
-"""What a call does beside giving a result: memory that it shares or writes into, and random numbers that it draws."""
+"""Side effects of a call: memory that it shares or writes into, and random numbers that it draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["is_fresh", "is_number", "is_pure", "owners_of", "shared_by", "writes
 aten = torch.ops.aten
 
 _SILENT = {aten.lift.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
-"""What may share memory with its operand, whatever its signature says, beside whole views."""
+"""Operators that may share memory with their operand whatever the signature says, in addition to views."""
 
 
 def is_pure(op: Any) -> bool:
@@ -39,7 +39,7 @@ def is_number(node: fx.Node) -> bool:
 
 
 def is_fresh(node: fx.Node) -> bool:
-    """Says whether a call's result is memory of its own, by the operator's signature."""
+    """Says whether a call's result has separate memory, by the operator's signature."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace not in ("aten", "mkldnn", NAMESPACE):
         return node.op != "call_function"
@@ -72,11 +72,11 @@ def _arguments(node: fx.Node, names: Collection[str]) -> list[fx.Node]:
 
 
 def owners_of(graph: fx.Graph, apart: Collection[fx.Node] = ()) -> dict[fx.Node, frozenset[fx.Node]]:
-    """Finds for every value the values whose memory it may lie in: itself where it is memory of its own.
+    """Finds for every value the values whose memory it may share; itself if it has separate memory.
 
     Args:
         graph: the program.
-        apart: values known to lie in memory of their own, whatever their operators' signatures say.
+        apart: values known to have separate memory, whatever their operators' signatures say.
     """
     owners: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:

@@ -95,7 +95,7 @@ def as_reference(reference: ReferenceLike | Reference) -> Reference:
     """Reads a reference as a caller gives it: ``"zero"``, ``"blur"``, one tensor (a batch counts as several), or several.
 
     Raises:
-        OptionError: for another word, or something that is no tensor.
+        OptionError: for an unknown word, or something that is not a tensor.
     """
     if isinstance(reference, Reference):
         return reference

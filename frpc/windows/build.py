@@ -58,7 +58,7 @@ def build_rows(assignment: Assignment, maps: AffineMaps, source: fx.Node, x: Ten
         maps: the affine form, at this input, of every node up to the layer.
         source: the input's node.
         x: its value, ``[B, C, H, W]``, or ``[B, C, L]`` taken as one row.
-        layer: the node asked for.
+        layer: the node to explain.
 
     Raises:
         LocalityEndsError: at the first operator that windows do not survive.
@@ -103,7 +103,7 @@ class _Builder:
         return parts[0] if len(parts) == 1 else SumRows(parts)
 
     def agreed(self, node: fx.Node, parts: list[Rows]) -> list[Rows]:
-        """Brings branches to one layout: where one has settled on absolute places, all do."""
+        """Brings branches to one layout: if one uses absolute positions, all do."""
         for axis in (0, 1):
             jumps = {p.grids[axis].jump for p in parts}
             if len(jumps) > 1 and 0 not in jumps:

@@ -25,7 +25,7 @@ __all__ = ["LiveConv", "LivePoint", "LiveRows", "LiveSum", "LiveWinner", "Packed
 
 
 class Cell(NamedTuple):
-    """What is held of one position.
+    """The stored part of one position.
 
     Attributes:
         channels: which, ascending; None for all.
@@ -54,7 +54,7 @@ class LiveRows(Producer):
         self.cells, self.held = cells, held
 
     def line(self, row: int) -> Line:
-        """Returns the held windows of a row's positions, from the first column asked for; they must not be changed."""
+        """Returns the stored windows of a row's positions, from the first requested column; they must not be changed."""
         found: Line = self.made(row)
         return found
 
@@ -131,7 +131,7 @@ class Packed(LiveRows):
 
 
 class Unpacked(Rows):
-    """Lines as windows that lie side by side, with zeros for what is not held."""
+    """Lines as windows side by side, with zeros for what is not stored."""
 
     def __init__(self, operand: LiveRows, grids: Grids) -> None:
         super().__init__((operand,), grids, operand.size)
@@ -291,7 +291,7 @@ class LiveSum(LiveRows):
 
 
 def _hull(grids: Sequence[Grid], size: int) -> Grid:
-    """The smallest windows that hold several; the whole input where they step differently."""
+    """The smallest windows that contain several; the whole input if their steps differ."""
     if len({g.jump for g in grids}) > 1:
         return Grid(0, 0, size)
     united = grids[0]

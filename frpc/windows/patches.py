@@ -36,7 +36,7 @@ def pull_patch(layer: Rows, seeds: Tensor, row: int, column: int) -> Patch:
 
     Args:
         layer: the layer's producer.
-        seeds: ``[n, C]``: which channels each asks for.
+        seeds: ``[n, C]``: the channels of each.
         row, column: the position.
 
     Shapes: the patch is ``[n, B, C0, h, w]`` over input cells.

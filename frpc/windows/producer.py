@@ -1,4 +1,4 @@
-"""Producers of windows: what every kind of them is asked, and how long it keeps what it made.
+"""Producers of windows: the interface of every kind, and how long it keeps its results.
 
 The local part of a neuron's map lives in its receptive field. Position ``i`` of a layer keeps a window of ``side`` input cells
 whose corner is ``i * jump + offset``; jump, offset and side are known before anything runs (method: windows).
@@ -52,7 +52,7 @@ class Producer:
     """Produces the windows of one value, a band of rows at a time.
 
     Attributes:
-        operands: what it is computed from.
+        operands: the producers it is computed from.
         grids: windows along rows and columns.
         size: channels, rows and columns of the value, ``(C, H, W)``.
         like: the input, for its batch, its type and its device.
@@ -60,7 +60,7 @@ class Producer:
         height: rows of a band.
         uses: how many others compute from it.
         lookback: rows that a reader needs at one time.
-        wanted, span: the rows and the columns asked for in this run.
+        wanted, span: the rows and columns requested in this run.
     """
 
     def __init__(self, operands: Sequence[Producer], grids: Grids, size: tuple[int, int, int], like: Tensor) -> None:
@@ -88,7 +88,7 @@ class Producer:
         return twin
 
     def made(self, row: int) -> Any:
-        """Returns the band that holds a row, computed when it is first asked for."""
+        """Returns the band that contains a row; computes it on first access."""
         start = self.band_start(row)
         stop = min(start + self.height, self.wanted[1])
         found = self._kept.get(start)
@@ -108,13 +108,13 @@ class Producer:
             del self._kept[start]
 
     def begin(self, wanted: Span, span: Span, readers: Sequence[Producer]) -> None:
-        """Starts a run for these rows and columns, which ``readers`` will ask for from the first row to the last."""
+        """Starts a run for these rows and columns, which ``readers`` will read from the first row to the last."""
         self.wanted, self.span = wanted, span
         self._readers = {id(reader): wanted[0] for reader in readers}
         self._kept.clear()
 
     def passed(self, reader: Producer, low: int) -> None:
-        """Forgets what no reader needs any more, now that one of them needs nothing below row ``low``."""
+        """Frees what no reader needs any more, now that one of them needs nothing below row ``low``."""
         self._readers[id(reader)] = low
         self.release(min(self._readers.values()))
 

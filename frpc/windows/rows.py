@@ -22,7 +22,7 @@ _BAND = 1 << 22  # elements of a band of several rows: 16 MB of float32
 
 
 class Rows(Producer):
-    """Windows that lie side by side, those of every channel and position alike.
+    """Windows side by side, of the same size for every channel and position.
 
     Args:
         like: the input; by default that of the operands.
@@ -60,7 +60,7 @@ class Rows(Producer):
         raise TypeError(f"{type(self).__name__} computes no rows")
 
     def blank(self, rows: int, *, zeros: bool = True) -> Tensor:
-        """Returns a band for some rows and the columns asked for, ``[B, C, h, w, Rh, Rw]``, with channels innermost in memory.
+        """Returns a band for some rows and the requested columns, ``[B, C, h, w, Rh, Rw]``, with channels innermost in memory.
 
         A tap lays small windows into larger ones; with channels innermost its runs are long, and products of channels need no
         copy.

@@ -13,7 +13,7 @@ __all__ = ["begin", "producers", "spans_of", "stream", "working_elements"]
 
 
 def producers(layer: Producer) -> list[Producer]:
-    """Returns all producers behind a layer, operands before what is computed from them."""
+    """Returns all producers that a layer depends on, operands before results."""
     order: list[Producer] = []
     seen: set[int] = set()
     stack: list[tuple[Producer, bool]] = [(layer, False)]

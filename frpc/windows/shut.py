@@ -98,7 +98,7 @@ def _read_by(rows: Producer, mask: Tensor | None) -> Tensor | None:
 
 
 def _nonzero(rows: PointRows) -> Tensor | None:
-    """Where an activation's coefficient is not 0, or None where it nowhere is."""
+    """Where an activation's coefficient is not 0, or None if it is 0 everywhere."""
     g = rows.coefficient
     if not isinstance(g, Tensor) or bool((g != 0).all()):
         return None

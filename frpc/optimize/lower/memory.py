@@ -130,7 +130,7 @@ class Memory:
 
     Args:
         graph: the program.
-        apart: values known to lie in memory of their own, whatever their operators' signatures say.
+        apart: values known to have separate memory, whatever their operators' signatures say.
     """
 
     def __init__(self, graph: fx.Graph, apart: Collection[fx.Node] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Normalization, moments and softmax: what is subtracted is linear, what divides is a coefficient.
+"""Normalization, moments and softmax: the subtraction is linear, the divisor is a coefficient.
 
 Layer, group, instance and RMS norm: ``z = gamma (a - mean(a)) / std + beta`` with ``gamma / std`` as the coefficient. A softmax
 whose result is a factor of a product is a gate and its rule is not asked; here is what it does with a relevance of its own.

@@ -1,4 +1,4 @@
-"""Reductions of elements at given places: sums, means, products, and the largest or smallest of what is written to one place."""
+"""Reductions of elements at given indices: sums, means, products, and the largest or smallest of those written to one element."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shares(call: Call, a: Tensor, b: Tensor, ties: bool = False) -> tuple[Tensor
     Args:
         call: of ``scatter_reduce``.
         a, b: values of the two operands.
-        ties: equal winners share evenly, as in PyTorch's derivative; otherwise the first takes all.
+        ties: equal winners share evenly, as in PyTorch's derivative; otherwise the first gets everything.
     """
     how, own = call.args["reduce"], bool(call.args["include_self"])
     dim, index = back(call.args["dim"], a.dim()), call.args["index"]

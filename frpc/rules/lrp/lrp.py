@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation: how a layer with weights shares out the relevance of its neurons.
+"""Layer-wise relevance propagation: how a layer with weights distributes the relevance of its neurons.
 
 With multipliers ``G`` (``R = G a``) every LRP rule that is linear in R is a choice of M: the layer with other weights, scaled so
 that what a neuron has is what it gives. ``z`` is the layer's output, ``s(z) = z + eps sgn(z)`` with sgn(0) = +1. A contribution
@@ -61,7 +61,7 @@ class Layer:
     Attributes:
         name: the operand that carries.
         a: its value.
-        value: ``z``, without what is added to it if that carries too.
+        value: ``z``, without the summand if that carries too.
         weight: the parameters, with all numeric factors of the call.
         bias: broadcastable to the result, or None.
         with_weight: the linear map of other parameters of the same shape.
@@ -83,7 +83,7 @@ class Layer:
         return self.a if self.sized else self.a[:1]
 
     def affine(self, linear_map: LinearMap, *, direct: bool = False, joined: bool = False) -> Affine:
-        """What a rule gives: the map of the layer's operand, and beside it that of what is added."""
+        """The result of a rule: the map of the layer's operand, and the map of the summand."""
         if self.added is None:
             return Affine({self.name: linear_map}, direct=direct, joined=joined)
         if direct or joined:
@@ -278,7 +278,7 @@ def w_square(eps: float) -> LayerRule:
 
 
 def flat(eps: float) -> LayerRule:
-    """``R_i = sum_j R_j / n``: all inputs of a neuron alike. Nothing absorbs but eps.
+    """``R_i = sum_j R_j / n``: all inputs of a neuron get the same share. Only eps absorbs relevance.
 
     Source: Lapuschkin et al. 2019, flat rule.
     """

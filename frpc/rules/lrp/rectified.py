@@ -1,4 +1,4 @@
-"""Rules that change the transposed pass itself: what is pulled through a ReLU depends on its own sign.
+"""Rules that change the transposed pass: the value pulled through a ReLU depends on its own sign.
 
 They are not linear in what is pulled, so they have no forward direction, and what they give is a picture of sensitivity, not an
 account: nothing is conserved.
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def rectifying_rule(op: Any, function: Callable[..., Affine], formula: str, source: str) -> Rule | None:
-    """Returns a rule for an operator that cuts off what is below 0, as ReLU does; None for one that never does.
+    """Returns a rule for an operator that sets negative values to 0, as ReLU does; None for one that never does.
 
     Some do so only with certain arguments: ReLU6 reaches a graph as ``hardtanh`` from 0 to 6, and ``hardtanh`` from -1 to 1 is no
     ReLU. Calls of those get the Jacobian.
