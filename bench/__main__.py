@@ -14,7 +14,7 @@ Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
 def _writable(file: Path | None) -> Path | None:
-    """Refuses a file whose folder is missing before hours are spent on what would go there."""
+    """Raises an error if the file's folder is missing, before hours are spent on the benchmark."""
     if file is not None and not file.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}")
     return file
@@ -64,7 +64,7 @@ def methods(
     turns: Turns = 3,
     json: Json = None,
 ) -> None:
-    """Every method's price in forward passes of the model itself, beside other libraries."""
+    """Cost of every method in forward passes of the model, compared with other libraries."""
     _compare(base, turns, json)
     from bench.methods import run
 
@@ -82,7 +82,7 @@ def memory(
     turns: Turns = 3,
     json: Json = None,
 ) -> None:
-    """Peak memory of one explanation beside autograd's and Captum's, and what the plan predicts."""
+    """Peak memory of one explanation, compared with autograd, Captum and the plan's prediction."""
     _compare(base, turns, json)
     from bench.memory import run
 
@@ -113,7 +113,7 @@ def kernels(
     only: Annotated[str, typer.Option(help="Kernels, with commas; all if left out.")] = "",
     json: Json = None,
 ) -> None:
-    """Hand-written kernels on a CUDA device beside ATen: time, and the fraction of what the device can do."""
+    """Hand-written kernels on a CUDA device compared with ATen: time, and the fraction of the device's peak."""
     from bench.kernels import run
 
     raise typer.Exit(run(batch, rounds, _words(only), json))
@@ -127,7 +127,7 @@ def gpu(
     seconds: Annotated[float, typer.Option(min=1, help="Time for all parts together.")] = 470.0,
     json: Annotated[Path | None, typer.Option(help="The results, and the state.", callback=_writable)] = None,
 ) -> None:
-    """All that only a CUDA device can show, in one command; run again, it goes on where it was stopped."""
+    """Everything that needs a CUDA device, in one command; re-run to resume."""
     from bench.gpu.run import RECORD, run
 
     raise typer.Exit(run(json or RECORD, _words(only), again, misses, seconds))
@@ -139,7 +139,7 @@ def neurons(
     layers: Annotated[str, typer.Option(help="Module paths, with commas; conv1 to conv5 in thesis_alexnet.")] = "conv2",
     side: Annotated[int, typer.Option(min=8, help="Image side.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Samples a call.")] = 1,
-    sample: Annotated[int, typer.Option(min=1, help="Neurons or cells on which slow ways are timed.")] = 64,
+    sample: Annotated[int, typer.Option(min=1, help="Number of neurons or cells on which slow methods are timed.")] = 64,
     limit_gb: Annotated[float, typer.Option(help="Memory limit of the maps.")] = 4.0,
     growth: Annotated[bool, typer.Option("--growth", help="How cost grows with side, depth, channels.")] = False,
     sides: Annotated[str, typer.Option(help="Image sides for --growth.")] = "16,32,64",
@@ -153,7 +153,7 @@ def neurons(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     json: Json = None,
 ) -> None:
-    """All maps of a layer: their price beside other ways to get them, its growth, the planner's choices, streaming."""
+    """All maps of a layer: cost compared with other methods, its growth, the planner's choices, streaming."""
     from bench import growth as growing
     from bench import neurons as compared
     from bench import planner as planning
@@ -212,10 +212,10 @@ def export(
 def files(
     nets: Annotated[str, typer.Option(help="torchvision classifiers, with commas between them.")] = "resnet50",
     threads: Threads = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Loads, each in a process of its own.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of loads, each in a separate process.")] = 7,
     json: Json = None,
 ) -> None:
-    """Program files: their size beside the weights', saving, loading in a fresh process, first answers."""
+    """Program files: size relative to the weights, saving, loading in a new process, first answers."""
     from bench.files import run
 
     raise typer.Exit(run(_words(nets), threads, rounds, json))

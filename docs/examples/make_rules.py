@@ -27,17 +27,18 @@ HEAD = """\
 
 <!-- made by docs/examples/make_rules.py from the rules themselves; edit those, then run it again -->
 
+This page lists every operator that has a rule. `frpc.examine(model, inputs)` shows the operators of your model. An operator
+without a rule is an error that lists every place; [adding a rule](adding_a_rule.md) shows how to write one.
+
 A rule writes one call of an operator as `z = sum_k M_k a_k + c` at the given input: a linear map for each operand that
 carries relevance, and a constant ([mathematics](mathematics.md)). In the formulas `a` is the first operand that carries,
-`b` the second; `M` is the factor, slope or selection that acts on it, and `c` is 0 where none is named. Operands that are
-not listed under *carries* are coefficients: they may be constants, not values that come from the input.
+`b` the second; `M` is the factor, slope or selection that acts on it, and `c` is 0 unless it is given. Operands that are
+not listed under *carries* must be constants: they cannot be values that come from the input.
 
-The operators are those of the canonical graph. Some that a model may use never reach it: the compiler first rewrites
-`conv1d`, `conv2d`, `conv3d` and their transposed forms to `convolution`, max pooling to the forms with indices, `split`,
-`chunk` and `unbind` to slices, `glu` to its factors, embedding bags to embeddings and a reduction, what is composed of other
-operators (losses, bilinear layers, cross products, unpooling, `logcumsumexp`, ...) to those, and drops dropout and copies.
-`frpc.examine(model, inputs)` shows what is left of yours. An operator without a rule is an error that names every place;
-[adding a rule](adding_a_rule.md) shows how to give it one.
+The operators are those of the canonical graph. The compiler first rewrites some operators: `conv1d`, `conv2d`, `conv3d` and
+their transposed forms become `convolution`, max pooling becomes the forms with indices, `split`, `chunk` and `unbind` become
+slices, `glu` becomes its factors, and embedding bags become embeddings and a reduction. Operators composed of others (losses,
+bilinear layers, cross products, unpooling, `logcumsumexp`, ...) are decomposed into those. Dropout and copies are removed.
 
 In the last column **T** is the thesis that introduced forward relevance propagation, with equation numbers; *method §2* is
 section 2 of [mathematics](mathematics.md), which extends its recursion to these operators.

@@ -1,7 +1,7 @@
 """The shards of a job on the workers of a Ray cluster.
 
-Data and folder have to be at the same place for all of them. A worker that dies is started again and computes its shard again: a shard
-is put in its place whole, so that nothing is lost or there twice.
+Data and folder have to be at the same place for all of them. A worker that dies is started again and computes its shard again:
+a shard is put in its place whole, so that nothing is lost or there twice.
 """
 
 from __future__ import annotations

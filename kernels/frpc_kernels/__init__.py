@@ -23,7 +23,7 @@ KERNELS: tuple[str, ...] = (
 
 
 def why_missing() -> str | None:
-    """Says why the kernels cannot be had in this environment, or None where they can."""
+    """Says why the kernels are not available in this environment, or None if they are."""
     if find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch's CUDA builds for Linux, or with pip install triton"
     return None

@@ -95,7 +95,7 @@ _TUNED = {"tf32": tuned(conv_relevance_kernel, CONFIGS, _KEY), "tf32x3": tuned(c
 
 
 def supports(v: Tensor, weight: Tensor, bias: Tensor | None, coefficient: Tensor | None, groups: int) -> str | None:
-    """Says why the kernel declines, or None where it takes the operands."""
+    """Says why the kernel cannot be used, or None if it accepts the operands."""
     reason = cannot_compute(v, weight, bias, coefficient, rank=(4,))
     if reason is None and groups > 1 and min(int(weight.shape[1]), int(weight.shape[0]) // groups) < _NARROW:
         reason = f"{groups} groups of {int(weight.shape[1])} channels: most of a matrix product would be padding"

@@ -127,7 +127,7 @@ _TUNED = {name: tuned(conv_transposed_gate_kernel, configs, _KEY) for name, conf
 
 
 def supports(g: Tensor, weight: Tensor, addend: Tensor | None, factor: Tensor | None, groups: int) -> str | None:
-    """Says why the kernel declines, or None where it takes the operands."""
+    """Says why the kernel cannot be used, or None if it accepts the operands."""
     reason = cannot_compute(g, weight, addend, factor, rank=(4,))
     if reason is None and groups > 1 and min(int(weight.shape[1]), int(weight.shape[0]) // groups) < _NARROW:
         reason = f"{groups} groups of {int(weight.shape[1])} channels: most of a matrix product would be padding"

@@ -116,7 +116,7 @@ _SMOOTH = tuned(smooth_gate_kernel, VALUE_CONFIGS, ("count", "GELU"))
 
 
 def supports(z: Tensor) -> str | None:
-    """Says why the kernels of this file decline values like z, or None where they take them."""
+    """Says why the kernels of this file cannot be used for values like z, or None if they can."""
     return cannot_compute(z, rank=(2, 3, 4))
 
 

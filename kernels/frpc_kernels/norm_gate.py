@@ -81,7 +81,7 @@ _PULL = tuned(norm_pull_kernel, CONFIGS, ("rows", "D"))
 
 
 def supports(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> str | None:
-    """Says why the kernels of this file decline, or None where they take the operands."""
+    """Says why the kernels of this file cannot be used, or None if they accept the operands."""
     reason = cannot_compute(x, gamma, beta, rank=range(2, 9))
     if reason is None and int(x.shape[-1]) > _WIDEST:
         reason = f"rows of {int(x.shape[-1])} elements: registers hold {_WIDEST}"

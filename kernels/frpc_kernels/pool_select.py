@@ -112,7 +112,7 @@ _SCATTER = tuned(pool_scatter_kernel, CONFIGS, ("count", "KH", "KW"))
 
 
 def supports(x: Tensor) -> str | None:
-    """Says why the kernels of this file decline values like x, or None where they take them."""
+    """Says why the kernels of this file cannot be used for values like x, or None if they can."""
     return cannot_compute(x, rank=(4,))
 
 

@@ -51,7 +51,7 @@ _WINDOWS = tuned(pool_windows_kernel, CONFIGS, ("count",))
 
 
 def supports(u: Tensor) -> str | None:
-    """Says why the kernel declines windows like u, or None where it takes them."""
+    """Says why the kernel cannot be used for windows like u, or None if it can."""
     return cannot_compute(u, rank=(6,))
 
 

@@ -97,7 +97,7 @@ _TUNED = {"tf32": tuned(window_conv_kernel, CONFIGS, _KEY), "tf32x3": tuned(wind
 
 
 def supports(u: Tensor, weight: Tensor, groups: int) -> str | None:
-    """Says why the kernel declines, or None where it takes the operands."""
+    """Says why the kernel cannot be used, or None if it accepts the operands."""
     reason = cannot_compute(u, weight, rank=(6,))
     if reason is None and groups > 1 and min(int(weight.shape[1]), int(weight.shape[0]) // groups) < _NARROW:
         reason = f"{groups} groups of {int(weight.shape[1])} channels: most of a matrix product would be padding"

@@ -2,7 +2,7 @@
 
 ``aten`` is PyTorch's own operators, with oneDNN's packed convolutions on CPUs. ``triton`` puts the hot patterns of a program on a
 CUDA device onto hand-written kernels. ``inductor`` gives the program to ``torch.compile``. ``auto`` takes kernels on CUDA devices
-where they can be had, else ``aten``, and says why not among the refusals.
+where they are available, else ``aten``, and reports the reason as a refusal.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Lowered:
         program: the graph.
         passes: what was done to it, in order.
         refusals: what was not, and why.
-        operators: what it may call beside ATen.
+        operators: operators that it may call in addition to ATen's.
     """
 
     program: fx.GraphModule
@@ -75,10 +75,10 @@ def check_backend(name: str, mode: str) -> Backend:
 
 
 def lower_program(program: fx.GraphModule, backend: Backend) -> Lowered:
-    """Puts a copy of a program into the form its backend runs; also says what was refused.
+    """Converts a copy of a program into the form its backend runs; also returns the refusals.
 
     Raises:
-        OptionError: if ``triton`` is asked for where there are no kernels; says why.
+        OptionError: for ``triton`` if kernels are not available; says why.
     """
     lowered = copy_graph(program)
     if backend.name == "inductor":

@@ -47,7 +47,7 @@ class _Recording:
 
 
 class Replayed:
-    """A program recorded once for each set of shapes; a recording runs in memory of its own.
+    """A program recorded once for each set of shapes; each recording has separate memory.
 
     Threads take turns to queue a run, and streams wait on the device for the run before: what one reads no other overwrites.
 
@@ -74,7 +74,7 @@ class Replayed:
             return found.replay(given)
 
     def _record(self, given: Sequence[Tensor]) -> _Recording:
-        """Warms up on a stream of its own, as recording asks for, and records."""
+        """Warms up on a separate stream, as recording requires, and records."""
         places = tuple(x.detach().clone() for x in given)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,6 @@
 """Lowering: the optimized program is put into the form that runs fastest on the device its parameters live on.
 
-Every pass keeps the function; a pass that leaves a place as it was says so in a :class:`Refusal`.
+Every pass keeps the function; a pass that does not change a place reports it as a :class:`Refusal`.
 """
 
 from frpc.core.refusal import Pass, Refusal

@@ -52,7 +52,7 @@ def footprint(graph_module: fx.GraphModule, columns: bool) -> Footprint:
 
 
 def _converted(node: fx.Node, sizes: _Sizes) -> Step:
-    """Bytes of operands that an operator first lays out anew in its result's type, e.g. masks in a product."""
+    """Bytes of operands that an operator first converts to its result's type, e.g. masks in a product."""
     found = _NOTHING
     if node.target in (aten.mul.Tensor, aten.mul_.Tensor) and node.meta["val"].device.type == "cpu":
         kind = node.meta["val"].dtype
@@ -63,7 +63,7 @@ def _converted(node: fx.Node, sizes: _Sizes) -> Step:
 
 
 def _spreads(node: fx.Node) -> bool:
-    """Says whether a call gives elements that are repeated in memory each a place of its own."""
+    """Says whether a call copies elements that are repeated in memory to separate places."""
     source: Any = node.args[0] if node.target is aten.reshape.default else None
     while isinstance(source, fx.Node) and source.target is aten.permute.default:
         source = source.args[0]

@@ -1,4 +1,4 @@
-"""Gates of ReLUs as bytes: one byte an element is kept for the way back in place of the activation's four."""
+"""Gates of ReLUs as bytes: the backward pass keeps one byte per element instead of the activation's four."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Memory:
                 self._sharing.setdefault(owner, set()).add(node)
 
     def owners(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The values whose memory this one may lie in; itself where it is memory of its own."""
+        """The values whose memory this one may share; itself if it has separate memory."""
         return self._owner[node]
 
     def merge(self, node: fx.Node, into: fx.Node) -> None:

@@ -31,7 +31,7 @@ OPERATORS = (
     mkldnn._convolution_pointwise_.binary,
     mkldnn._convolution_transpose_pointwise.default,
 )
-"""What lowered programs may hold beside ATen operators."""
+"""What lowered programs may contain in addition to ATen operators."""
 
 
 def prepack(graph_module: fx.GraphModule) -> list[Refusal]:

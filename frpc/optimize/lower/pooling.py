@@ -1,4 +1,4 @@
-"""Max pooling on the way back: gates among the winners, columns by PyTorch's own kernel, no activation kept for its shape."""
+"""Max pooling in the backward pass: gates at the winners, columns by PyTorch's kernel, no activation kept for its shape."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["count_launches", "operators", "use_kernels", "why_not"]
 
 
 def why_not(device: torch.device) -> str | None:
-    """Says why programs on this device get no kernels, or None where they do."""
+    """Says why programs on this device do not use kernels, or None if they do."""
     if device.type != "cuda":
         return f"the model is on {device.type}; kernels are for CUDA devices"
     return why_missing()
@@ -33,7 +33,7 @@ def operators() -> tuple[OpOverload, ...]:
     """The operators that :func:`use_kernels` puts into programs.
 
     Raises:
-        OptionError: if there is no Triton.
+        OptionError: if Triton is not available.
     """
     _load()
     names = ("relu_gate", "gated", "smooth_gate", "conv_relevance", "conv_transposed_gate", "pool_select", "pool_scatter")
@@ -51,7 +51,7 @@ def count_launches(program: fx.GraphModule) -> dict[str, int]:
 
 
 def use_kernels(program: fx.GraphModule, precision: str = "tf32x3") -> list[Refusal]:
-    """Replaces patterns of an optimized program by kernels, and says where it did not and why.
+    """Replaces patterns of an optimized program by kernels, and returns what it did not replace, with reasons.
 
     Views become reshapes: what kernels of convolutions give is channels-last.
 
@@ -60,7 +60,7 @@ def use_kernels(program: fx.GraphModule, precision: str = "tf32x3") -> list[Refu
         precision: of products in float32: ``tf32x3``, about as exact as float32, or ``tf32``.
 
     Raises:
-        OptionError: if there is no Triton.
+        OptionError: if Triton is not available.
     """
     parts = _load()
     rewriting = Rewriting(program, parts, precision)

@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def operands(node: fx.Node) -> tuple[Any, ...]:
-    """What an operator takes, by position."""
+    """The arguments of an operator, by position."""
     return node.args
 
 
@@ -135,7 +135,7 @@ _ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 
 
 def gate_readers(relu: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """What is gated by a ReLU, ``(multiply, operand)``."""
+    """The values gated by a ReLU, ``(multiply, operand)``."""
     for user in relu.users:
         if user.target is aten.threshold_backward.default and operands(user)[1] is relu and operands(user)[2] == 0:
             yield user, operands(user)[0]
