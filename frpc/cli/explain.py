@@ -46,7 +46,7 @@ class ExplainRequest:
 
 @dataclass(frozen=True, eq=False)
 class PreparedPhoto:
-    """One picture, ready to be explained: its input ``[1, 3, H, W]`` and the classes asked for."""
+    """One picture, ready to be explained: its input ``[1, 3, H, W]`` and the classes to explain."""
 
     picture: Picture
     x: Tensor
@@ -55,7 +55,7 @@ class PreparedPhoto:
 
 def explain(
     model: ModelOption,
-    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are refused.")],
+    weights: Annotated[str, typer.Option(help="A safetensors file, or DEFAULT for torchvision's. Pickle files are not read.")],
     image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
     target: Annotated[
         str, typer.Option(help="auto (the predicted class), a class number or name; separate several with semicolons.")
@@ -141,7 +141,7 @@ def _compare(asker: Asker, methods: list[str], question: PreparedPhoto, folder: 
 
 
 def _read(request: ExplainRequest, current: Session) -> tuple[Classifier, list[PreparedPhoto]]:
-    """Everything is read and checked first, so that bad input costs no compilation and leaves no file."""
+    """Reads and checks everything first, so that bad input is found before compiling and leaves no files."""
     import torch
 
     from frpc.integrations.images import prepare
@@ -172,7 +172,7 @@ def _choose(logits: Tensor, target: str, top: int) -> list[int]:
 
 
 def _answer(asker: Asker, method: str, question: PreparedPhoto, bias: Bias) -> Explained:
-    """Asks one method; the standard one is held against the logits it explains."""
+    """Runs one method; maps of the standard method are compared with the logits they explain."""
     from frpc.cli.record import Explained
 
     said = asker(method, question.x, question.classes)

@@ -160,7 +160,7 @@ def _check(maps: LayerMaps, request: NeuronsRequest, folder: Path) -> None:
     sizes = list(maps.values.shape[1:])
     for index in request.chosen:
         if len(index) != len(sizes) or any(at >= size for at, size in zip(index, sizes, strict=True)):
-            raise TargetError(f"--neuron {','.join(map(str, index))}: {maps.name} holds neurons {sizes}, size_in_words from 0")
+            raise TargetError(f"--neuron {','.join(map(str, index))}: {maps.name} has neurons {sizes}, counted from 0")
     if request.keep:
         check_disk(maps, folder)
 

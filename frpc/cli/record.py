@@ -138,7 +138,7 @@ def show(console: Console, record: dict[str, Any]) -> None:
     if "layers" in record:
         worst = sorted(record["layers"], key=lambda row: -row["error"])[:SHOWN_CLASSES]
         errors = ", ".join(f"{row['layer'] or '(top level)'} {row['error']:.1e}" for row in worst)
-        console.print(f"least exact of {len(record['layers'])} layers: {errors}", markup=False)
+        console.print(f"largest errors of {len(record['layers'])} layers: {errors}", markup=False)
     seconds = record["seconds"]
     console.print(f"compiled in {seconds['compile']:.1f} s, explained in {1000 * seconds['explain']:.0f} ms")
     for file in record["files"]:

@@ -74,8 +74,8 @@ class PreparedModel:
         places = batches_of(self.canonical.graph, self.fixed_batch)
         if places.get(node) != FIRST or isinstance(node.meta.get("samples"), str):
             raise BatchError(
-                f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension does not hold the samples, or "
-                f"holds more: its neurons are not one number for each sample.\n    {place_of(node)}\n  explainer.at() gives the "
+                f"{layer} gives {describe(first_result(node.meta['val']))}, whose first dimension is not the samples, or "
+                f"contains more: its neurons are not one number per sample.\n    {place_of(node)}\n  explainer.at() gives the "
                 "relevance of all of them; to explain single ones, make the layer return [B, ...]."
             )
 

@@ -195,8 +195,8 @@ def _demand_same(
         captured = prepared.captured.graph_module(*inputs)
     if not layer and captured.numel() == got.numel() and not _difference(captured.reshape(got.shape), expected) <= bound:
         raise CompileError(
-            f"{differs}: what torch.export captured from {prepared.captured.model_name} computes something else than the model "
-            "itself. Its code depends on more than its inputs and tensors, e.g. on torch.compiler.is_compiling()."
+            f"{differs}: the graph that torch.export captured from {prepared.captured.model_name} does not compute the same as "
+            "the model itself. Its code depends on more than its inputs and tensors, e.g. on torch.compiler.is_compiling()."
         )
     raise CompileError(differs)
 

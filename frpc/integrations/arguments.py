@@ -1,4 +1,4 @@
-"""The arguments of Captum's ``attribute``, checked, and arranged as a program takes them: tensors alone."""
+"""Checks the arguments of Captum's ``attribute`` and arranges them as a program takes them: only tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 class SourceInput(nn.Module):
-    """An explained input, ``x``, or its increment, ``x - x_ref``: a node of its own, which relevance is asked about."""
+    """An explained input, ``x``, or its increment, ``x - x_ref``: a separate node, which gets the relevance."""
 
     def forward(self, x: Tensor, reference: Tensor | None) -> Tensor:
         return x * 1 if reference is None else x - reference
@@ -92,14 +92,14 @@ def module_of(function: Callable[..., Any]) -> nn.Module:
 
 
 def live(model: nn.Module, asked: AttributeCall) -> nn.Module:
-    """The function itself in the form that a program has, in evaluation mode: where it is in training, a copy of it."""
+    """The function in the form that a program has, in evaluation mode; a copy if it is in training mode."""
     arranged = Arranged(model, asked)
     training = not isinstance(model, Called) and any(part.training for part in model.modules())
     return snapshot(arranged) if training else arranged
 
 
 def versions(model: nn.Module) -> tuple[Any, ...]:
-    """Changes where weights do: assigned, moved, or written in place; torch does not count what is written through ``.data``."""
+    """Changes when weights change: assigned, moved, or written in place; torch does not count writes through ``.data``."""
     read = (model, *model.reads) if isinstance(model, Called) else (model,)
     tensors = [tensor for part in read for tensor in (*part.parameters(), *part.buffers())]
     return tuple((id(t), t.data_ptr(), t.dtype, 0 if t.is_inference() else version_of(t)) for t in tensors)
@@ -107,12 +107,12 @@ def versions(model: nn.Module) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, eq=False)
 class AttributeCall:
-    """What one call of ``attribute`` asks.
+    """The arguments of one call of ``attribute``.
 
     Attributes:
         inputs: the explained tensors, ``[B, ...]`` each.
         references: one like each, or none.
-        further: what else the model takes.
+        further: other arguments of the model.
         target: as the explainer takes it, or a list with a tuple for each sample.
         held: every further tensor is compiled into the program, those too that have as many rows as there are samples.
     """
@@ -172,7 +172,7 @@ def read(inputs: Inputs, baselines: Baselines, target: Targets, further: Any, re
     """Reads Captum's arguments.
 
     Raises:
-        InputError, ShapeError, TargetError: for what does not fit; each says what would.
+        InputError, ShapeError, TargetError: for wrong arguments; each says what is allowed.
     """
     explained = inputs if isinstance(inputs, tuple) else (inputs,)
     for position, x in enumerate(explained):

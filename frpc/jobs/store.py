@@ -1,12 +1,12 @@
-"""What a job leaves on disk, so that a killed one goes on without losing or repeating a sample.
+"""The files of a job, so that an interrupted job can be resumed without losing or repeating a sample.
 
-    DIR/manifest.json                what was asked; written first
+    DIR/manifest.json                the options of the job; written first
     DIR/shards/00000.safetensors     maps of samples 0 .. S-1, in its metadata which samples, and which failed and why
-    DIR/index.jsonl                  one line a sample, made from the shards when all are there
+    DIR/index.jsonl                  one line per sample, made from the shards when all are complete
     DIR/png/00000-name.png           pictures, if wanted
 
-A shard holds a fixed range of samples, and is there or not: it is written beside its place, flushed to the disk, and renamed.
-What is done is known from the shards alone.
+A shard contains a fixed range of samples and is either complete or missing: it is written to a temporary file, flushed, and
+renamed. Only the shards say what is done.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Store:
 
     @contextmanager
     def held(self, settings: Mapping[str, Any]) -> Iterator[Store]:
-        """Keeps other jobs out of the folder, and checks that what is there is of the same one.
+        """Locks the folder, and checks that its contents belong to the same job.
 
         Raises:
             OptionError: another process works there, or it holds a job with other settings; names them.
@@ -118,7 +118,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / ".lock").acquire(blocking=False)  # the system lets go of it when the process ends
         except Timeout as error:
-            raise OptionError(f"another process works in {self.folder}; wait for it, or choose another --out") from error
+            raise OptionError(f"another process is writing to {self.folder}; wait for it, or choose another --out") from error
         except OSError as error:
             raise OutputFolderError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         with lock:
@@ -133,7 +133,9 @@ class Store:
         content = (json.dumps(wanted, indent=2, allow_nan=False) + "\n").encode()
         if not path.exists():
             if any(self._path(0).parent.glob("*.safetensors")):
-                raise OptionError(f"{self.folder} holds shards and no manifest.json: not known of what job. Choose another --out")
+                raise OptionError(
+                    f"{self.folder} contains shards but no manifest.json, so their job is unknown. Choose another --out"
+                )
             write_atomically(path, content)
             return
         found = _read_json(path)
@@ -141,7 +143,7 @@ class Store:
         if differing:
             lines = "\n".join(f"  {line}" for line in differing)
             raise OptionError(
-                f"{self.folder} holds another job:\n{lines}\n  Ask for the same to go on with it, or choose another --out"
+                f"{self.folder} contains a different job:\n{lines}\n  Use the same options to resume it, or choose another --out"
             )
 
     def numbers(self) -> range:
@@ -165,7 +167,7 @@ class Store:
         write_atomically(self._path(shard.number), safetensors.torch.save(tensors, {"frpc": json.dumps(said)}))
 
     def examine(self) -> tuple[set[int], list[str]]:
-        """Which shards are complete, and what is wrong with others that are there."""
+        """Which shards are complete, and what is wrong with the others."""
         done, damaged = set(), []
         for number in self.numbers():
             path = self._path(number)
@@ -186,11 +188,11 @@ class Store:
         start, stop = self.bounds(number)
         numbers = sorted([*index, *(at for at, _, _ in said["failed"])])
         if (said["number"], said["start"], said["stop"]) != (number, start, stop) or numbers != list(range(start, stop)):
-            return f"does not hold the samples {start} to {stop - 1} once each"
+            return f"does not contain the samples {start} to {stop - 1} exactly once"
         return ""
 
     def write_index(self) -> list[Failure]:
-        """Writes one line a sample from the shards, and returns the failures."""
+        """Writes one line per sample from the shards, and returns the failures."""
         lines, failures = [], []
         for number in self.numbers():
             for entry in sorted(_entries(self._path(number)), key=lambda entry: int(entry["index"])):
@@ -247,4 +249,4 @@ def _differences(found: Any, wanted: Any, path: Sequence[str] = ()) -> list[str]
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = [*found, *(key for key in wanted if key not in found)]
         return [line for key in keys for line in _differences(found.get(key), wanted.get(key), (*path, key))]
-    return [] if found == wanted else [f"{'.'.join(path)}: {json.dumps(found)} there, {json.dumps(wanted)} asked for"]
+    return [] if found == wanted else [f"{'.'.join(path)}: {json.dumps(found)} in the folder, {json.dumps(wanted)} requested"]

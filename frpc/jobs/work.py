@@ -99,7 +99,7 @@ class Worker:
         return len(ready), len(failures)
 
     def _ready(self, index: int, sample: Sample) -> _ReadySample | Failure:
-        """Decodes one picture and reads its class; what is wrong with a sample is no reason to stop."""
+        """Decodes one picture and reads its class; a bad sample does not stop the job."""
         if sample.content is None:
             return Failure(index, sample.name, sample.problem)
         try:
@@ -119,7 +119,7 @@ class Worker:
             return Failure(index, sample.name, f"label {sample.label!r}: {error}")
 
     def _classes(self, pixels: Tensor) -> list[str]:
-        """The names of the model's classes, of which there are as many as outputs."""
+        """The names of the model's classes, one for each output."""
         if not self._names:
             x = pixels.to(self.task.dtype)
             self._names = class_names(self._compiled(x).predict(x).shape[1])
@@ -169,7 +169,7 @@ def _file_name(one: _ReadySample) -> str:
 
 
 def _finite(ready: list[_ReadySample], tensors: dict[str, Tensor]) -> tuple[list[_ReadySample], dict[str, Tensor], list[Failure]]:
-    """Sets apart what the model or its map blew up on."""
+    """Separates samples whose output or map is not finite."""
     whole = torch.stack([tensors[name].flatten(1).isfinite().all(1) for name in ("output", "relevance")]).all(0)
     kept = [one for one, good in zip(ready, whole.tolist(), strict=True) if good]
     bad = [one for one, good in zip(ready, whole.tolist(), strict=True) if not good]
@@ -178,7 +178,7 @@ def _finite(ready: list[_ReadySample], tensors: dict[str, Tensor]) -> tuple[list
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """What results depend on beside the model, for the manifest; the number of threads too, by which sums are cut."""
+    """What results depend on besides the model, for the manifest; also the number of threads, which affects rounding."""
     return {
         "data": task.samples.describe(),
         "method": task.method,

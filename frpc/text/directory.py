@@ -67,7 +67,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
         raise WeightsError(f"transformers cannot load {folder}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        raise WeightsError(f"{folder} does not hold all weights of {architecture}; missing: {shown}")
+        raise WeightsError(f"{folder} does not contain all weights of {architecture}; missing: {shown}")
     if model.config.pad_token_id is None:  # classifiers on decoders look for the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return TextModel(folder.resolve().name, architecture, model.to(device=place, dtype=dtype).eval(), tokenizer)
@@ -87,16 +87,16 @@ def _config(folder: Path) -> dict[str, Any]:
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise WeightsError(
             f"{folder} {what}; give a folder with config.json, tokenizer files and model.safetensors. "
-            "Nothing is downloaded: fetch the model first, e.g. with `hf download NAME --local-dir FOLDER`."
+            "frpc downloads nothing: download the model first, e.g. with `hf download NAME --local-dir FOLDER`."
         )
     try:
         read = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder} has no config.json, so it holds no transformers model") from error
+        raise WeightsError(f"{folder} has no config.json, so it is not a transformers model") from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read {folder / 'config.json'}: {error}") from error
     if not isinstance(read, dict):
-        raise WeightsError(f"{folder / 'config.json'} is no configuration")
+        raise WeightsError(f"{folder / 'config.json'} is not a model configuration")
     return read
 
 
@@ -108,8 +108,8 @@ def _architecture(config: dict[str, Any], folder: Path) -> tuple[str, str]:
             if str(architecture).endswith(ending):
                 return str(architecture), kind
     raise ModelNameError(
-        f"{folder} holds {', '.join(map(str, named)) or 'no named architecture'}; texts are explained for sequence classifiers "
-        "(...ForSequenceClassification) and causal language models (...ForCausalLM, ...LMHeadModel)."
+        f"{folder} contains {', '.join(map(str, named)) or 'no named architecture'}; texts can be explained for sequence "
+        "classifiers (...ForSequenceClassification) and causal language models (...ForCausalLM, ...LMHeadModel)."
     )
 
 
@@ -118,9 +118,9 @@ def _check_weights(folder: Path, kind: str) -> None:
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not pickles:
-        raise WeightsError(f"{folder} holds no safetensors file")
+        raise WeightsError(f"{folder} contains no safetensors file")
     raise WeightsError(
-        f"{folder} holds no safetensors file, only {', '.join(pickles)}: a pickle, and reading one can run any code in it.\n"
+        f"{folder} contains no safetensors file, only {', '.join(pickles)}, a pickle; opening a pickle can run code.\n"
         f"  Fix: {CONVERT.format(kind=kind, folder=folder)}"
     )
 
@@ -130,11 +130,12 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
     files = sorted({name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)})
     if files and not any((folder / name).is_file() for name in files):
         raise WeightsError(
-            f"{folder} holds no tokenizer: there is none of {', '.join(files)}. Without one every word is unknown.\n"
-            f"  Fix: copy the files from where the model comes from, or write them: tokenizer.save_pretrained({str(folder)!r})"
+            f"{folder} contains no tokenizer: none of {', '.join(files)} exists. Without one every word is unknown.\n"
+            "  Fix: copy the tokenizer files of the model into the folder, or write them:  "
+            f"tokenizer.save_pretrained({str(folder)!r})"
         )
     if files and tokenizer.vocab_size <= len(set(tokenizer.all_special_ids)):
-        raise WeightsError(f"The tokenizer in {folder} knows {tokenizer.vocab_size} tokens, and no word among them.")
+        raise WeightsError(f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but no words.")
 
 
 def _check_known(transformers: Any, config: dict[str, Any], architecture: str) -> None:
@@ -149,5 +150,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DeviceError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise DeviceError(f"the device {name!r} is not available:  {str(error).splitlines()[0]}") from error
     return device

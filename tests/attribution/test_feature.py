@@ -157,7 +157,7 @@ def test_features_that_do_not_fit_are_refused() -> None:
         frpc.feature(model, "0", channel=4, size=size)
     with pytest.raises(TargetError, match="give a neuron as a tuple of 3 ints"):
         frpc.feature(model, "0", neuron=(1, 2), size=size)
-    with pytest.raises(OptionError, match="steps=0: at least one step"):
+    with pytest.raises(OptionError, match="steps=0: give at least 1"):
         frpc.feature(model, "0", channel=1, size=size, steps=0)
     with pytest.raises(ShapeError, match=r"give one input, \[1, \.\.\.\]"):
         frpc.feature(model, "0", channel=1, start=torch.randn(2, 3, 12, 12))

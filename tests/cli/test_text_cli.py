@@ -199,7 +199,7 @@ def test_what_is_refused(bert, tmp_path):
     bare = copy_of(bert, tmp_path / "bare", without="model.safetensors")
     refused(run("--model", bare, *out), "WeightsError", "contains no safetensors file")
     (bare / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(run("--model", bare, *out), "WeightsError", "only pytorch_model.bin: a pickle", "save_pretrained")
+    refused(run("--model", bare, *out), "WeightsError", "only pytorch_model.bin, a pickle", "save_pretrained")
     masked = copy_of(bert, tmp_path / "masked", architectures=["BertForMaskedLM"])
     refused(run("--model", masked, *out), "ModelNameError", "BertForMaskedLM", "sequence classifiers")
     own = {"architectures": ["MineForCausalLM"], "model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.MineForCausalLM"}}
