@@ -370,7 +370,7 @@ def test_questions_that_do_not_fit(bag):
         ask(target="mabye", labels=["no", "yes", "maybe"])
     with pytest.raises(TargetError, match="names a position"):
         ask(target=(0, 1))
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="do not match"):
         ask(tokens=["a", "b", "c"])
     with pytest.raises(InputError, match="Give tokenizer and text"):
         text.explain(explainer, text="a b")
