@@ -158,7 +158,7 @@ def test_a_renewed_model_has_the_masks_that_shaped_the_graph() -> None:
     assert agrees(explainer.refresh(model).predict(x), model(x))
     model[0].keep[1] = True
     model[0].keep[0] = False
-    with pytest.raises(WeightsError, match=r"0\.keep of Sequential has other values than when it was captured"):
+    with pytest.raises(WeightsError, match=r"0\.keep of Sequential has changed since the model was captured"):
         explainer.refresh(model)
 
 

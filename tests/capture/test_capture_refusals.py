@@ -27,8 +27,8 @@ from frpc.errors import (
         ("net.pt", r"got the path 'net.pt': make the model, load its weights with model.load_state_dict"),
         (nn.Linear(2, 2).state_dict(), r"got a dict of weights: they have no code. Make the model, load them"),
         (nn.Linear, r"got the class Linear: make one of it first, Linear\(...\)\."),
-        (nn.LazyLinear(3), r"LazyLinear has parameters without a shape yet \(weight, bias\): call it once"),
-        (3, r"frpc.compile takes a module \(nn.Module\), and got int\."),
+        (nn.LazyLinear(3), r"LazyLinear has parameters without a shape \(weight, bias\):  call it once"),
+        (3, r"frpc.compile takes a module \(nn.Module\), but got int\."),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -93,10 +93,10 @@ def too_wide(h: Tensor) -> Tensor:
     [
         (branch, "Operators that take functions (torch.cond, while_loop, map, scan)"),
         (loop, "Operators that take functions (torch.cond, while_loop, map, scan)"),
-        (policy, "torch.distributions looks at the values it is given: pass validate_args=False"),
-        (with_numpy, "numpy does not see through tensors without values"),
-        (too_wide, "Fails itself raises on these inputs, before anything is captured: RuntimeError: "),
-        (lambda h: h.half() @ torch.ones(4, 2), "Fails itself raises on these inputs"),
+        (policy, "torch.distributions checks the values of its arguments: pass validate_args=False"),
+        (with_numpy, "numpy does not work with tensors that have no values"),
+        (too_wide, "Fails itself raises an error on these inputs, before capture: RuntimeError: "),
+        (lambda h: h.half() @ torch.ones(4, 2), "Fails itself raises an error on these inputs"),
         (lambda h: h if h.sum() > 0 else -h, "Try: replace data-dependent Python branches"),
     ],
 )

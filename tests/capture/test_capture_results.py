@@ -213,7 +213,7 @@ def test_targets_as_lists_and_arrays() -> None:
     assert torch.equal(explainer(x, target=[2, 0, 1]).relevance, wanted)
     assert torch.equal(explainer(x, target=np.array([2, 0, 1])).relevance, wanted)
     assert explainer(x, target=np.array([[2, 0], [0, 1], [1, 1]])).relevance.shape == (3, 2, 4)
-    with pytest.raises(TargetError, match="target lists 2 targets for 3 samples: a list holds one for each sample"):
+    with pytest.raises(TargetError, match="target lists 2 targets for 3 samples: give one for each sample"):
         explainer(x, target=[2, 0])
     with pytest.raises(TargetError, match="Target 3 is out of range"):
         explainer(x, target=[0, 3, 1])
@@ -225,7 +225,7 @@ def test_a_list_of_tuples_for_outputs_of_several_dimensions() -> None:
     found = explainer(x, target=[(0, 2), (4, 1)]).relevance
     assert agrees(found[0, 0], x[0, 0] * model.weight[2]) and agrees(found[1, 4], x[1, 4] * model.weight[1])
     assert found.count_nonzero() == 8
-    with pytest.raises(TargetError, match="a target of it is a tuple of 2 ints, not 0"):
+    with pytest.raises(TargetError, match="give target as a tuple of 2 ints, not 0"):
         explainer(x, target=[0, 1])
 
 

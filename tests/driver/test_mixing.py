@@ -36,7 +36,7 @@ def test_mixing_of_samples_far_apart(by: int) -> None:
 def test_mixing_shows_at_the_first_call_of_several_samples() -> None:
     explainer = frpc.compile(Rolled(3), (torch.tensor([[1]]),))
     explainer(torch.tensor([[1]]), target=0)
-    with pytest.raises(BatchError, match=r"differ by .* of the largest value where they are given alone"):
+    with pytest.raises(BatchError, match=r"differ by .* of the largest value if they are run alone"):
         explainer(torch.arange(6)[:, None], target=0)
 
 
@@ -99,7 +99,7 @@ class Graph(nn.Module):
 
 @pytest.mark.parametrize(("nodes", "edges"), [(6, [[0, 1, 5], [2, 3, 4]]), (2, [[0, 1, 1], [1, 0, 1]])])
 def test_nodes_of_a_graph_are_no_samples(nodes: int, edges: list[list[int]]) -> None:
-    with pytest.raises(BatchError, match=r"counts the nodes of a graph.*hold the graph as a buffer of the model and explain"):
+    with pytest.raises(BatchError, match=r"counts the nodes of a graph.*store the graph as a buffer of the model and explain"):
         frpc.compile(Graph(), (torch.randn(nodes, 5), torch.tensor(edges)))
 
 
@@ -114,7 +114,7 @@ def test_what_could_not_be_tried_is_said() -> None:
 
     one = frpc.compile(Coded(), (torch.randn(1, 4), torch.tensor([[3]])))
     assert [str(r) for r in one.refusals] == [
-        "the trial that samples are treated apart not used at verification: no other values of input 1 are known: give example "
-        "inputs of two samples"
+        "the test that samples are independent not used at verification: input 1 could not be changed: give example "
+        "inputs of two different samples"
     ]
     assert not frpc.compile(Coded(), (torch.randn(2, 4), torch.tensor([[3], [4]]))).refusals

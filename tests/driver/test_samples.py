@@ -341,7 +341,7 @@ def test_a_folded_batch_is_not_saved(tmp_path: Path) -> None:
     """A file has no words for where its samples are."""
     ids = torch.randint(0, 60, (2, 3, 7), generator=torch.Generator().manual_seed(0))
     for kind in (Choices, TimeMajor):
-        with pytest.raises(ProgramFileError, match="does not hold one entry for each sample, samples first"):
+        with pytest.raises(ProgramFileError, match="does not have one entry for each sample, samples first"):
             frpc.compile(kind(), (ids,)).save(tmp_path / "folded.frpc")
 
 
@@ -350,7 +350,7 @@ def test_inner_layers_of_a_folded_batch() -> None:
     explainer = frpc.compile(model, (ids,))
     assert torch.allclose(explainer.at("word", ids, target=1)["word"], right_source(model, ids, 1)[0])
     for ask in (explainer.neuron, explainer.layer):
-        with pytest.raises(BatchError, match=r"word gives f64\[3\*B, 7, 8\], whose first dimension does not hold the samples"):
+        with pytest.raises(BatchError, match=r"word gives f64\[3\*B, 7, 8\], whose first dimension is not the samples"):
             ask(*(("word", (0, 0), ids) if ask == explainer.neuron else ("word", ids)))
 
 
@@ -370,7 +370,7 @@ def test_a_source_whose_samples_cannot_be_told_is_refused() -> None:
             return self.out(self.word(ids[:, 0].flip(0)).mean(1)).flip(0)
 
     ids = torch.randint(0, 60, (3, 3, 7), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(SourceError, match="cannot be shared out sample by sample"):
+    with pytest.raises(SourceError, match="cannot be split by sample"):
         frpc.compile(Backwards(), (ids,))
 
 

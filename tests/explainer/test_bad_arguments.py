@@ -60,7 +60,7 @@ def test_inputs_that_do_not_fit(inputs: tuple[Any, ...], kind: type[FrpcError], 
 def test_nan_and_inf_are_refused(bad: float) -> None:
     x = randn(3, 3, 5)
     x[1, 2, :2] = bad
-    text = r"Input 'x' holds 2 NaN or Inf values \(samples 1\): no map could sum to its output"
+    text = r"Input 'x' contains 2 NaN or Inf values \(samples 1\): a map could not sum to the output"
     with pytest.raises(NonFiniteError, match=text):
         explainer()(x, target=0)
 
@@ -84,7 +84,7 @@ def test_batches_of_different_size() -> None:
         (("picture.png",), InputError, "got str|is str, not a tensor"),
         ((randn(0, 4),), EmptyBatchError, r"has shape \[0, 4\]: give at least one sample, batch first|no samples"),
         ((torch.tensor(1.0),), EmptyBatchError, r"has shape \[\]: give at least one sample, batch first|no samples"),
-        ((torch.full((1, 4), float("nan")),), NonFiniteError, "holds 4 NaN or Inf values"),
+        ((torch.full((1, 4), float("nan")),), NonFiniteError, "contains 4 NaN or Inf values"),
     ],
     ids=["nothing", "text", "empty", "no dimensions", "nan"],
 )
@@ -110,21 +110,21 @@ def test_example_inputs_are_checked_before_anything_is_captured(
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        (None, r"Give target= or seed= \(neither given\): the output is \[B, 4\], and one number of it is explained"),
+        (None, r"Give target= or seed= \(neither given\): the output is \[B, 4\], and only one number of it is explained"),
         (4, r"Target 4 is out of range: the output \[B, 4\] has indices 0 to 3"),
         (-1, r"Target -1 is out of range: the output \[B, 4\] has indices 0 to 3"),
-        (True, r"target=True is no index: use an int, a tuple of ints, or a tensor of class indices"),
-        (1.0, r"target=1.0 is no index: use an int"),
-        ("cat", r"target='cat' is no index: use an int"),
-        ((1, 2), r"The output is \[B, 4\]: a target of it is an int, not \(1, 2\)"),
-        ((), r"The output is \[B, 4\]: a target of it is an int, not \(\)"),
+        (True, r"target=True is not an index: use an int, a tuple of ints, or a tensor of class indices"),
+        (1.0, r"target=1.0 is not an index: use an int"),
+        ("cat", r"target='cat' is not an index: use an int"),
+        ((1, 2), r"The output is \[B, 4\]: give target as an int, not \(1, 2\)"),
+        ((), r"The output is \[B, 4\]: give target as an int, not \(\)"),
         (torch.tensor([1, 4]), r"Target 4 is out of range: the output \[B, 4\] has classes 0 to 3"),
         (torch.tensor([[-2], [0]]), r"Target -2 is out of range: the output \[B, 4\] has classes 0 to 3"),
         (torch.tensor([1, 2, 3]), r"target has shape \[3\]; give \[B\] or \[B, K\] with B = 2"),
         (torch.zeros(2, 1, 1, dtype=torch.int64), r"target has shape \[2, 1, 1\]; give \[B\] or \[B, K\] with B = 2"),
         (torch.zeros(2, 0, dtype=torch.int64), r"target has shape \[2, 0\]; give \[B\] or \[B, K\]"),
-        (torch.tensor([0.0, 1.0]), r"target is torch.float32; class indices are integers. For a linear functional .* use seed="),
-        (torch.tensor([True, False]), r"target is torch.bool; class indices are integers"),
+        (torch.tensor([0.0, 1.0]), r"target is torch.float32; give integer class indices, or use seed="),
+        (torch.tensor([True, False]), r"target is torch.bool; give integer class indices"),
     ],
 )
 def test_targets_that_do_not_fit(target: Any, text: str) -> None:
@@ -138,7 +138,7 @@ def test_targets_that_do_not_fit(target: Any, text: str) -> None:
 def test_targets_of_outputs_of_several_dimensions() -> None:
     x = randn(2, 3, 5)
     compiled = frpc.compile(nn.ReLU(), (x,))
-    with pytest.raises(TargetError, match=r"The output is \[B, 3, 5\]: a target of it is a tuple of 2 ints, not 1"):
+    with pytest.raises(TargetError, match=r"The output is \[B, 3, 5\]: give target as a tuple of 2 ints, not 1"):
         compiled(x, target=1)
     with pytest.raises(TargetError, match=r"Target 5 is out of range: the output \[B, 3, 5\] has indices 0 to 4"):
         compiled(x, target=(2, 5))
@@ -149,11 +149,11 @@ def test_targets_of_outputs_of_several_dimensions() -> None:
 @pytest.mark.parametrize(
     ("seed", "kind", "text"),
     [
-        (randn(2, 3), TargetError, r"seed has shape \[2, 3\]; the output takes \[2, 4\] or \[2, 'K', 4\]"),
-        (randn(3, 4), TargetError, r"seed has shape \[3, 4\]; the output takes"),
-        (randn(4), TargetError, r"seed has shape \[4\]; the output takes"),
-        (randn(2, 0, 4), TargetError, r"seed has shape \[2, 0, 4\]; the output takes"),
-        (torch.full((2, 4), float("nan")), NonFiniteError, "seed holds NaN or Inf"),
+        (randn(2, 3), TargetError, r"seed has shape \[2, 3\]; give \[2, 4\] or \[2, 'K', 4\]"),
+        (randn(3, 4), TargetError, r"seed has shape \[3, 4\]; give"),
+        (randn(4), TargetError, r"seed has shape \[4\]; give"),
+        (randn(2, 0, 4), TargetError, r"seed has shape \[2, 0, 4\]; give"),
+        (torch.full((2, 4), float("nan")), NonFiniteError, "seed contains NaN or Inf"),
     ],
 )
 def test_seeds_that_do_not_fit(seed: Tensor, kind: type[FrpcError], text: str) -> None:
@@ -167,7 +167,7 @@ def test_target_and_seed_together() -> None:
 
 
 def test_check_takes_one_target() -> None:
-    with pytest.raises(TargetError, match="check takes one target a sample; call it for each of the K targets"):
+    with pytest.raises(TargetError, match="check takes one target per sample; call it for each of the K targets"):
         frpc.check(explainer(), randn(2, 3, 5), target=torch.tensor([[0, 1], [2, 3]]))
 
 
@@ -190,7 +190,7 @@ def test_unknown_layers_give_the_nearest(name: str, text: str) -> None:
 def test_unknown_options() -> None:
     model, x = nn.Linear(4, 2), torch.ones(1, 4)
     for inputs in (None, (x,)):
-        with pytest.raises(OptionError, match="bias='even' is no policy; choose one of uniform, receptive_field, separate"):
+        with pytest.raises(OptionError, match="bias='even' is unknown; choose one of uniform, receptive_field, separate"):
             frpc.compile(model, inputs, bias="even")
         with pytest.raises(OptionError, match="strategy='fast' is unknown; choose one of auto, windows, forward, transposed"):
             frpc.compile(model, inputs, strategy="fast")
@@ -213,8 +213,8 @@ class Pair(nn.Module):
         (tuple, 3, r"The model's result has no entry 3: a tuple of 3"),
         (tuple, "logits", r"The model's result has no entry 'logits': a tuple of 3"),
         (dict, "score", r"The model's result has no entry 'score': a dict with 'scores', 'mask', 'twice'"),
-        (list, 2, r"output=2 is no floating-point tensor of the model's result \(a list of 3\)"),
-        (dict, "mask", r"output='mask' is no floating-point tensor of the model's result \(a dict with"),
+        (list, 2, r"output=2 is not a floating-point tensor of the model's result \(a list of 3\)"),
+        (dict, "mask", r"output='mask' is not a floating-point tensor of the model's result \(a dict with"),
     ],
 )
 def test_which_of_several_outputs(kind: type, output: Any, text: str) -> None:

@@ -209,7 +209,7 @@ def test_moving_to_where_it_is_keeps_what_is_compiled() -> None:
 
 
 def test_a_loaded_explainer_refuses_another_type(loaded: frpc.LoadedExplainer) -> None:
-    with pytest.raises(frpc.errors.OptionError, match=r"cannot become torch\.float16: compile the model in that type"):
+    with pytest.raises(frpc.errors.OptionError, match=r"cannot be converted to torch\.float16: compile the model in that dtype"):
         loaded.half()
     assert loaded.to("cpu") is loaded
 
@@ -267,9 +267,9 @@ def test_a_deep_copy_of_a_loaded_explainer(loaded: frpc.LoadedExplainer) -> None
 
 
 def test_pickling_is_refused_with_the_way_out(loaded: frpc.LoadedExplainer) -> None:
-    with pytest.raises(PickleRefusedError, match=r"Write it with explainer\.save\(path\), and read it with frpc\.load\(path\)"):
+    with pytest.raises(PickleRefusedError, match=r"Save it with explainer\.save\(path\), and load it with frpc\.load\(path\)"):
         pickle.dumps(explainer())
-    with pytest.raises(pickle.PicklingError, match=r"let it call frpc\.load\(path\)"):
+    with pytest.raises(pickle.PicklingError, match=r"call frpc\.load\(path\) there"):
         torch.save(loaded, io.BytesIO())
     with pytest.raises(PickleRefusedError):
         pickle.dumps(nn.Sequential(explainer()))

@@ -102,7 +102,7 @@ def test_all_gaps_at_once() -> None:
         f"  {'aten.special_bessel_j1.default — no rule':<76} 1 node",
         f"    (top level)   test_errors.py:{last}   return torch.special.bessel_j1(self.scores(self.layer(x)))   f64[B, 4]",
         "  Fix: register a rule with @frpc.rule(torch.ops.aten.special_bessel_j0.default) — docs/adding_a_rule.md;",
-        "       it cannot count as a constant: every way from the input to the output passes through it",
+        "       it cannot be a constant: every path from the input to the output passes through it",
     ]
     assert [(gap.op, gap.module, gap.reason) for gap in error.value.gaps] == [
         ("aten.special_bessel_j0.default", "scores", "no rule"),
@@ -117,8 +117,8 @@ def test_a_gap_in_the_models_own_forward_is_no_reason_to_make_everything_constan
     for model, advised in (
         (Function(lambda x: torch.special.bessel_j0(x) + x), 'constant=["path.of.module"]'),
         (Function(lambda x: torch.special.bessel_j0(x) * 2), "passes through it"),
-        (Beside(Scores()).double(), 'or let it count as a constant: frpc.compile(..., constant=["gap"])'),
-        (nn.Sequential(Scores()), "it cannot count as a constant: every way from the input to the output passes through it"),
+        (Beside(Scores()).double(), 'or treat it as a constant: frpc.compile(..., constant=["gap"])'),
+        (nn.Sequential(Scores()), "it cannot be a constant: every path from the input to the output passes through it"),
     ):
         with pytest.raises(UnsupportedOpError) as error:
             frpc.compile(model, (x,))
@@ -153,11 +153,11 @@ def test_nothing_but_constants_is_refused() -> None:
     """A map that owes everything to constants says nothing: no carried path is an error that names where the ways end."""
     model, x = nn.Sequential(OrderedDict(scores=Scores(), last=nn.Linear(4, 3))).double(), randn(2, 4)
     with pytest.raises(
-        SourceError, match=r"No carried path leads from the sources \(input\w*\) to the output: its map would owe"
+        SourceError, match=r"No path carries relevance from the sources \(input\w*\) to the output: its map would come"
     ) as e:
         frpc.compile(model, (x,), constant=["scores"])
     assert f"scores   test_errors.py:{line_of(Scores, 'scores = ')}" in str(e.value)
-    with pytest.raises(SourceError, match="No carried path"):
+    with pytest.raises(SourceError, match="No path carries relevance"):
         frpc.compile(model, constant=["*"])(x, target=0)
 
 
@@ -168,7 +168,7 @@ def test_a_source_without_a_path_beside_others_is_said() -> None:
 
     explainer = frpc.compile(Second(), (randn(2, 4), randn(2, 4)))
     assert [str(r) for r in explainer.refusals] == [
-        "relevance not used at codes: no carried path leads from it to what is explained: its map holds constants alone"
+        "relevance not used at codes: no path carries relevance to it from the explained output: its map contains only constants"
     ]
 
 
@@ -184,10 +184,10 @@ def test_a_gap_may_be_closed_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     out = frpc.compile(model, (x,))(x, target=2)
     assert torch.allclose(out.relevance.sum(1), model(x)[:, 2])
     with pytest.raises(
-        OptionError, match=r"aten\.linalg_cross\.default has a rule already \(cross\); pass override=True to replace it"
+        OptionError, match=r"aten\.linalg_cross\.default already has a rule \(cross\); pass override=True to replace it"
     ):
         frpc.rule(aten.linalg_cross.default)(cross)
-    with pytest.raises(OptionError, match=r"is no operator overload: name one, such as torch.ops.aten.mean.dim"):
+    with pytest.raises(OptionError, match=r"is not an operator overload: give one, such as torch.ops.aten.mean.dim"):
         frpc.rule(aten.linalg_cross)(cross)
     with pytest.raises(OptionError, match=r"aten\.cumprod\.default has no argument 'axis'; it has self, dim, dtype"):
         frpc.rule(aten.cumprod.default, carries="axis")(cross)
@@ -228,7 +228,7 @@ def test_models_that_mix_samples_are_refused(function: Callable[[Tensor], Tensor
     first, place, last = str(error.value).splitlines()
     assert first == "One sample's result depends on the other samples of the batch, so no map of that sample could sum to it."
     assert place.startswith("    (top level)   test_errors.py:")
-    assert "Let the model treat samples apart" in last
+    assert "Make samples independent in the model" in last
 
 
 def test_models_of_a_fixed_batch_that_mix_samples_are_refused() -> None:
@@ -260,7 +260,7 @@ def test_the_line_that_mixes_samples_is_named() -> None:
 )
 def test_outputs_that_are_not_one_for_each_sample(function: Callable[[Tensor], Tensor], shape: str) -> None:
     with pytest.raises(
-        BatchError, match=rf"The explained output {shape} does not hold one result for each sample, samples first"
+        BatchError, match=rf"The explained output {shape} does not have one result for each sample, samples first"
     ):
         frpc.compile(Function(function), (randn(2, 4),))
 
@@ -270,7 +270,7 @@ def test_a_carried_weight_is_named() -> None:
         def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
             return nn.functional.conv1d(x, kernel)
 
-    with pytest.raises(UnsupportedOpError, match="carried value as 'weight': the rule takes it as a coefficient only"):
+    with pytest.raises(UnsupportedOpError, match="carried value as 'weight': the rule accepts it only as a coefficient"):
         frpc.compile(Hyper(), (randn(2, 2, 5), randn(2, 2, 3)))
 
 
@@ -303,14 +303,16 @@ def test_what_cannot_be_captured_names_the_line(model: nn.Module, line: str) -> 
 
 def test_an_error_of_the_model_itself_is_passed_on() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(2, 1))
-    with pytest.raises(CaptureError, match=r"Sequential itself raises on these inputs, .*RuntimeError: .*shapes cannot be multi"):
+    with pytest.raises(
+        CaptureError, match=r"Sequential itself raises an error on these inputs, .*RuntimeError: .*shapes cannot be multi"
+    ):
         frpc.compile(model, (torch.ones(2, 4),))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")  # torch itself advises against what is refused here
 def test_torchscript_is_refused() -> None:
     scripted = torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))
-    with pytest.raises(CaptureError, match=r"TorchScript module, which torch.export does not take: compile"):
+    with pytest.raises(CaptureError, match=r"TorchScript module, which torch.export does not support: compile"):
         frpc.compile(scripted, (torch.ones(1, 4),))
 
 
@@ -327,7 +329,9 @@ def test_a_fixed_batch_is_recorded_and_checked() -> None:
     out = compiled(x, target=1)
     assert torch.allclose(out.relevance.sum(1), out.output[:, 1])
     assert any(str(refusal).startswith("a free batch size not used at capture: ") for refusal in compiled.refusals)
-    with pytest.raises(ShapeError, match=r"'x' has a batch of 3; this model was captured with its batch fixed at 2 \(explainer"):
+    with pytest.raises(
+        ShapeError, match=r"'x' has a batch of 3, but this model was captured with a fixed batch of 2 \(explainer"
+    ):
         compiled(randn(3, 4), target=1)
 
 

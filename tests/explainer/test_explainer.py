@@ -183,7 +183,7 @@ class Elsewhere(nn.Module):
 
 def test_an_output_of_constants_is_refused() -> None:
     """Its map would say nothing of the input."""
-    with pytest.raises(SourceError, match="No carried path leads from the sources"):
+    with pytest.raises(SourceError, match="No path carries relevance from the sources"):
         frpc.compile(settled(Elsewhere()), (randn(2, 4),))
 
 

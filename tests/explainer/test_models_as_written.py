@@ -96,7 +96,7 @@ def test_a_model_in_training_mode_is_compiled_as_in_evaluation() -> None:
 
 
 def test_eight_threads_get_the_same_results() -> None:
-    """Bit for bit, in a program that is compiled already and in one that all compile at once."""
+    """Bit for bit, in a program that is already compiled and in one that all compile at once."""
     batches = [images(1 + i % 3, seed=i) for i in range(16)]
     expected = [explainer()(x, target=i % 5) for i, x in enumerate(batches)]
     lazy, start = frpc.compile(net()), threading.Barrier(8)
@@ -236,10 +236,10 @@ def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Linear(2, 2)
     model.lock = threading.Lock()
     with pytest.raises(
-        TrainingModeError, match=r"Linear cannot be copied \(.*\), so it cannot be put into evaluation mode"
+        TrainingModeError, match=r"Linear cannot be copied \(.*\), so frpc cannot set a copy to evaluation mode"
     ) as error:
         frpc.compile(model, (torch.ones(1, 2),))
-    assert "Take off the module what cannot be copied (locks, files, generators)" in str(error.value)
+    assert "Remove from the module what cannot be copied (locks, files, generators)" in str(error.value)
 
 
 def test_a_model_that_stays_in_training_mode() -> None:

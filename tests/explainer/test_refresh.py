@@ -73,13 +73,13 @@ def test_refresh_refuses_another_model() -> None:
     before = taken(X, target=1)
     other = Net().double()
     other.head = nn.Linear(96, 7).double()
-    with pytest.raises(WeightsError, match=r"Net does not fit what was captured: head\.weight was \[5, 96\] torch\.float64 on"):
+    with pytest.raises(WeightsError, match=r"Net differs from the captured model: head\.weight was \[5, 96\] torch\.float64 on"):
         taken.refresh(other)
-    with pytest.raises(WeightsError, match=r"stem\.0\.weight was .* and is no such tensor\. Compile the model anew\."):
+    with pytest.raises(WeightsError, match=r"stem\.0\.weight was .* and is now no such tensor\. Compile the model again\."):
         taken.refresh(nn.Linear(3, 4))
     changed = Net().double()
     changed.scale = 3.0
-    with pytest.raises(CompileError, match="computes something else than what was captured from it, with the same weights"):
+    with pytest.raises(CompileError, match="no longer computes the same as when it was captured, with the same weights"):
         taken.refresh(changed)
     assert same(taken(X, target=1), before)
 

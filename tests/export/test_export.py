@@ -164,7 +164,7 @@ def test_several_inputs_and_outputs_of_several_dimensions(tmp_path: Path) -> Non
     torch.manual_seed(0)
     inputs = (torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))
     explainer = frpc.compile(Pair().double().eval(), inputs, bias="separate")
-    with pytest.raises(OptionError, match=r"The output is f64\[B, 2, 3\]: one class index does not choose") as refused:
+    with pytest.raises(OptionError, match=r"The output is f64\[B, 2, 3\]: one class index does not select") as refused:
         torch_export(explainer, tmp_path / "a.pt2")
     assert 'Export with targets="seed"' in str(refused.value)
     signature = torch_export(explainer, tmp_path / "a.pt2", targets="seed")
@@ -195,7 +195,7 @@ def test_inputs_of_integers_are_drawn_within_the_example(tmp_path: Path) -> None
     torch.manual_seed(0)
     ids = torch.randint(5, 30, (2, 6))
     explainer = frpc.compile(Words().double().eval(), (ids,))
-    with pytest.raises(InputError, match=r"Input 'ids' is torch.int64: give inputs=, an example whose range"):
+    with pytest.raises(InputError, match=r"Input 'ids' is torch.int64: give an example as inputs="):
         torch_export(explainer, tmp_path / "a.pt2")
     signature = torch_export(explainer, tmp_path / "a.pt2", (ids,))
     assert (signature.inputs[0].low, signature.inputs[0].high) == (ids.min(), ids.max())
@@ -210,7 +210,7 @@ def test_a_file_of_other_weights_is_refused(explainer: Explainer, tmp_path: Path
     with torch.no_grad():
         other[8].weight[3, 5] += 0.01
     torch_export(frpc.compile(other, (torch.randn(1, 3, 16, 16),)), tmp_path / "a.pt2", targets="seed")
-    with pytest.raises(VerificationError, match=r"a\.pt2 and its explainer say different things\.\n.*relative L1"):
+    with pytest.raises(VerificationError, match=r"a\.pt2 and its explainer give different results\.\n.*relative L1"):
         verify(tmp_path / "a.pt2", explainer)
 
 
@@ -274,15 +274,15 @@ def test_refusals(explainer: Explainer, tmp_path: Path) -> None:
     path = tmp_path / "a.pt2"
     with pytest.raises(OptionError, match=r"targets='two' is unknown; choose one, several, seed, top\."):
         torch_export(explainer, path, targets="two")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="Give one of at=, grad_cam= and layer=: a file answers one question"):
+    with pytest.raises(OptionError, match="Give only one of at=, grad_cam= and layer=: a file computes one of them"):
         torch_export(explainer, path, at=["2"], layer="2")
-    with pytest.raises(OptionError, match=r"FRP gives relevance, and class activation maps .*Gradient\(times_input=False\)"):
+    with pytest.raises(OptionError, match=r"FRP gives relevance, but class activation maps .*Gradient\(times_input=False\)"):
         torch_export(explainer, path, grad_cam="2")
     with pytest.raises(LayerNameError, match="has no layer '66'"):
         torch_export(explainer, path, at=["66"])
     with pytest.raises(OptionError, match=r"layer='8' cannot be exported: windows end at view: view.default mixes"):
         torch_export(explainer, path, layer="8")
-    with pytest.raises(OptionError, match=r"a\.onnx: an AOTInductor package is named \.pt2\."):
+    with pytest.raises(OptionError, match=r"a\.onnx: the name of an AOTInductor package must end in \.pt2\."):
         aoti(explainer, tmp_path / "a.onnx")
     with pytest.raises(InputError, match="Nothing is captured yet"):
         torch_export(frpc.compile(small_net()), path)

@@ -58,7 +58,7 @@ def test_a_signature_survives_its_text() -> None:
         ((1, 0, 3), (2, -1, 5)),
     )
     assert Signature.from_json(signature.to_json(), "file") == signature
-    with pytest.raises(InputError, match="file does not say what it answers: its signature is damaged"):
+    with pytest.raises(InputError, match="file has a damaged signature"):
         Signature.from_json('{"question": 3}', "file")
 
 

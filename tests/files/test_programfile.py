@@ -124,8 +124,8 @@ def test_layers_and_tops_that_were_asked_before(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         found(X, target=K)
     assert str(error.value) == (
-        f"The file holds no program for input for K targets (it holds: {'; '.join(found.questions)}). Ask the explainer for that "
-        "once, and save it anew; columns=True saves the program for K targets."
+        f"The file has no program for input for K targets (it has: {'; '.join(found.questions)}). Call the original explainer "
+        "that way once, and save it again; columns=True saves the program for K targets."
     )
     assert sorted(found.questions) == sorted(held.split("; "))
 
@@ -174,7 +174,7 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
     asked = frpc.compile(Halves(), (randn(2, 3, 4),))
     found = frpc.load(asked.save(tmp_path / "m.frpc"))
     assert same(found(randn(2, 3, 4), target=1), asked(randn(2, 3, 4), target=1))
-    with pytest.raises(ShapeError, match="a batch of 3; this model was captured with its batch fixed at 2"):
+    with pytest.raises(ShapeError, match="a batch of 3, but this model was captured with a fixed batch of 2"):
         found(randn(3, 3, 4), target=1)
 
 
@@ -239,17 +239,15 @@ def test_weights_by_reference(tmp_path: Path) -> None:
 def test_weights_by_reference_are_checked(tmp_path: Path) -> None:
     path = explainer().save(tmp_path / "m.frpc", weights="reference")
     state = net().state_dict()
-    with pytest.raises(ProgramFileError, match=r"it holds no weights, only what they are: give model= or state_dict="):
+    with pytest.raises(ProgramFileError, match=r"it contains no weights, only a reference to them: give model= or state_dict="):
         frpc.load(path)
-    with pytest.raises(
-        ProgramFileError, match=r"'head\.weight' of the model is not the one that was compiled: its values differ"
-    ):
+    with pytest.raises(ProgramFileError, match=r"'head\.weight' of the model differs from the one that was compiled"):
         frpc.load(path, state_dict={**state, "head.weight": state["head.weight"] * 1.0001})
     with pytest.raises(ProgramFileError, match=r"no tensor 'head\.bias' in the model"):
         frpc.load(path, state_dict={k: v for k, v in state.items() if k != "head.bias"})
-    with pytest.raises(ProgramFileError, match=r"'head\.bias' of the model is \[4\] torch\.float32, and the programs take"):
+    with pytest.raises(ProgramFileError, match=r"'head\.bias' of the model is \[4\] torch\.float32, but the programs need"):
         frpc.load(path, state_dict={**state, "head.bias": state["head.bias"].float()})
-    with pytest.raises(ProgramFileError, match="it holds its own weights: load it without model="):
+    with pytest.raises(ProgramFileError, match="it contains its own weights: load it without model="):
         frpc.load(explainer().save(tmp_path / "own.frpc"), model=net())
     with pytest.raises(OptionError, match='weights=\'outside\' is unknown; choose "stored" or "reference"'):
         explainer().save(path, weights="outside")
@@ -285,8 +283,8 @@ def test_operators_of_ones_own_are_named(tmp_path: Path) -> None:
     with pytest.raises(ProgramFileError) as error:
         asked.save(tmp_path / "m.frpc")
     assert str(error.value) == (
-        "Own cannot be saved: it holds frpc_file_test.twice.default: registered outside PyTorch, and a file must run where they "
-        "are not."
+        "Own cannot be saved: it contains frpc_file_test.twice.default: registered outside PyTorch, but a file must run where "
+        "they are not registered."
     )
     assert not list(tmp_path.iterdir())
 
@@ -300,7 +298,7 @@ def _twice(call: frpc.Call, x: Tensor) -> frpc.Affine:
 def test_nothing_compiled_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Nothing is captured yet: call the explainer once"):
         frpc.compile(net()).save(tmp_path / "m.frpc")
-    with pytest.raises(OutputFolderError, match="is no folder: make it first"):
+    with pytest.raises(OutputFolderError, match="is not a folder: create it first"):
         explainer().save(tmp_path / "missing" / "m.frpc")
 
 

@@ -41,11 +41,11 @@ def first(document: dict[str, Any], op: str) -> dict[str, Any]:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unknown operator": (
         lambda d: first(d, "aten.relu.default").update(op="aten.from_file.default"),
-        r"holds the operator 'aten\.from_file\.default', which no file may hold",
+        r"contains the operator 'aten\.from_file\.default', which is not allowed in a file",
     ),
     "python function": (
         lambda d: first(d, "aten.relu.default").update(op="os.system"),
-        r"the operator 'os\.system', which no file may hold",
+        r"the operator 'os\.system', which is not allowed in a file",
     ),
     "name that is code": (
         lambda d: first(d, "aten.relu.default").update(name="x = __import__('os')"),
@@ -62,29 +62,29 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "reference to later": (
         lambda d: first(d, "aten.relu.default").update(args=[{"node": 99999}]),
-        "a reference to node 99999, which is none above it",
+        "a reference to node 99999, which does not exist above it",
     ),
     "deep lists": (
         lambda d: first(d, "aten.relu.default").update(args=[[[[[[[1]]]]]]]),
-        "lists in more than 4 lists",
+        "lists nested more than 4 deep",
     ),
-    "large integer": (lambda d: first(d, "aten.relu.default").update(args=[2**80]), "where an integer from"),
+    "large integer": (lambda d: first(d, "aten.relu.default").update(args=[2**80]), "instead of an integer from"),
     "comment of two lines": (
         lambda d: first(d, "aten.relu.default").update(place="a\nimport os"),
-        "where one line of text of at most 400 characters belongs",
+        "instead of one line of text of at most 400 characters",
     ),
     "missing constant": (
         lambda d: first(d, "constant").update(constant="nothing"),
         "the constant 'nothing', which the file does not have",
     ),
-    "constant of another shape": (lambda d: d["constants"][0].update(shape=[3, 3]), r"and the programs take \[3, 3\]"),
-    "constant of another type": (lambda d: d["constants"][0].update(dtype="float32"), "and the programs take .* torch.float32"),
+    "constant of another shape": (lambda d: d["constants"][0].update(shape=[3, 3]), r"but the programs need \[3, 3\]"),
+    "constant of another type": (lambda d: d["constants"][0].update(dtype="float32"), "but the programs need .* torch.float32"),
     "huge constant": (
         lambda d: d["constants"].append(
             {"name": "big", "dtype": "float32", "shape": [2**40], "op": "aten.repeat.default",
              "args": [{"constant": d["constants"][0]["name"]}, [2**40]], "kwargs": {}, "item": None}
         ),
-        r"computed by 'aten\.repeat\.default', which is not among the operators that may do so",
+        r"computed by 'aten\.repeat\.default', which is not allowed for constants",
     ),
     "constant that grows": (
         lambda d: d["constants"].extend(
@@ -100,11 +100,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "stride 0": (
         lambda d: first(d, "aten.convolution.default")["args"].__setitem__(3, [0, 0]),
-        "0 where an integer from 1 to",
+        "0 instead of an integer from 1 to",
     ),
     "no output": (lambda d: d["programs"][0]["nodes"].pop(), "a program without an output"),
     "one input more": (
-        lambda d: d["programs"][0]["nodes"].insert(0, {"op": "input", "name": "more"}), "a program of 3 inputs|none above"),
+        lambda d: d["programs"][0]["nodes"].insert(0, {"op": "input", "name": "more"}), "a program of 3 inputs|does not exist above"),
     "no programs": (lambda d: d.update(programs=[]), "no program for inputs 0"),
     "another key": (lambda d: d.update(hook="x"), "an object with 'hook', which this version does not know"),
     "no constants": (lambda d: d.pop("constants"), "an object without 'constants'"),
@@ -120,8 +120,8 @@ def test_refuses_what_it_does_not_know(name: str, saved: Path, tmp_path: Path) -
     path = rewritten(saved, change, tmp_path / "m.frpc")
     with pytest.raises(ProgramFileError, match=message) as error:
         frpc.load(path)
-    assert str(error.value).startswith("m.frpc is no usable program file: it holds ")
-    assert str(error.value).endswith("Save it anew with explainer.save().")
+    assert str(error.value).startswith("m.frpc is not a usable program file: it contains ")
+    assert str(error.value).endswith("Save it again with explainer.save().")
 
 
 def test_refuses_damaged_files(saved: Path, tmp_path: Path) -> None:
@@ -140,17 +140,17 @@ def test_refuses_damaged_files(saved: Path, tmp_path: Path) -> None:
     refused(struct.pack("<Q", 2**40) + content[8:], "it declares a header of 1099511627776 bytes, more than 33554432")
     flipped = bytearray(content)
     flipped[-3] ^= 1
-    refused(bytes(flipped), "its contents are not what its checksum says, so it was damaged or changed")
-    refused(content.replace(b'\\"Net\\"', b'\\"Nut\\"', 1), "its contents are not what its checksum says")
-    refused(content.replace(b'"frpc.format":"1"', b'"frpc.format":"7"', 1), "it has format '7', this frpc reads 1")
+    refused(bytes(flipped), "its contents do not match its checksum, so it was damaged or changed")
+    refused(content.replace(b'\\"Net\\"', b'\\"Nut\\"', 1), "its contents do not match its checksum")
+    refused(content.replace(b'"frpc.format":"1"', b'"frpc.format":"7"', 1), "it has format '7', but this version reads 1")
     refused(b"PK\x03\x04" + bytes(64), "it declares a header of")
     text = b'{"__metadata__":{},"x":' + b"[" * 100_000
     refused(struct.pack("<Q", len(text)) + text, "it cannot be read")
     text = b'{"__metadata__":{"a":' + b"9" * 10_000 + b"}}"
     refused(struct.pack("<Q", len(text)) + text, "it cannot be read")
-    with pytest.raises(ProgramFileError, match="there is no such file"):
+    with pytest.raises(ProgramFileError, match="the file does not exist"):
         frpc.load(tmp_path / "missing.frpc")
-    with pytest.raises(ProgramFileError, match="it is no regular file"):
+    with pytest.raises(ProgramFileError, match="it is not a regular file"):
         frpc.load(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_refuses_other_safetensors_files(tmp_path: Path) -> None:
     with pytest.raises(ProgramFileError) as error:
         frpc.load(tmp_path / "weights.safetensors")
     assert str(error.value) == (
-        "weights.safetensors is no usable program file: it was not written by frpc. Save it anew with this version's "
+        "weights.safetensors is not a usable program file: it was not written by frpc. Save it again with this version's "
         "explainer.save()."
     )
 
