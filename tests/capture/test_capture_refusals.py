@@ -27,7 +27,7 @@ from frpc.errors import (
         ("net.pt", r"got the path 'net.pt': make the model, load its weights with model.load_state_dict"),
         (nn.Linear(2, 2).state_dict(), r"got a dict of weights: they have no code. Make the model, load them"),
         (nn.Linear, r"got the class Linear: make one of it first, Linear\(...\)\."),
-        (nn.LazyLinear(3), r"LazyLinear has parameters without a shape \(weight, bias\):  call it once"),
+        (nn.LazyLinear(3), r"LazyLinear has parameters without a shape \(weight, bias\): call it once"),
         (3, r"frpc.compile takes a module \(nn.Module\), but got int\."),
     ],
 )

@@ -104,7 +104,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "no output": (lambda d: d["programs"][0]["nodes"].pop(), "a program without an output"),
     "one input more": (
-        lambda d: d["programs"][0]["nodes"].insert(0, {"op": "input", "name": "more"}), "a program of 3 inputs|does not exist above"),
+        lambda d: d["programs"][0]["nodes"].insert(0, {"op": "input", "name": "more"}), "of 3 inputs|does not exist above"),
     "no programs": (lambda d: d.update(programs=[]), "no program for inputs 0"),
     "another key": (lambda d: d.update(hook="x"), "an object with 'hook', which this version does not know"),
     "no constants": (lambda d: d.pop("constants"), "an object without 'constants'"),
