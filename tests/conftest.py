@@ -5,11 +5,15 @@ through all of PyTorch and of the tests again and again: what is there when the 
 """
 
 import gc
+from pathlib import Path
 
+import pytest
 import torch
 
-import quick_export
-from skips import pytest_addoption, pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("conftest", "skips")))
+
+import quick_export  # noqa: E402
+from skips import pytest_addoption, pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
 torch.set_num_threads(1)
 quick_export.install()
