@@ -48,7 +48,7 @@ __all__ = ["Programs"]
 
 
 class Programs:
-    """Captures and compiles on demand, once for each kinds and question, whichever thread asks first.
+    """Captures and compiles on demand, once for each kind of inputs and each question, whichever thread asks first.
 
     Attributes:
         model: the copy of the user's module that graphs are captured from.
@@ -132,7 +132,7 @@ class Programs:
         return in_order_of(names, named)
 
     def prepared(self, inputs: Sequence[Tensor]) -> PreparedModel:
-        """Finds or makes the captured graph for inputs of this kinds, and checks the inputs against it."""
+        """Finds or makes the captured graph for inputs of this kind, and checks the inputs against it."""
         if not all(isinstance(x, Tensor) for x in inputs) or not inputs:
             kinds = ", ".join(type(x).__name__ for x in inputs) or "nothing"
             way = wrapper(inputs, getattr(inputs, "names", ()))
