@@ -82,7 +82,7 @@ def test_inputs_by_name_in_any_order() -> None:
 
 def test_unknown_names_and_mixtures_are_refused() -> None:
     model = settled(Reader())
-    with pytest.raises(InputError, match="takes no 'id'"):
+    with pytest.raises(InputError, match="has no argument 'id'"):
         frpc.compile(model, {"id": IDS})
     explainer = frpc.compile(model, {"ids": IDS})
     with pytest.raises(InputError, match="all inputs by position or all by name"):

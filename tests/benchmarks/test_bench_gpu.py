@@ -120,7 +120,7 @@ def test_a_failure_before_the_limit_is_named() -> None:
 
 
 def test_what_a_failed_part_printed_is_kept_without_folders_of_this_machine() -> None:
-    found = ended(f"print({str(ROOT / 'frpc' / 'plan.py')!r}, file=sys.stderr); sys.exit(1)")
+    found = ended(f"print({str(ROOT / 'frpc' / 'emit' / 'plan.py')!r}, file=sys.stderr); sys.exit(1)")
     assert found["said"] == "frpc/emit/plan.py".replace("/", os.sep)
     assert "said" not in ended(f"print('all is well'); {PASS}")
 

@@ -145,7 +145,7 @@ def test_what_depends_on_the_input_is_not_known(function: Callable[[Any, Tensor]
     """A mask that inputs or chance have written is refused, at the user's line."""
     model = Computes(function)
     model.last = nn.Linear(4, 3)
-    with pytest.raises((CaptureError, TrainingModeError, UnsupportedOpError), match=r"test_capture\.py:\d+"):
+    with pytest.raises((CaptureError, TrainingModeError, UnsupportedOpError), match=r"captured_nets\.py:\d+"):
         frpc.compile(settled(model), (randn(2, 4),))
 
 

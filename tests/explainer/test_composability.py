@@ -69,7 +69,7 @@ def test_compiled_code_checks_values_when_it_runs() -> None:
     compiled(X, target=PAIRS)
     broken = X.clone()
     broken[1, 0, 2, 2] = torch.nan
-    with pytest.raises(RuntimeError, match="holds NaN or Inf"):
+    with pytest.raises(RuntimeError, match="contains NaN or Inf"):
         compiled(broken, target=PAIRS)
     with pytest.raises(RuntimeError, match=r"A target is out of range: the output \[B, 5\] has classes 0 to 4"):
         compiled(X, target=PAIRS + 3)

@@ -265,7 +265,7 @@ def test_dropout_that_is_always_on_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.dropout(self.layer(x), 0.5)
 
-    with pytest.raises(TrainingModeError, match=r"test_explainer\.py:\d+") as error:
+    with pytest.raises(TrainingModeError, match=r"test_models_as_written\.py:\d+") as error:
         frpc.compile(nn.Sequential(OrderedDict(noisy=Noisy())), (randn(1, 4).float(),))
     assert "draws random numbers in evaluation mode" in str(error.value)
     assert "return F.dropout(self.layer(x), 0.5)" in str(error.value)

@@ -264,7 +264,7 @@ def test_box_that_the_input_leaves() -> None:
     model, x = net("max pool")
     explainer = frpc.compile(model, x.clamp(0, 1), rule=ZBox())
     with pytest.raises(
-        InputError, match=r"z-box rule is for inputs between low and high; this one goes 1 above high.*low = -mean/std"
+        InputError, match=r"z-box rule needs inputs between low and high; this one goes 1 above high.*low = -mean/std"
     ):
         explainer(x.clamp(0, 1) + 1, target=0)
     with pytest.raises(InputError, match=r"this one goes 0\.5 below low"):
