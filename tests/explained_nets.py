@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def settled(model: nn.Module) -> nn.Module:
-    """In float64, with parameters and batch statistics drawn anew, in evaluation mode."""
+    """In float64, with parameters and batch statistics drawn at random, in evaluation mode."""
     generator = torch.Generator().manual_seed(3)
     for name, value in model.named_buffers():
         if value.is_floating_point():

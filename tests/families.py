@@ -121,7 +121,7 @@ _captured: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, PreparedModel]]] = W
 def compiled(model: nn.Module, inputs: Tensor | Sequence[Tensor], **options: Any) -> frpc.Explainer:
     """`frpc.compile(model, inputs, **options)`, the graph of a model captured once for all rules.
 
-    For models that are told apart by their tensors; captured anew where one of them is another or was written to.
+    For models that are told apart by their tensors; captured again where one of them is another or was written to.
     """
     explainer, given = frpc.compile(model, **options), [inputs] if isinstance(inputs, Tensor) else inputs
     with _sharing(model, explainer.programs, given):

@@ -79,7 +79,7 @@ def child(data: Path, out: Path) -> None:
 
 
 def killed_until_done(start: Callable[[Path], Any], folder: Path, kills: int, longest: float) -> list[Path]:
-    """Kills a process at random moments, again and again, and lets it end; begins anew where it ended by itself too early.
+    """Kills a process at random moments, again and again, and lets it end; begins again where it ended by itself too early.
 
     A quarter of the moments lie anywhere, the others a little after a new shard is there, when there is something to lose.
     """

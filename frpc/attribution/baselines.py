@@ -54,7 +54,7 @@ def attribute(
     Raises:
         PackageError: if Captum, or scikit-learn where it fits linear models, is not installed.
         OptionError: for a method that it does not have.
-        InputError: if x is no tensor; TargetError: for a target that is no index.
+        InputError: if x is not a tensor; TargetError: for a target that is not a class index.
     """
     found = getattr(require("captum.attr", "baselines", "frpc.baselines"), method, None)
     if not isinstance(found, type) or not hasattr(found, "attribute"):

@@ -128,7 +128,7 @@ def ask(
 
     Raises:
         OptionError: for an unknown ``of``, or rules that are no gradients where gradients are averaged.
-        InputError: for an input that is no floating-point tensor, or a target that does not fit.
+        InputError: for an input that is not a floating-point tensor, or a target that does not fit.
     """
     if of not in (None, *_TOPS):
         raise OptionError(f"of={of!r} is unknown; choose {' or '.join(_TOPS)}.")

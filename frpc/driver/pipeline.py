@@ -219,5 +219,5 @@ def assign_rules(prepared: PreparedModel, options: CompileOptions, query: Query,
 def gaps_and_rules(
     prepared: PreparedModel, rules: RuleSet, constant: Sequence[str] = (), source: Sequence[str] | None = None
 ) -> Assignment:
-    """Gives every node of a graph its rule as far as there is one; refuses nothing: what has none stands in ``gaps``."""
+    """Gives every node of a graph its rule. Raises nothing: nodes without a rule are listed in ``gaps``."""
     return assign(prepared.canonical, rules, constant, prepared.fixed_batch, source)

@@ -98,7 +98,7 @@ class Programs:
     def with_rules(self, rules: RuleSet, top: Top | None = None) -> Programs:
         """The same model and options with another rule set, nothing compiled."""
         query = dataclasses.replace(self.query, bias="separate", top=top or self.query.top)
-        return Programs(self.model, dataclasses.replace(self.options, rules=rules), query, self.dtype)
+        return Programs(self.model, dataclasses.replace(self.options, rules=rules), query, self.dtype, self.verifying)
 
     @contextmanager
     def reading_graphs(self) -> Iterator[None]:
@@ -299,7 +299,7 @@ class Programs:
             self.conservation = self.constants_share = None  # which were those of other weights
 
     def convert(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Moves the model to another device or type. What was captured there is forgotten; the next call captures anew."""
+        """Moves the model to another device or type. What was captured there is dropped; the next call captures again."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         probes = {(t.dtype, t.device): torch.empty(0, dtype=t.dtype, device=t.device) for t in tensors}
         if all((change(probe).dtype, change(probe).device) == kind for kind, probe in probes.items()):

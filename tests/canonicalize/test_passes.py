@@ -29,7 +29,7 @@ from graphs import calls, randn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),  # torch's note on its speed
-    pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),  # a recurrent layer flattens its weights anew
+    pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),  # a recurrent layer flattens its weights again
 ]
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from frpc.capture.export import capture
 from frpc.core.snapshot import snapshot
 from places import DATA, EXAMPLES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own: it flattens weights anew
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own: it flattens weights again
 
 B, T, E, H = 4, 3, 5, 3
 

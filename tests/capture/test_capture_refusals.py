@@ -1,4 +1,4 @@
-"""What is no module, and what cannot be captured: an error with the reason, the line and a hint."""
+"""Objects that are not modules, and modules that cannot be captured: an error with the reason, the line and a hint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frpc.errors import (
     InputError,
 )
 
-# What is no module ------------------------------------------------------------------------------------------------------
+# Objects that are not modules -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

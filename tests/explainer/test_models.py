@@ -1,7 +1,7 @@
 """Conservation on whole models: torchvision's, the thesis's, and trained ones on real photographs.
 
 `|sum V - y| / sum|V|` is at most 1e-6 in float32 and 1e-12 in float64, for random targets and inputs. Parameters and
-batch statistics are drawn anew, so that no batch norm is an identity and no bias is zero.
+batch statistics are drawn at random, so that no batch norm is an identity and no bias is zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""New weights: taken without another capture, or refused; what depends on values is decided anew."""
+"""New weights: taken without another capture, or refused; what depends on values is decided again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_refresh_takes_trained_weights_without_capture(monkeypatch: pytest.Monke
         optimizer.step()
     fresh = frpc.compile(model, (X,))
     with monkeypatch.context() as patch:
-        patch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("captured anew"))
+        patch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("captured again"))
         assert taken.refresh(model) is taken
         assert list(taken.programs.compiled) == programs
     for name in ("int", "one each", "K each", "seed"):
